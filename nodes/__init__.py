@@ -1,0 +1,21 @@
+"""The pack's nodes: a schema and a few lines each."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from .adapters import ApplyGSTLoRA, ApplySTLoRA, LoadAdapter
+from .prompts import EncodeSubInstructions, SelectPhrase, SubInstructionStrengths
+from .sweeps import LatentForSweep, StrengthList, StrengthRange
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadAdapter,
+    ApplySTLoRA,
+    ApplyGSTLoRA,
+    EncodeSubInstructions,
+    SubInstructionStrengths,
+    SelectPhrase,
+    StrengthRange,
+    StrengthList,
+    LatentForSweep,
+]

@@ -1,0 +1,122 @@
+"""Nodes that encode sub-instructions, select phrases and set their strengths."""
+
+from __future__ import annotations
+
+from comfy.sd import CLIP
+from comfy_api.latest import io, ui
+
+from ..slider_core.span_conditioning import SPLITTERS, encode_sub_instructions, select_phrase
+from ..slider_core.span_strengths import Conditioning, set_strengths
+from .types import CATEGORY, channel_input, strength_input
+
+SLIDERS = 8
+
+
+class EncodeSubInstructions(io.ComfyNode):
+    """Encodes a prompt and remembers which tokens belong to which sub-instruction."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EditSlidersEncodeSubInstructions",
+            display_name="Encode Sub-Instructions",
+            category=CATEGORY,
+            description="One sub-instruction per line, joined with ' and '; each gets a slider in Sub-Instruction "
+            "Strengths. Or a free prompt in which [[double brackets]] mark the phrases.",
+            search_aliases=["slideredit prompt", "sub-prompts", "text encode sliders"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="From DualCLIPLoader, type flux."),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    default="make her older\nmake her hair golden",
+                    tooltip="Weights (word:1.2), escapes \\( \\) and embedding:name work as everywhere.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=list(SPLITTERS),
+                    tooltip="one per line: every line is a sub-instruction, joined with ' and ' as in training. "
+                    "[[marked]] phrases: the text is used as it is, and each phrase in [[ ]] gets a slider.",
+                ),
+                io.Boolean.Input(
+                    "pad_to_512",
+                    default=True,
+                    tooltip="SliderEdit's adapters were trained with T5 padded to 512 tokens; ComfyUI pads to 256, and "
+                    "FLUX sees the padding. Keep on for them; switch off to get exactly what CLIP Text Encode gives. "
+                    "Prompts that share a batch need the same length.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(),
+                io.String.Output("prompt", tooltip="The prompt that was encoded."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, clip: CLIP, text: str, mode: str, pad_to_512: bool) -> io.NodeOutput:
+        conditioning, prompt, spans = encode_sub_instructions(clip, text, mode, pad_to_512)
+        shown = "\n".join(f"{k}  {span.text}  [{len(span.rows)} tokens]" for k, span in enumerate(spans, 1))
+        return io.NodeOutput(conditioning, prompt, ui=ui.PreviewText(shown))
+
+
+class SubInstructionStrengths(io.ComfyNode):
+    """Gives every sub-instruction of a conditioning its strength."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EditSlidersSubInstructionStrengths",
+            display_name="Sub-Instruction Strengths",
+            category=CATEGORY,
+            description="strength_1 belongs to the first sub-instruction, and so on. With every strength at 1 the "
+            "picture is exactly what the model gives without sliders.",
+            search_aliases=["slideredit sliders", "edit strength", "sub-prompt weights"],
+            inputs=[
+                io.Conditioning.Input("conditioning", tooltip="From Encode Sub-Instructions or Select Phrase."),
+                *(strength_input(f"strength_{k}", optional=True) for k in range(1, SLIDERS + 1)),
+                channel_input(),
+            ],
+            outputs=[io.Conditioning.Output()],
+        )
+
+    @classmethod
+    def execute(cls, conditioning: Conditioning, channel: str | None = None, **strengths: object) -> io.NodeOutput:
+        values = {name: strengths.get(name, 1.0) for name in (f"strength_{k}" for k in range(1, SLIDERS + 1))}
+        channels = () if channel is None else (channel,)
+        return io.NodeOutput(set_strengths(conditioning, values, *channels))
+
+
+class SelectPhrase(io.ComfyNode):
+    """Makes any phrase of any prompt a span with a slider."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EditSlidersSelectPhrase",
+            display_name="Select Phrase",
+            category=CATEGORY,
+            description="Adds a phrase of the prompt as the next sub-instruction of a conditioning made by any text "
+            "encode node. Phrases may overlap: where they do, their suppressions multiply.",
+            search_aliases=["token span", "prompt span", "slideredit phrase"],
+            inputs=[
+                io.Conditioning.Input("conditioning", tooltip="What the same CLIP made of the same prompt."),
+                io.Clip.Input("clip", tooltip="The CLIP that encoded the prompt."),
+                io.String.Input("prompt", multiline=True, tooltip="The prompt that was encoded."),
+                io.String.Input("phrase", tooltip="Words of the prompt, as they stand there; weights may be left out."),
+                io.Int.Input(
+                    "occurrence",
+                    default=1,
+                    min=0,
+                    max=1000,
+                    tooltip="Which of several places of the phrase, counted from 1; 0 = all of them.",
+                ),
+            ],
+            outputs=[io.Conditioning.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls, conditioning: Conditioning, clip: CLIP, prompt: str, phrase: str, occurrence: int
+    ) -> io.NodeOutput:
+        return io.NodeOutput(select_phrase(conditioning, clip, prompt, phrase, occurrence))

@@ -1,0 +1,38 @@
+"""Socket types and inputs that several nodes share."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..slider_core.span_strengths import DEFAULT_CHANNEL
+
+CATEGORY = "edit sliders"
+SliderAdapter = io.Custom("SLIDER_ADAPTER")
+Strengths = io.Custom("SLIDER_STRENGTHS")
+
+
+def strength_input(name: str, optional: bool = False) -> io.MultiType.Input:
+    """A strength slider that also takes a link from a number or from a list of strengths."""
+    slider = io.Float.Input(
+        name,
+        default=1.0,
+        min=-5.0,
+        max=5.0,
+        step=0.01,
+        display_mode=io.NumberDisplay.slider,
+        optional=optional,
+        tooltip="0 = source, 1 = full edit, above 1 exaggerated, below 0 reversed. "
+        "Link a list of strengths to get one picture per value in one run.",
+    )
+    return io.MultiType.Input(slider, types=[io.Float, Strengths])
+
+
+def channel_input() -> io.String.Input:
+    return io.String.Input(
+        "channel",
+        default=DEFAULT_CHANNEL,
+        optional=True,
+        advanced=True,
+        tooltip="Strengths reach the STLoRA adapters of the same channel. Change it only to give two adapters "
+        "in one graph strengths of their own.",
+    )

@@ -1,0 +1,42 @@
+"""What differs between model families, one file per family. To add one, write its file and list it in FAMILIES."""
+
+from __future__ import annotations
+
+from comfy.model_patcher import ModelPatcher
+
+from ..errors import SliderError
+from .base import Family, Target
+from .flux import Flux
+
+FAMILIES: tuple[Family, ...] = (Flux(),)
+
+__all__ = ["FAMILIES", "Family", "Target", "family_of", "family_of_encoders"]
+
+
+def family_of(model: ModelPatcher) -> Family:
+    """The family of a loaded model. Raises SliderError for runtimes that ignore patches and unknown architectures."""
+    inner = getattr(model.model, "diffusion_model", None)
+    inner = getattr(inner, "_orig_mod", inner)
+    for family in FAMILIES:
+        if family.owns(inner):
+            return family
+    kind = type(inner)
+    known = ", ".join(family.name for family in FAMILIES)
+    if not kind.__module__.startswith("comfy."):
+        raise SliderError(
+            f"The model runs in {kind.__module__}.{kind.__name__}, which ignores ComfyUI's patches, so sliders would "
+            f"do nothing; expected ComfyUI's own {known}. Load the model with 'Load Diffusion Model' or a GGUF loader."
+        )
+    raise SliderError(f"The model is a {kind.__module__.split('.')[-2]} {kind.__name__}; expected {known}.")
+
+
+def family_of_encoders(encoders: set[str]) -> Family:
+    """The family whose text comes from this set of encoders. Raises SliderError when no family fits."""
+    for family in FAMILIES:
+        if family.text_encoders == encoders:
+            return family
+    wanted = "; ".join(f"{' + '.join(sorted(f.text_encoders))} ({f.name})" for f in FAMILIES)
+    raise SliderError(
+        f"This CLIP has the text encoders {' + '.join(sorted(encoders)) or 'none known'}; expected {wanted}. "
+        "Load it with 'DualCLIPLoader', type flux."
+    )

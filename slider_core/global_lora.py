@@ -1,0 +1,54 @@
+"""GSTLoRA: one strength for the whole instruction (SliderEdit, 'GSTLoRA')."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from .adapter_file import Adapter
+from .errors import SliderError
+from .families import family_of
+from .module_overrides import Around, ModelCall, add_operation
+from .strength import read_strength, suppression
+
+
+class GlobalLora:
+    """Operation: z' = W z + (1 - strength) * B A z on every target layer, strength per image of the batch."""
+
+    def __init__(self, adapter: Adapter, strength: object, load_device: torch.device):
+        values = read_strength(strength, "strength")
+        self.side = adapter.side_model
+        self.alpha = suppression(values, len(values))
+        self.side_model = self.side.patcher(load_device)
+
+    def around(self, call: ModelCall) -> Mapping[str, Around]:
+        if not self.alpha.any():
+            return {}
+        alpha = self.alpha.to(call.device)
+        if len(alpha) == 1:
+            return self.side.around(lambda x: alpha[0])
+        if len(alpha) != call.images:
+            raise SliderError(
+                f"{len(alpha)} strengths were given, but the batch has {call.images} image(s); expected one strength "
+                "per image. Use 'Latent for Sweep' to make the latent batch as long as the list."
+            )
+        alpha = alpha.repeat(call.count)
+        return self.side.around(lambda x: alpha.view(-1, *[1] * (x.ndim - 1)))
+
+
+def apply_gstlora(model: ModelPatcher, adapter: Adapter, strength: object) -> ModelPatcher:
+    """A clone of `model` whose edits have `strength`: a number, or one per image of the batch.
+
+    At 1 the model is computed as if the adapter were not there.
+    Raises SliderError for a bad strength, an STLoRA file, or an adapter that does not fit the model.
+    """
+    family = family_of(model)
+    if adapter.kind != "GSTLoRA":
+        raise SliderError(
+            f"{adapter.name} is an STLoRA (text stream only, trained to act on single words); expected a GSTLoRA file "
+            "such as pytorch_lora_weights.safetensors. Use 'Apply STLoRA' for it."
+        )
+    adapter.check_fit(model, family)
+    return add_operation(model, GlobalLora(adapter, strength, model.load_device))

@@ -1,0 +1,55 @@
+"""STLoRA: an adapter that acts on chosen tokens only, each with its own scale (SliderEdit, 'STLoRA')."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from .adapter_file import Adapter
+from .errors import SliderError
+from .families import family_of
+from .module_overrides import COND_PREFIX, Around, ModelCall, add_operation
+from .span_strengths import DEFAULT_CHANNEL
+
+
+class SelectiveLora:
+    """Operation: z' = W z + scale[token] * B A z on the text stream, scale from the conds of each call."""
+
+    def __init__(self, adapter: Adapter, channel: str, load_device: torch.device):
+        self.side = adapter.side_model
+        self.key = COND_PREFIX + channel
+        self.side_model = self.side.patcher(load_device)
+
+    def around(self, call: ModelCall) -> Mapping[str, Around]:
+        scale = call.conds.get(self.key)
+        if scale is None:
+            return {}
+        return self.side.around(lambda x: _fit_rows(scale, x.shape[1])[..., None])
+
+
+def apply_stlora(model: ModelPatcher, adapter: Adapter, channel: str = DEFAULT_CHANNEL) -> ModelPatcher:
+    """A clone of `model` that obeys the span strengths of its conds through `adapter`.
+
+    Without strengths, or with all of them at 1, the model is computed as if the adapter were not there.
+    Raises SliderError when the adapter is no STLoRA or does not fit the model.
+    """
+    family = family_of(model)
+    if adapter.kind != "STLoRA":
+        raise SliderError(
+            f"{adapter.name} is a GSTLoRA (it also changes layers without prompt tokens), so it cannot act on single "
+            "words; expected an STLoRA file such as selective_lora.pt. Use 'Apply GSTLoRA' for it."
+        )
+    adapter.check_fit(model, family)
+    return add_operation(model, SelectiveLora(adapter, channel, model.load_device))
+
+
+def _fit_rows(scale: torch.Tensor, rows: int) -> torch.Tensor:
+    """Extend (batch, known rows) by zeros to the rows that reached the model, e.g. after Conditioning (Concat)."""
+    if scale.shape[1] > rows:
+        raise SliderError(
+            f"The spans were found on a text of {scale.shape[1]} rows, but the model got {rows}; expected the "
+            "conditioning that the spans were made with. Was it made by another text encoder or cut afterwards?"
+        )
+    return torch.nn.functional.pad(scale, (0, rows - scale.shape[1]))

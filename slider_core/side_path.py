@@ -1,0 +1,87 @@
+"""Low-rank adapters beside a linear: y + weight * up(down(x)), never merged into its weights.
+
+Merging into fp8 weights rounds the adapter away and every new strength would re-patch the model; a side path does
+neither, and works on any weight format because it needs only the linear's input and output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from comfy import ops
+from comfy.model_management import unet_offload_device
+from comfy.model_patcher import ModelPatcher
+
+from .module_overrides import Around
+
+
+class Factor(NamedTuple):
+    """A low-rank update of some output rows of one linear.
+
+    offset, size: rows in units of the model's width (`size` None: all rows), so that they are known from names alone.
+    down: (rank, in); up: (rows, rank); scale: multiplies the product (alpha / rank).
+    """
+
+    offset: int
+    size: int | None
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+
+    @property
+    def first_row(self) -> int:
+        return 0 if self.size is None else self.offset * (self.up.shape[0] // self.size)
+
+
+class SidePath(torch.nn.Module):
+    """All factors of one linear; `down` is shared so that fused qkv costs one product."""
+
+    def __init__(self, factors: Sequence[Factor]):
+        super().__init__()
+        self.down = _linear(torch.cat([f.down for f in factors]))
+        self.ups = torch.nn.ModuleList(_linear(f.up * f.scale if f.scale != 1 else f.up) for f in factors)
+        self.rows = [slice(f.first_row, f.first_row + f.up.shape[0]) for f in factors]
+        self.ranks = [f.down.shape[0] for f in factors]
+
+    def forward(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Add weight * up(down(x)) to `y` in place.
+
+        x: (..., in), y: (..., out), weight: broadcastable to x without its last dimension, or 0-dim.
+        """
+        low = self.down(x)
+        low = low * weight.to(low.dtype)
+        for up, rows, part in zip(self.ups, self.rows, low.split(self.ranks, dim=-1)):
+            y[..., rows] += up(part)
+        return y
+
+
+class SideModel(torch.nn.Module):
+    """The side paths of one adapter, keyed by module path of the model they stand beside."""
+
+    def __init__(self, factors: Mapping[str, Sequence[Factor]]):
+        super().__init__()
+        paths = {name: SidePath(f) for name, f in factors.items()}
+        self.paths = torch.nn.ModuleList(paths.values())
+        self.names = list(paths)
+        self.requires_grad_(False)
+
+    def around(self, weight_for: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Around]:
+        """Overrides for all modules. `weight_for(x)` gives the weight for a linear's input x (see SidePath.forward)."""
+        return {name: partial(_with_side_path, path, weight_for) for name, path in zip(self.names, self.paths)}
+
+    def patcher(self, load_device: torch.device) -> ModelPatcher:
+        """A ModelPatcher by which ComfyUI loads and offloads the side paths."""
+        return ModelPatcher(self, load_device=load_device, offload_device=unet_offload_device())
+
+
+def _with_side_path(path: torch.nn.Module, weight_for: Callable, forward: Callable, x: torch.Tensor) -> torch.Tensor:
+    return path(forward(x), x, weight_for(x))
+
+
+def _linear(weight: torch.Tensor) -> torch.nn.Module:
+    linear = ops.manual_cast.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return linear

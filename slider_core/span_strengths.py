@@ -1,0 +1,130 @@
+"""Spans and their strengths on a CONDITIONING, so that they act on that cond alone.
+
+A cond's dict carries a SpannedText (what the spans are) and, once a strength differs from 1, a ready-made tensor in
+`model_conds`, which ComfyUI repeats to the batch, concatenates over conds and hands to the model call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from comfy.conds import CONDRegular
+
+from .errors import SliderError
+from .module_overrides import COND_PREFIX
+from .strength import Strength, batch_length, read_strength, suppression
+
+Conditioning = list[list[Any]]
+DEFAULT_CHANNEL = "default"
+_KEY = "edit_sliders"
+
+
+@dataclass(frozen=True)
+class Span:
+    """A phrase and the rows of the model's text that it became."""
+
+    text: str
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SpannedText:
+    """What is known of one encoded prompt: its length in rows, its spans, and the strengths set so far per channel."""
+
+    length: int
+    spans: tuple[Span, ...] = ()
+    strengths: tuple[tuple[str, Span, Strength], ...] = ()
+
+
+class ScaleCond(CONDRegular):
+    """Scale of every text row, shape (1 or images, rows). Refuses a batch that its strengths do not fit."""
+
+    def process_cond(self, batch_size: int, **kwargs: Any) -> CONDRegular:
+        images = self.cond.shape[0]
+        if images not in (1, batch_size):
+            raise SliderError(
+                f"{images} strengths were given, but the batch has {batch_size} image(s); expected one strength per "
+                "image. Use 'Latent for Sweep' to make the latent batch as long as the list."
+            )
+        return super().process_cond(batch_size, **kwargs)
+
+
+def attach_spans(conditioning: Conditioning, length: int, spans: Sequence[Span]) -> Conditioning:
+    """Note the spans of a prompt that was tokenized to `length` rows on every entry of its conditioning.
+
+    Spans that are already there stay in front. Raises SliderError when the conditioning is not `length` rows long.
+    """
+    out = []
+    for cond, options in conditioning:
+        known = spanned_text(options) or SpannedText(cond.shape[1])
+        if known.length != length:
+            raise SliderError(
+                f"The conditioning has {known.length} text rows, but this text encoder gives {length} for the prompt; "
+                "expected a conditioning made from the same prompt by the same encoder. "
+                "Connect the CLIP and the text that made it."
+            )
+        out.append([cond, {**options, _KEY: replace(known, spans=(*known.spans, *spans))}])
+    return out
+
+
+def spanned_text(options: Mapping[str, Any]) -> SpannedText | None:
+    """The SpannedText of one conditioning entry's dict, if it has one."""
+    return options.get(_KEY)
+
+
+def set_strengths(
+    conditioning: Conditioning, values: Mapping[str, object], channel: str = DEFAULT_CHANNEL
+) -> Conditioning:
+    """Give the k-th span the k-th of `values` (input name -> strength; missing ones count as 1).
+
+    The scale of a row is 1 - strength, multiplied where spans overlap, as in SliderEdit (golden case B5).
+    Strengths that are already set stay and multiply in too. Adapters listen on one `channel`.
+    Raises SliderError for values that are no strengths, lists of different length, a strength other than 1 without a
+    span, and spans without a value.
+    """
+    strengths = {name: read_strength(value, name) for name, value in values.items()}
+    batch_length(strengths)
+    return [[cond, _with_strengths(options, strengths, channel)] for cond, options in conditioning]
+
+
+def _with_strengths(options: dict[str, Any], strengths: Mapping[str, Strength], channel: str) -> dict[str, Any]:
+    text = spanned_text(options)
+    if text is None or not text.spans:
+        raise SliderError(
+            "The conditioning has no sub-instructions; expected one from 'Encode Sub-Instructions' or 'Select Phrase'."
+        )
+    count = len(text.spans)
+    if count > len(strengths):
+        raise SliderError(
+            f"There are {count} sub-instructions but only {len(strengths)} strengths; "
+            f"use at most {len(strengths)} sub-instructions."
+        )
+    for k, (name, strength) in enumerate(strengths.items()):
+        if k >= count and set(strength) != {1.0}:
+            raise SliderError(
+                f"{name} is {', '.join(map(str, strength))}, but there are only {count} sub-instruction(s): "
+                + "; ".join(repr(span.text) for span in text.spans)
+                + ". Set it back to 1 or add a sub-instruction."
+            )
+    given = tuple((channel, span, strength) for span, strength in zip(text.spans, strengths.values()))
+    text = replace(text, strengths=(*text.strengths, *given))
+    conds = {k: v for k, v in options.get("model_conds", {}).items() if k != COND_PREFIX + channel}
+    scale = _scale(text, channel)
+    if scale.any():
+        conds[COND_PREFIX + channel] = ScaleCond(scale)
+    return {**options, _KEY: text, "model_conds": conds}
+
+
+def _scale(text: SpannedText, channel: str) -> torch.Tensor:
+    """Scale of every row, shape (1 or images, rows): product of the suppressions of its spans, 0 outside all."""
+    given = [(span, strength) for name, span, strength in text.strengths if name == channel]
+    images = batch_length({repr(span.text): strength for span, strength in given})
+    scale = torch.zeros(images, text.length)
+    covered = sorted({row for span, _ in given for row in span.rows})
+    scale[:, covered] = 1.0
+    for span, strength in given:
+        scale[:, list(span.rows)] *= suppression(strength, images)[:, None]
+    return scale

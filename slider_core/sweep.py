@@ -1,0 +1,39 @@
+"""Lists of strengths, and the latent batch that goes with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .errors import SliderError
+from .strength import Strength, read_strength
+
+
+def spaced(first: float, last: float, count: int) -> Strength:
+    """`count` evenly spaced strengths from `first` to `last`, rounded to 6 decimals so that 0 and 1 are exact."""
+    [start], [end] = read_strength(first, "first"), read_strength(last, "last")
+    return tuple(np.linspace(start, end, count).round(6).tolist())
+
+
+def parse_list(text: str) -> Strength:
+    """Strengths separated by commas, semicolons or white space. Raises SliderError naming what is no number."""
+    values = []
+    for item in text.replace(",", " ").replace(";", " ").split():
+        try:
+            values.append(float(item))
+        except ValueError:
+            raise SliderError(f"{item!r} is no number; expected strengths such as '0, 0.5, 1'.") from None
+    return read_strength(values, "The list of strengths")
+
+
+def latent_for_sweep(latent: dict[str, Any], count: int) -> dict[str, Any]:
+    """Repeat one latent image (samples of shape (1, ...)) `count` times, all with the first image's noise.
+
+    A noise mask of one image is left for ComfyUI to repeat. Raises SliderError for a batch of several images.
+    """
+    samples = latent["samples"]
+    if samples.shape[0] != 1:
+        raise SliderError(f"The latent has {samples.shape[0]} images; expected one, which is repeated per strength.")
+    noise = latent.get("batch_index", [0])[0]
+    return {**latent, "samples": samples.repeat(count, *[1] * (samples.ndim - 1)), "batch_index": [noise] * count}

@@ -1,0 +1,162 @@
+"""The papers' own numbers through the pack's patching on ComfyUI's model: golden cases A, B and C."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import comfy.sampler_helpers
+import comfy.samplers
+import pytest
+import torch
+from conftest import GOLDEN
+from safetensors.torch import load_file
+
+from slider_core.adapter_file import read_adapter
+from slider_core.global_lora import apply_gstlora
+from slider_core.selective_lora import apply_stlora
+from slider_core.span_strengths import Span, attach_spans, set_strengths
+
+STLORA = GOLDEN / "examples" / "selective_lora.pt"
+GSTLORA = GOLDEN / "examples" / "gstlora_pytorch_lora_weights.safetensors"
+CASES = json.loads((GOLDEN / "manifest.json").read_text())["cases"]
+
+
+def cases(kind: str) -> list:
+    return [pytest.param(case, id=case["id"]) for case in CASES if case["kind"] == kind]
+
+
+@pytest.fixture(scope="session")
+def stored() -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "forward_cases.safetensors")
+
+
+@pytest.fixture
+def velocity(golden_model, stored):
+    """Runs a case through ComfyUI's own cond machinery, one cond per batch element, and gives the velocity."""
+
+    def run(case: dict, model=None, cond=lambda c, element: c) -> torch.Tensor:
+        model = model or golden_model
+        inputs = {name: stored[spec["key"]] for name, spec in case["inputs"].items()}
+        rows = []
+        for k in range(inputs["x"].shape[0]):
+            one = {name: tensor[k : k + 1] for name, tensor in inputs.items()}
+            options = {"pooled_output": one["y"], "guidance": case["guidance"][k]}
+            if "ref0" in one:
+                raw = model.model.latent_format.process_out(one["ref0"])
+                options |= {"reference_latents": [raw], "reference_latents_method": "offset"}
+            conditioning = cond([[one["txt"], options]], k)
+            rows.append(_velocity(model, one["x"], case["sigma"][k], conditioning))
+        return torch.cat(rows)
+
+    return run
+
+
+def _velocity(model, x: torch.Tensor, sigma: float, conditioning: list) -> torch.Tensor:
+    sigmas = torch.tensor([sigma])
+    options = model.model_options | {"transformer_options": dict(model.model_options["transformer_options"])}
+    conds = {"positive": comfy.sampler_helpers.convert_cond(conditioning)}
+    comfy.sampler_helpers.prepare_model_patcher(model, conds, options)
+    model.pre_run()
+    conds = comfy.samplers.process_conds(model.model, x, conds, x.device, x, None, seed=0)
+    [denoised] = comfy.samplers.calc_cond_batch(model.model, [conds["positive"]], x, sigmas, options)
+    return (x - denoised) / sigma
+
+
+def close(case: dict, stored: dict, out: torch.Tensor) -> bool:
+    return torch.allclose(out, stored[case["outputs"]["out"]], **case["suggested"])
+
+
+def with_spans(case: dict, alpha=lambda a: a, order=lambda spans: spans):
+    """Conditioning -> the same with the spans and strengths of the case's batch element."""
+
+    def cond(conditioning: list, element: int) -> list:
+        spans = order(case["spans"])[element]
+        text = [Span(str(k), tuple(span["token_indices"])) for k, span in enumerate(spans)]
+        strengths = {str(k): 1.0 - alpha(span["alpha"]) for k, span in enumerate(spans)}
+        return set_strengths(attach_spans(conditioning, case["text_length"], text), strengths)
+
+    return cond
+
+
+@pytest.mark.parametrize("case", cases("base_forward"))
+def test_base(case, velocity, stored):
+    assert close(case, stored, velocity(case))
+
+
+@pytest.mark.parametrize("case", cases("stlora_forward"))
+def test_stlora(case, velocity, stored, golden_model):
+    rounded = (lambda a: torch.tensor(a).bfloat16().item()) if case["scale_dtype"] == "bfloat16" else (lambda a: a)
+    model = apply_stlora(golden_model, read_adapter(STLORA))
+    assert close(case, stored, velocity(case, model, with_spans(case, rounded)))
+
+
+@pytest.mark.parametrize("case", cases("gstlora_forward"))
+def test_gstlora(case, velocity, stored, golden_model):
+    model = apply_gstlora(golden_model, read_adapter(GSTLORA), 1.0 - case["alpha"])
+    assert close(case, stored, velocity(case, model))
+
+
+WRONG_STLORA = {
+    "negated_alpha": partial(with_spans, alpha=lambda a: -a),
+    "alpha_ignored": partial(with_spans, alpha=lambda a: 1.0),
+    "rows_swapped": partial(with_spans, order=lambda spans: spans[::-1]),
+}
+
+
+@pytest.mark.parametrize("case", cases("stlora_forward"))
+def test_wrong_stloras_are_told_apart(case, velocity, stored, golden_model):
+    model = apply_stlora(golden_model, read_adapter(STLORA))
+    wrong = {"lora_also_on_unspanned_tokens_at_scale_1": with_spans(case | {"spans": _on_all(case)})}
+    wrong |= {name: variant(case) for name, variant in WRONG_STLORA.items()}
+    for name in case["discrimination_max_abs"]:
+        out = velocity(case, model, wrong[name])
+        assert not close(case, stored, out), name
+        negated_twice = name == "negated_alpha" and case["id"] == "B5"
+        if case["scale_dtype"] == "float32" and not negated_twice:
+            distance = (out - stored[case["outputs"]["out"]]).abs().max().item()
+            assert distance == pytest.approx(case["discrimination_max_abs"][name], abs=1e-3), name
+
+
+def _on_all(case: dict) -> list:
+    out = []
+    for spans in case["spans"]:
+        covered = {t for span in spans for t in span["token_indices"]}
+        rest = [t for t in range(case["text_length"]) if t not in covered]
+        out.append([*spans, {"token_indices": rest, "alpha": 1.0}])
+    return out
+
+
+DROPPED = {
+    "single_block_part_dropped": lambda module: module.startswith("single_blocks"),
+    "image_stream_part_dropped": lambda module: ".img_" in module,
+    "text_stream_part_dropped": lambda module: ".txt_" in module,
+}
+
+
+@pytest.mark.parametrize("case", cases("gstlora_forward"))
+def test_wrong_gstloras_are_told_apart(case, velocity, stored, golden_model):
+    adapter = read_adapter(GSTLORA)
+    for name, distance in case["discrimination_max_abs"].items():
+        if name == "negated_alpha":
+            model = apply_gstlora(golden_model, adapter, 1.0 + case["alpha"])
+        else:
+            kept = {m: f for m, f in adapter.factors.items() if not DROPPED[name](m)}
+            model = apply_gstlora(golden_model, replace(adapter, factors=kept), 1.0 - case["alpha"])
+        out = velocity(case, model)
+        assert not close(case, stored, out), name
+        measured = (out - stored[case["outputs"]["out"]]).abs().max().item()
+        assert measured == pytest.approx(distance, abs=1e-3), name
+
+
+def test_qkv_rows_matter(velocity, stored, golden_model):
+    """The thirds of a fused qkv, rotated: must not pass as right."""
+    case = next(c for c in CASES if c["id"] == "B1")
+    adapter = read_adapter(STLORA)
+    rotated = {
+        m: [f._replace(offset=(f.offset + 1) % 3) if f.size else f for f in parts]
+        for m, parts in adapter.factors.items()
+    }
+    model = apply_stlora(golden_model, replace(adapter, factors=rotated))
+    assert not close(case, stored, velocity(case, model, with_spans(case)))
