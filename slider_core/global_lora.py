@@ -28,14 +28,13 @@ class GlobalLora:
             return {}
         alpha = self.alpha.to(call.device)
         if len(alpha) == 1:
-            return self.side.around(lambda x: alpha[0])
+            return self.side.around(alpha[0])
         if len(alpha) != call.images:
             raise SliderError(
                 f"{len(alpha)} strengths were given, but the batch has {call.images} image(s); expected one strength "
                 "per image. Use 'Latent for Sweep' to make the latent batch as long as the list."
             )
-        alpha = alpha.repeat(call.count)
-        return self.side.around(lambda x: alpha.view(-1, *[1] * (x.ndim - 1)))
+        return self.side.around(alpha.repeat(call.count))
 
 
 def apply_gstlora(model: ModelPatcher, adapter: Adapter, strength: object) -> ModelPatcher:

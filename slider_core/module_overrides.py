@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -22,21 +23,25 @@ COND_PREFIX = "edit_sliders."
 
 _KEY = "edit_sliders"
 
-Around = Callable[..., Any]
-"""Called as around(forward, *args, **kwargs) in place of the module's forward(*args, **kwargs)."""
+Forward = Callable[..., Any]
+Around = Callable[[Forward], Forward]
+"""Makes the module's forward for one call out of its present one. The result must be a plain function: torch.compile
+recompiles for every new functools.partial or lambda default, but not for new closures of the same code."""
 
 
 @dataclass(frozen=True)
 class ModelCall:
     """What one model call is about.
 
-    conds: our tensors of the conds in this call, first dimension batch * conds (images vary fastest).
+    conds: our tensors of the conds in this call, first dimension images * count (images vary fastest).
     images: images in the latent batch; count: conds that share this call.
+    text_rows: rows of text that the model gets.
     """
 
     conds: Mapping[str, torch.Tensor]
     images: int
     count: int
+    text_rows: int
     device: torch.device
 
 
@@ -46,7 +51,7 @@ class Operation(Protocol):
     side_model: ModelPatcher | None
 
     def around(self, call: ModelCall) -> Mapping[str, Around]:
-        """Module path inside the diffusion model -> what to put around its forward; empty = leave the call alone."""
+        """Module path inside the diffusion model -> what to put around its forward. Empty leaves the call alone."""
         ...
 
 
@@ -62,24 +67,34 @@ def add_operation(model: ModelPatcher, operation: Operation) -> ModelPatcher:
     return patched
 
 
-def _run(operations: tuple[Operation, ...], executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _run(
+    operations: tuple[Operation, ...],
+    executor: Any,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    c_concat: torch.Tensor | None = None,
+    c_crossattn: torch.Tensor | None = None,
+    control: Any = None,
+    transformer_options: Mapping[str, Any] = MappingProxyType({}),
+    **kwargs: Any,
+) -> torch.Tensor:
     conds = {key: kwargs.pop(key).to(x.device) for key in list(kwargs) if key.startswith(COND_PREFIX)}
-    options = next((a for a in args if isinstance(a, dict)), kwargs.get("transformer_options", {}))
-    count = len(options.get("cond_or_uncond", (0,)))
-    call = ModelCall(conds, x.shape[0] // count, count, x.device)
+    count = len(transformer_options.get("cond_or_uncond", (0,)))
+    text_rows = 0 if c_crossattn is None else c_crossattn.shape[1]
+    call = ModelCall(conds, x.shape[0] // count, count, text_rows, x.device)
     model = executor.class_obj.diffusion_model
     model = getattr(model, "_orig_mod", model)
     with contextlib.ExitStack() as stack:
         for operation in operations:
             for path, around in operation.around(call).items():
                 stack.enter_context(_overridden(model.get_submodule(path), around))
-        return executor(x, *args, **kwargs)
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
 
 @contextlib.contextmanager
 def _overridden(module: torch.nn.Module, around: Around) -> Iterator[None]:
     own = vars(module).get("forward")
-    module.forward = partial(around, module.forward)
+    module.forward = around(own or _class_forward(module))
     try:
         yield
     finally:
@@ -87,3 +102,13 @@ def _overridden(module: torch.nn.Module, around: Around) -> Iterator[None]:
             del module.forward
         else:
             module.forward = own
+
+
+def _class_forward(module: torch.nn.Module) -> Forward:
+    """The module's own forward, not as a bound method: torch.compile would recompile when that is collected."""
+    forward = type(module).forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return forward(module, *args, **kwargs)
+
+    return call

@@ -26,7 +26,13 @@ class SelectiveLora:
         scale = call.conds.get(self.key)
         if scale is None:
             return {}
-        return self.side.around(lambda x: _fit_rows(scale, x.shape[1])[..., None])
+        missing = call.text_rows - scale.shape[1]
+        if missing < 0:
+            raise SliderError(
+                f"The spans were found on a text of {scale.shape[1]} rows, but the model got {call.text_rows}; expected "
+                "the conditioning that the spans were made with. Was it made by another text encoder or cut afterwards?"
+            )
+        return self.side.around(torch.nn.functional.pad(scale, (0, missing)))
 
 
 def apply_stlora(model: ModelPatcher, adapter: Adapter, channel: str = DEFAULT_CHANNEL) -> ModelPatcher:
@@ -43,13 +49,3 @@ def apply_stlora(model: ModelPatcher, adapter: Adapter, channel: str = DEFAULT_C
         )
     adapter.check_fit(model, family)
     return add_operation(model, SelectiveLora(adapter, channel, model.load_device))
-
-
-def _fit_rows(scale: torch.Tensor, rows: int) -> torch.Tensor:
-    """Extend (batch, known rows) by zeros to the rows that reached the model, e.g. after Conditioning (Concat)."""
-    if scale.shape[1] > rows:
-        raise SliderError(
-            f"The spans were found on a text of {scale.shape[1]} rows, but the model got {rows}; expected the "
-            "conditioning that the spans were made with. Was it made by another text encoder or cut afterwards?"
-        )
-    return torch.nn.functional.pad(scale, (0, rows - scale.shape[1]))

@@ -6,8 +6,7 @@ neither, and works on any weight format because it needs only the linear's input
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from comfy import ops
 from comfy.model_management import unet_offload_device
 from comfy.model_patcher import ModelPatcher
 
-from .module_overrides import Around
+from .module_overrides import Around, Forward
 
 
 class Factor(NamedTuple):
@@ -47,12 +46,12 @@ class SidePath(torch.nn.Module):
         self.ranks = [f.down.shape[0] for f in factors]
 
     def forward(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Add weight * up(down(x)) to `y` in place.
+        """Add weight * up(down(x)) to `y` in place and return it.
 
-        x: (..., in), y: (..., out), weight: broadcastable to x without its last dimension, or 0-dim.
+        x: (batch, ..., in), y: (batch, ..., out), weight: a scalar, (batch,) or (batch, rows).
         """
         low = self.down(x)
-        low = low * weight.to(low.dtype)
+        low = low * weight.to(low.dtype).reshape(weight.shape + (1,) * (low.ndim - weight.ndim))
         for up, rows, part in zip(self.ups, self.rows, low.split(self.ranks, dim=-1)):
             y[..., rows] += up(part)
         return y
@@ -68,17 +67,23 @@ class SideModel(torch.nn.Module):
         self.names = list(paths)
         self.requires_grad_(False)
 
-    def around(self, weight_for: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Around]:
-        """Overrides for all modules. `weight_for(x)` gives the weight for a linear's input x (see SidePath.forward)."""
-        return {name: partial(_with_side_path, path, weight_for) for name, path in zip(self.names, self.paths)}
+    def around(self, weight: torch.Tensor) -> dict[str, Around]:
+        """Overrides for all modules, with the weight of SidePath.forward."""
+        return {name: _beside(path, weight) for name, path in zip(self.names, self.paths)}
 
     def patcher(self, load_device: torch.device) -> ModelPatcher:
         """A ModelPatcher by which ComfyUI loads and offloads the side paths."""
         return ModelPatcher(self, load_device=load_device, offload_device=unet_offload_device())
 
 
-def _with_side_path(path: torch.nn.Module, weight_for: Callable, forward: Callable, x: torch.Tensor) -> torch.Tensor:
-    return path(forward(x), x, weight_for(x))
+def _beside(path: torch.nn.Module, weight: torch.Tensor) -> Around:
+    def around(forward: Forward) -> Forward:
+        def with_side_path(x: torch.Tensor) -> torch.Tensor:
+            return path(forward(x), x, weight)
+
+        return with_side_path
+
+    return around
 
 
 def _linear(weight: torch.Tensor) -> torch.nn.Module:

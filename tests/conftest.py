@@ -22,6 +22,7 @@ sys.path.append(str(REPO))
 import comfy.cli_args  # noqa: E402
 
 comfy.cli_args.args.cpu = True
+comfy.cli_args.args.use_pytorch_cross_attention = True
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,11 @@ import json
 from dataclasses import replace
 from functools import partial
 
-import comfy.sampler_helpers
-import comfy.samplers
 import pytest
 import torch
 from conftest import GOLDEN
 from safetensors.torch import load_file
+from support.model_calls import velocity_of
 
 from slider_core.adapter_file import read_adapter
 from slider_core.global_lora import apply_gstlora
@@ -47,21 +46,10 @@ def velocity(golden_model, stored):
                 raw = model.model.latent_format.process_out(one["ref0"])
                 options |= {"reference_latents": [raw], "reference_latents_method": "offset"}
             conditioning = cond([[one["txt"], options]], k)
-            rows.append(_velocity(model, one["x"], case["sigma"][k], conditioning))
+            rows.append(velocity_of(model, one["x"], case["sigma"][k], conditioning))
         return torch.cat(rows)
 
     return run
-
-
-def _velocity(model, x: torch.Tensor, sigma: float, conditioning: list) -> torch.Tensor:
-    sigmas = torch.tensor([sigma])
-    options = model.model_options | {"transformer_options": dict(model.model_options["transformer_options"])}
-    conds = {"positive": comfy.sampler_helpers.convert_cond(conditioning)}
-    comfy.sampler_helpers.prepare_model_patcher(model, conds, options)
-    model.pre_run()
-    conds = comfy.samplers.process_conds(model.model, x, conds, x.device, x, None, seed=0)
-    [denoised] = comfy.samplers.calc_cond_batch(model.model, [conds["positive"]], x, sigmas, options)
-    return (x - denoised) / sigma
 
 
 def close(case: dict, stored: dict, out: torch.Tensor) -> bool:

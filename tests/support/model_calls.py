@@ -1,0 +1,20 @@
+"""One model call through ComfyUI's own cond machinery, without a sampler around it."""
+
+from __future__ import annotations
+
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from comfy.model_patcher import ModelPatcher
+
+
+def velocity_of(model: ModelPatcher, x: torch.Tensor, sigma: float, *conditionings: list) -> torch.Tensor:
+    """Velocity (batch, 16, H, W) of each conditioning, stacked along the batch in the order given."""
+    options = model.model_options | {"transformer_options": dict(model.model_options["transformer_options"])}
+    conds = {str(k): comfy.sampler_helpers.convert_cond(c) for k, c in enumerate(conditionings)}
+    comfy.sampler_helpers.prepare_model_patcher(model, conds, options)
+    model.pre_run()
+    conds = comfy.samplers.process_conds(model.model, x, conds, x.device, x, None, seed=0)
+    sigmas = torch.full((x.shape[0],), sigma)
+    denoised = comfy.samplers.calc_cond_batch(model.model, list(conds.values()), x, sigmas, options)
+    return torch.cat([x - one for one in denoised]) / sigma

@@ -1,0 +1,324 @@
+"""What the model computes with slider adapters on it, apart from the papers' cases: nothing leaks, all combinations."""
+
+from __future__ import annotations
+
+import comfy.lora
+import comfy.sd
+import pytest
+import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from conftest import GOLDEN
+from safetensors.torch import load_file
+from support.model_calls import velocity_of
+
+from slider_core.adapter_file import read_adapter
+from slider_core.errors import SliderError
+from slider_core.global_lora import apply_gstlora
+from slider_core.selective_lora import apply_stlora
+from slider_core.span_strengths import Span, attach_spans, set_strengths
+
+STLORA = GOLDEN / "examples" / "selective_lora.pt"
+GSTLORA = GOLDEN / "examples" / "gstlora_pytorch_lora_weights.safetensors"
+OTHER = GOLDEN / "examples" / "kk_pytorch_lora_weights.safetensors"
+SPANS = [Span("first", (2, 3, 4)), Span("second", (4, 5, 6, 7))]
+SIGMA = 0.7
+
+
+@pytest.fixture(scope="module")
+def st():
+    return read_adapter(STLORA)
+
+
+@pytest.fixture(scope="module")
+def gst():
+    return read_adapter(GSTLORA)
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def text(*strengths: object, rows: int = 24, seed: int = 1, **options) -> list:
+    cond = [
+        [noise(1, rows, 64, seed=seed), {"pooled_output": noise(1, 768, seed=seed + 1), "guidance": 3.5, **options}]
+    ]
+    spanned = attach_spans(cond, rows, SPANS[: len(strengths)])
+    return set_strengths(spanned, {f"strength_{k}": s for k, s in enumerate(strengths, 1)}) if strengths else cond
+
+
+X = noise(1, 16, 8, 8, seed=9)
+
+
+def far(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a - b).abs().max().item() > 1e-2
+
+
+def near(a: torch.Tensor, b: torch.Tensor, atol: float = 1e-4) -> bool:
+    return torch.allclose(a, b, atol=atol, rtol=1e-4)
+
+
+def test_strength_one_is_the_bare_model_bit_for_bit(golden_model, st, gst):
+    bare = velocity_of(golden_model, X, SIGMA, text())
+    both = apply_gstlora(apply_stlora(golden_model, st), gst, 1.0)
+    assert torch.equal(bare, velocity_of(both, X, SIGMA, text(1.0, 1.0)))
+    assert "model_conds" not in text()[0][1]
+    assert text(1.0, 1.0)[0][1]["model_conds"] == {}
+    assert far(bare, velocity_of(both, X, SIGMA, text(1.0, 0.0)))
+    assert far(bare, velocity_of(apply_gstlora(golden_model, gst, 0.0), X, SIGMA, text()))
+
+
+def test_nothing_stays_on_the_model(golden_model, st, gst):
+    bare = velocity_of(golden_model, X, SIGMA, text())
+    patched = apply_gstlora(apply_stlora(golden_model, st), gst, 0.3)
+    velocity_of(patched, X, SIGMA, text(0.0))
+    assert not any("forward" in vars(m) for m in golden_model.model.modules())
+    assert torch.equal(bare, velocity_of(golden_model, X, SIGMA, text()))
+    first, second = (apply_gstlora(golden_model, gst, s) for s in (0.0, 0.5))
+    a = velocity_of(first, X, SIGMA, text())
+    velocity_of(second, X, SIGMA, text())
+    assert torch.equal(a, velocity_of(first, X, SIGMA, text()))
+
+
+def test_a_failing_block_leaves_nothing_behind(golden_model, st, gst):
+    patched = apply_gstlora(apply_stlora(golden_model, st), gst, 0.3)
+    broken = patched.clone()
+
+    def fail(args, extra):
+        raise InterruptedError
+
+    broken.set_model_patch_replace(fail, "dit", "double_block", 1)
+    with pytest.raises(InterruptedError):
+        velocity_of(broken, X, SIGMA, text(0.0))
+    assert not any("forward" in vars(m) for m in golden_model.model.modules())
+
+
+def test_anothers_forward_is_kept(golden_model, st):
+    linear = golden_model.model.diffusion_model.double_blocks[0].txt_attn.qkv
+    calls = []
+    own = linear.forward
+    linear.forward = lambda x: (calls.append(1), own(x))[1]
+    foreign = linear.forward
+    try:
+        velocity_of(apply_stlora(golden_model, st), X, SIGMA, text(0.0))
+        assert linear.forward is foreign
+        assert calls
+    finally:
+        del linear.forward
+
+
+def test_side_path_equals_merging(golden_model, gst):
+    merged = merge(golden_model, GSTLORA, 0.7)
+    with loaded(merged):
+        want = velocity_of(merged, X, SIGMA, text())
+    assert near(want, velocity_of(apply_gstlora(golden_model, gst, 0.3), X, SIGMA, text()))
+
+
+def merge(model, path, strength: float):
+    """What the stock LoRA loader does."""
+    merged, _ = comfy.sd.load_lora_for_models(model, None, load_file(path), strength, 0)
+    return merged
+
+
+class loaded:
+    """ComfyUI's loading of a model's weight patches, and their removal."""
+
+    def __init__(self, model, **how):
+        self.model, self.how = model, how
+
+    def __enter__(self):
+        self.model.patch_model(self.model.load_device, **self.how)
+
+    def __exit__(self, *exc):
+        self.model.unpatch_model(self.model.offload_device)
+
+
+@pytest.mark.parametrize("order", ["lora first", "lora last"])
+def test_with_an_ordinary_lora(golden_model, st, gst, order):
+    def sliders(model):
+        return apply_stlora(apply_gstlora(model, gst, 0.4), st)
+
+    def lora(model):
+        return merge(model, OTHER, 0.8)
+
+    both = sliders(lora(golden_model)) if order == "lora first" else lora(sliders(golden_model))
+    with loaded(both):
+        found = velocity_of(both, X, SIGMA, text(0.2))
+        only_lora = velocity_of(lora(golden_model), X, SIGMA, text())
+    reference = apply_gstlora(apply_gstlora(apply_stlora(golden_model, st), gst, 0.4), read_adapter(OTHER), 0.2)
+    assert near(found, velocity_of(reference, X, SIGMA, text(0.2)))
+    assert far(found, only_lora)
+
+
+def test_several_at_once_in_any_order(golden_model, st, gst):
+    other = read_adapter(OTHER)
+    steps = [
+        lambda m: apply_stlora(m, st),
+        lambda m: apply_gstlora(m, gst, 0.5),
+        lambda m: apply_gstlora(m, other, 1.4),
+    ]
+    outs = []
+    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
+        model = golden_model
+        for k in order:
+            model = steps[k](model)
+        outs.append(velocity_of(model, X, SIGMA, text(0.0, 1.3)))
+    assert near(outs[0], outs[1])
+    assert near(outs[0], outs[2])
+    twice = apply_gstlora(apply_gstlora(golden_model, gst, 0.7), gst, 0.8)
+    assert near(
+        velocity_of(twice, X, SIGMA, text()), velocity_of(apply_gstlora(golden_model, gst, 0.5), X, SIGMA, text())
+    )
+
+
+def test_channels(golden_model, st):
+    model = apply_stlora(golden_model, st, "faces")
+    bare = velocity_of(golden_model, X, SIGMA, text())
+    assert torch.equal(bare, velocity_of(model, X, SIGMA, text(0.0)))
+    named = set_strengths(attach_spans(text(), 24, SPANS[:1]), {"strength_1": 0.0}, "faces")
+    assert torch.equal(
+        velocity_of(model, X, SIGMA, named), velocity_of(apply_stlora(golden_model, st), X, SIGMA, text(0.0))
+    )
+
+
+def test_strengths_act_on_their_own_cond(golden_model, st):
+    model = apply_stlora(golden_model, st)
+    positive, negative = text(0.0, 0.5), text(seed=5)
+    together = velocity_of(model, X, SIGMA, positive, negative)
+    assert near(together[:1], velocity_of(model, X, SIGMA, positive))
+    assert torch.equal(together[1:], velocity_of(golden_model, X, SIGMA, negative))
+    both = velocity_of(model, X, SIGMA, positive, text(1.2, 0.3, seed=5))
+    assert near(both[:1], together[:1])
+    assert near(both[1:], velocity_of(model, X, SIGMA, text(1.2, 0.3, seed=5)))
+    assert near(velocity_of(model, X, SIGMA, positive, text(0.3, rows=40, seed=5))[:1], together[:1])
+
+
+@pytest.mark.parametrize("references", [0, 1])
+def test_batch_of_strengths_equals_single_runs(golden_model, st, gst, references):
+    options = {"reference_latents": [noise(1, 16, 4, 4)] * references} if references else {}
+    batch = X.repeat(3, 1, 1, 1)
+    model = apply_stlora(golden_model, st)
+    values = (0.0, 0.5, 1.5)
+    swept = velocity_of(model, batch, SIGMA, text(values, 0.7, **options), text(0.4, **options))
+    for k, value in enumerate(values):
+        single = velocity_of(model, X, SIGMA, text(value, 0.7, **options))
+        assert near(swept[k : k + 1], single)
+        assert near(swept[3 + k : 4 + k], velocity_of(model, X, SIGMA, text(0.4, **options)))
+    swept = velocity_of(
+        apply_gstlora(golden_model, gst, values), batch, SIGMA, text(**options), text(seed=3, **options)
+    )
+    for k, value in enumerate(values):
+        one = apply_gstlora(golden_model, gst, value)
+        assert near(swept[k : k + 1], velocity_of(one, X, SIGMA, text(**options)))
+        assert near(swept[3 + k : 4 + k], velocity_of(one, X, SIGMA, text(seed=3, **options)))
+
+
+def test_batches_that_do_not_fit(golden_model, st, gst):
+    with pytest.raises(SliderError, match=r"3 strengths were given, but the batch has 2"):
+        velocity_of(apply_stlora(golden_model, st), X.repeat(2, 1, 1, 1), SIGMA, text((0.0, 0.5, 1.0)))
+    with pytest.raises(SliderError, match=r"3 strengths were given, but the batch has 2"):
+        velocity_of(apply_gstlora(golden_model, gst, (0.0, 0.5, 1.0)), X.repeat(2, 1, 1, 1), SIGMA, text())
+
+
+def test_longer_text_after_concat_and_shorter_text(golden_model, st):
+    model = apply_stlora(golden_model, st)
+    [[cond, options]] = text(0.0)
+    longer = [[torch.cat([cond, noise(1, 8, 64)], 1), options]]
+    assert far(velocity_of(model, X, SIGMA, longer), velocity_of(golden_model, X, SIGMA, longer))
+    with pytest.raises(SliderError, match="24 rows, but the model got 16"):
+        velocity_of(model, X, SIGMA, [[cond[:, :16], options]])
+
+
+def test_only_the_spans_tokens_are_touched(golden_model, st):
+    """The first text linear's output changes in the rows of the span and nowhere else."""
+    seen = []
+    linear = golden_model.model.diffusion_model.double_blocks[0].txt_attn.norm.query_norm
+    handle = linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    try:
+        velocity_of(golden_model, X, SIGMA, text())
+        velocity_of(apply_stlora(golden_model, st), X, SIGMA, text(0.0))
+    finally:
+        handle.remove()
+    changed = (seen[0] != seen[1]).any(dim=(0, 1, 3)).nonzero().flatten().tolist()
+    assert changed == list(SPANS[0].rows)
+
+
+@pytest.mark.parametrize("when", ["compiled first", "compiled last"])
+def test_torch_compile(golden_model, st, gst, when):
+    torch._dynamo.reset()
+
+    def sliders(model, strength):
+        return apply_gstlora(apply_stlora(model, st), gst, strength)
+
+    def compiled(model):
+        model = model.clone()
+        set_torch_compile_wrapper(model, backend="aot_eager", dynamic=False)
+        return model
+
+    base = compiled(golden_model)
+    for strength in (0.3, 0.6):
+        model = sliders(base, strength) if when == "compiled first" else compiled(sliders(golden_model, strength))
+        want = velocity_of(sliders(golden_model, strength), X, SIGMA, text(strength, 0.5))
+        assert near(velocity_of(model, X, SIGMA, text(strength, 0.5)), want)
+        bare = velocity_of(golden_model, X, SIGMA, text())
+        assert near(velocity_of(base, X, SIGMA, text()), bare)
+
+
+def test_a_moved_slider_does_not_recompile(golden_model, st, gst):
+    torch._dynamo.reset()
+    base = golden_model.clone()
+    set_torch_compile_wrapper(base, backend="aot_eager", dynamic=False)
+    counts = []
+    for strength in (0.3, 0.6, -0.2):
+        model = apply_gstlora(apply_stlora(base, st), gst, strength)
+        velocity_of(model, X, SIGMA, text(strength, 0.5))
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts[0] > 0
+    assert counts[1:] == counts[:1] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
+def test_stored_dtypes(recipe, manifest, st, gst, dtype):
+    weights = recipe.flux_weights(manifest["model"])
+    model = comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
+    stored = model.model.diffusion_model.double_blocks[0].txt_attn.qkv.weight
+    assert stored.dtype == dtype
+    same_values = {k: v.to(dtype).float() for k, v in recipe.flux_weights(manifest["model"]).items()}
+    full = comfy.sd.load_diffusion_model_state_dict(same_values, model_options={"dtype": torch.float32})
+    found = velocity_of(apply_gstlora(apply_stlora(model, st), gst, 0.4), X, SIGMA, text(0.0))
+    want = velocity_of(apply_gstlora(apply_stlora(full, st), gst, 0.4), X, SIGMA, text(0.0))
+    bare = velocity_of(full, X, SIGMA, text())
+    assert (found - want).abs().mean() < 0.1 * (want - bare).abs().mean()
+    assert stored.dtype == dtype
+
+
+def test_partly_loaded_model(golden_model, st, gst):
+    want = velocity_of(apply_gstlora(apply_stlora(golden_model, st), gst, 0.4), X, SIGMA, text(0.0))
+    model = apply_gstlora(apply_stlora(golden_model.clone(), st), gst, 0.4)
+    with loaded(model, lowvram_model_memory=10_000):
+        casting = [m for m in model.model.modules() if getattr(m, "comfy_cast_weights", False)]
+        assert len(casting) > 10
+        assert near(velocity_of(model, X, SIGMA, text(0.0)), want)
+
+
+def test_opaque_linears(golden_model, st, gst):
+    """Weights that are no plain tensors to us, as GGUF's are: only input and output of the linear are used."""
+
+    class Opaque(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.in_features, self.out_features = linear.in_features, linear.out_features
+            self.hidden = [linear]
+
+        def forward(self, x):
+            return self.hidden[0](x)
+
+    model = golden_model.clone()
+    block = model.model.diffusion_model.double_blocks[0]
+    linear = block.txt_attn.qkv
+    want = velocity_of(apply_gstlora(apply_stlora(model, st), gst, 0.4), X, SIGMA, text(0.0))
+    block.txt_attn.qkv = Opaque(linear)
+    try:
+        found = velocity_of(apply_gstlora(apply_stlora(model, st), gst, 0.4), X, SIGMA, text(0.0))
+    finally:
+        block.txt_attn.qkv = linear
+    assert near(found, want)
