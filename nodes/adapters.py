@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 from ..slider_core.adapter_file import Adapter, read_adapter
 from ..slider_core.global_lora import apply_gstlora
 from ..slider_core.selective_lora import apply_stlora
-from .types import CATEGORY, SliderAdapter, channel_input, strength_input
+from .types import CATEGORY, SliderAdapter, channel_input, check_strengths, strength_input
 
 FOLDER = "loras"
 
@@ -39,7 +39,7 @@ class LoadAdapter(io.ComfyNode):
                 SliderAdapter.Output("adapter", tooltip="For Apply STLoRA or Apply GSTLoRA."),
                 io.String.Output("info", tooltip="Kind, base model, rank and layers as text."),
             ],
-            is_output_node=True,
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -97,6 +97,10 @@ class ApplyGSTLoRA(io.ComfyNode):
             ],
             outputs=[io.Model.Output()],
         )
+
+    @classmethod
+    def validate_inputs(cls, strength: object = 1.0) -> bool | str:
+        return strength is None or check_strengths({"strength": strength})
 
     @classmethod
     def execute(cls, model: ModelPatcher, adapter: Adapter, strength: object) -> io.NodeOutput:

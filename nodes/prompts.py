@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 
 from ..slider_core.span_conditioning import SPLITTERS, encode_sub_instructions, select_phrase
 from ..slider_core.span_strengths import Conditioning, set_strengths
-from .types import CATEGORY, channel_input, strength_input
+from .types import CATEGORY, channel_input, check_strengths, strength_input
 
 SLIDERS = 8
 
@@ -50,7 +50,7 @@ class EncodeSubInstructions(io.ComfyNode):
                 io.Conditioning.Output(),
                 io.String.Output("prompt", tooltip="The prompt that was encoded."),
             ],
-            is_output_node=True,
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -78,6 +78,12 @@ class SubInstructionStrengths(io.ComfyNode):
                 channel_input(),
             ],
             outputs=[io.Conditioning.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, **inputs: object) -> bool | str:
+        return check_strengths(
+            {name: value for name, value in inputs.items() if name.startswith("strength_") and value is not None}
         )
 
     @classmethod

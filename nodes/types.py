@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from comfy_api.latest import io
 
+from ..slider_core.errors import SliderError
 from ..slider_core.span_strengths import DEFAULT_CHANNEL
+from ..slider_core.strength import read_strength
 
 CATEGORY = "edit sliders"
 SliderAdapter = io.Custom("SLIDER_ADAPTER")
@@ -25,6 +29,16 @@ def strength_input(name: str, optional: bool = False) -> io.MultiType.Input:
         "Link a list of strengths to get one picture per value in one run.",
     )
     return io.MultiType.Input(slider, types=[io.Float, Strengths])
+
+
+def check_strengths(values: Mapping[str, object]) -> bool | str:
+    """For validate_inputs: True, or what is wrong with a strength typed in or sent over the API."""
+    try:
+        for name, value in values.items():
+            read_strength(value, name)
+    except SliderError as error:
+        return str(error)
+    return True
 
 
 def channel_input() -> io.String.Input:

@@ -29,8 +29,8 @@ class SelectiveLora:
         missing = call.text_rows - scale.shape[1]
         if missing < 0:
             raise SliderError(
-                f"The spans were found on a text of {scale.shape[1]} rows, but the model got {call.text_rows}; expected "
-                "the conditioning that the spans were made with. Was it made by another text encoder or cut afterwards?"
+                f"The spans were found on a text of {scale.shape[1]} rows, but the model got {call.text_rows}; "
+                "expected the conditioning that the spans were made with. Was it cut, or made by another encoder?"
             )
         return self.side.around(torch.nn.functional.pad(scale, (0, missing)))
 

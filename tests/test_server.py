@@ -1,0 +1,502 @@
+"""Whole graphs over the HTTP API of a real ComfyUI."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from support.comfy_server import ComfyServer, PromptRefused, Result
+from support.graphs import Graph, Link
+
+TWO = "make the cat older\nmake the wall (golden:1.2)"
+JOINED = "make the cat older and make the wall (golden:1.2)"
+
+
+def latents(server: ComfyServer, *parts: Callable[[Graph], Link]) -> list[np.ndarray]:
+    """Run one graph in which each part samples something; the samples in that order."""
+    graph = Graph()
+    ids = [graph.save(part(graph)) for part in parts]
+    result = server.run(graph)
+    assert result.ok, result.error
+    return [result.latent(node) for node in ids]
+
+
+def latent(server: ComfyServer, part: Callable[[Graph], Link]) -> np.ndarray:
+    return latents(server, part)[0]
+
+
+def failure(server: ComfyServer, part: Callable[[Graph], Link]) -> tuple[str, str]:
+    """Node type and message of the error that a graph ends with."""
+    graph = Graph()
+    graph.save(part(graph))
+    result = server.run(graph)
+    assert not result.ok
+    return result.error["node_type"], result.error["exception_message"].strip()
+
+
+def bare(graph: Graph, **more) -> Link:
+    return graph.sample(graph.model(), graph.edited(graph.stock_text(JOINED)), **more)
+
+
+def two_sliders(*values, model=lambda g: g.stlora(g.model()), **more) -> Callable[[Graph], Link]:
+    return lambda g: g.sample(model(g), g.edited(g.strengths(g.instructions(TWO), *values)), **more)
+
+
+def one_slider(strength, model=lambda g: g.model(), name="gst_peft.safetensors", **more) -> Callable[[Graph], Link]:
+    return lambda g: g.sample(g.gstlora(model(g), strength, name), g.edited(g.stock_text(JOINED)), **more)
+
+
+def near(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.allclose(a, b, atol=2e-4, rtol=1e-3)
+
+
+def far(a: np.ndarray, b: np.ndarray) -> bool:
+    return float(np.abs(a - b).max()) > 1e-2
+
+
+def forget(server: ComfyServer) -> None:
+    """Drop all cached results and loaded models."""
+    server.free()
+
+
+def test_nodes_are_there(server):
+    info = {name: node for name, node in server.object_info().items() if name.startswith("EditSliders")}
+    assert len(info) == 9
+    for node in info.values():
+        assert node["description"]
+        assert node["category"] == "edit sliders"
+        inputs = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
+        assert all(spec[1].get("tooltip") for spec in inputs.values()), node["name"]
+
+
+def test_strength_one_is_no_pack_bit_for_bit(server):
+    without, st, gst = latents(server, bare, two_sliders(1.0, 1.0), one_slider(1.0))
+    assert np.array_equal(without, st)
+    assert np.array_equal(without, gst)
+    assert np.array_equal(without, latent(server, two_sliders(1)))
+    assert np.array_equal(without, latent(server, two_sliders()))
+
+
+def test_padding_off_is_clip_text_encode(server):
+    def stock(g: Graph) -> Link:
+        return g.sample(g.model(), g.edited(g.stock_text(JOINED, length=None)))
+
+    def ours(g: Graph) -> Link:
+        return g.sample(g.model(), g.edited(g.instructions(TWO, pad_to_512=False)))
+
+    without, plain, padded = latents(server, stock, ours, bare)
+    assert np.array_equal(without, plain)
+    assert far(without, padded)
+
+
+def test_each_slider_moves_the_picture(server):
+    outs = latents(server, bare, two_sliders(0.3, 1), two_sliders(1, 0.3), two_sliders(0.3, 0.3), one_slider(0.3))
+    for k, a in enumerate(outs):
+        for b in outs[k + 1 :]:
+            assert far(a, b)
+
+
+def test_a_moved_slider_runs_nothing_above_it(server):
+    for make in (two_sliders, one_slider):
+        graphs = []
+        for value in (0.41, 0.42):
+            graph = Graph()
+            graph.save(make(value)(graph))
+            graphs.append(graph)
+        assert server.run(graphs[0]).ok
+        again = {graphs[1][node]["class_type"] for node in server.run(graphs[1]).executed}
+        stays = {"UNETLoader", "EditSlidersLoadAdapter", "EditSlidersEncodeSubInstructions", "CLIPTextEncode"}
+        assert "KSampler" in again
+        assert not again & (stays | {"EditSlidersApplySTLoRA"})
+
+
+def test_bypassed_second_and_interrupted_runs(server):
+    moved = two_sliders(0.2, 1.4, model=lambda g: g.gstlora(g.stlora(g.model()), 0.5))
+    first, without = latent(server, moved), latent(server, bare)
+    forget(server)
+    assert np.array_equal(first, latent(server, moved))
+    assert np.array_equal(without, latent(server, bare))
+
+    graph = Graph()
+    graph.save(two_sliders(0.2, 1.4, model=lambda g: g.gstlora(g.stlora(g.model()), 0.5), steps=2000)(graph))
+    prompt = server.submit(graph)
+    time.sleep(2)
+    server.interrupt()
+    assert server.wait(prompt).interrupted
+    forget(server)
+    assert np.array_equal(without, latent(server, bare))
+    assert np.array_equal(first, latent(server, moved))
+
+
+def test_two_branches_of_one_graph(server):
+    parts = [two_sliders(0.2, 1), two_sliders(1, 0.2), one_slider(0.2), bare, one_slider(1.6)]
+    together = latents(server, *parts)
+    forget(server)
+    for out, part in zip(together, parts):
+        assert np.array_equal(out, latent(server, part))
+
+
+def test_any_order(server):
+    stacks = [
+        lambda g: g.gstlora(g.stlora(g.lora(g.model())), 0.4),
+        lambda g: g.lora(g.stlora(g.gstlora(g.model(), 0.4))),
+        lambda g: g.stlora(g.lora(g.gstlora(g.model(), 0.4))),
+    ]
+    outs = latents(server, *(two_sliders(0.3, 0.6, model=stack) for stack in stacks))
+    assert near(outs[0], outs[1])
+    assert near(outs[0], outs[2])
+    assert far(outs[0], latent(server, two_sliders(0.3, 0.6, model=lambda g: g.gstlora(g.stlora(g.model()), 0.4))))
+
+
+def test_cfg_with_a_negative_prompt(server):
+    """One Euler step is linear in the guidance scale, so the three runs must lie on a line."""
+
+    def part(cfg: float, positive: Callable[[Graph], Link], negative: Callable[[Graph], Link]) -> Callable:
+        return lambda g: g.sample(g.stlora(g.model()), positive(g), negative(g), cfg=cfg, steps=1)
+
+    def slid(g: Graph) -> Link:
+        return g.edited(g.strengths(g.instructions(TWO), 0.2, 1.3))
+
+    def plain(g: Graph) -> Link:
+        return g.edited(g.stock_text("blurry"))
+
+    cond, uncond, guided, short = latents(
+        server,
+        part(1.0, slid, slid),
+        part(1.0, plain, plain),
+        part(3.0, slid, plain),
+        part(3.0, slid, lambda g: g.edited(g.stock_text("blurry", length=None))),
+    )
+    assert near(guided, uncond + 3.0 * (cond - uncond))
+    assert far(guided, short)
+    both = latent(server, part(3.0, slid, slid))
+    assert near(both, cond)
+
+
+def test_combined_conds_keep_their_own_strengths(server):
+    def slid(g: Graph, *values: float) -> Link:
+        return g.edited(g.strengths(g.instructions(TWO), *values))
+
+    def part(g: Graph) -> Link:
+        both = g.add("ConditioningCombine", conditioning_1=slid(g, 0.2, 1), conditioning_2=slid(g, 1, 0.4))
+        return g.sample(g.stlora(g.model()), both, steps=1)
+
+    combined, first, second = latents(server, part, two_sliders(0.2, 1, steps=1), two_sliders(1, 0.4, steps=1))
+    assert near(combined, (first + second) / 2)
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_a_sweep_equals_single_runs(server, reference):
+    values = (0.0, 0.6, 1.7)
+
+    def sweep(kind: str) -> Callable[[Graph], Link]:
+        def part(g: Graph) -> Link:
+            strengths = g.add("EditSlidersStrengthList", values="0, 0.6; 1.7")
+            latent = g.add("EditSlidersLatentForSweep", latent=g.noise(), strengths=strengths)
+            if kind == "st":
+                text = g.edited(g.strengths(g.instructions(TWO), strengths, 0.7), reference)
+                return g.sample(g.stlora(g.model()), text, latent=latent)
+            return g.sample(g.gstlora(g.model(), strengths), g.edited(g.stock_text(JOINED), reference), latent=latent)
+
+        return part
+
+    def single(kind: str, value: float) -> Callable[[Graph], Link]:
+        def part(g: Graph) -> Link:
+            if kind == "st":
+                return g.sample(g.stlora(g.model()), g.edited(g.strengths(g.instructions(TWO), value, 0.7), reference))
+            return g.sample(g.gstlora(g.model(), value), g.edited(g.stock_text(JOINED), reference))
+
+        return part
+
+    for kind in ("st", "gst"):
+        swept = latent(server, sweep(kind))
+        assert swept.shape[0] == 3
+        for k, one in enumerate(latents(server, *(single(kind, value) for value in values))):
+            assert near(swept[k : k + 1], one)
+        assert far(swept[0], swept[1])
+
+
+def test_timestep_ranges(server):
+    """A slider for the first half of the schedule equals sampling in two parts."""
+
+    def slid(g: Graph) -> Link:
+        return g.edited(g.strengths(g.instructions(TWO), 0.0, 1))
+
+    def plain(g: Graph) -> Link:
+        return g.edited(g.instructions(TWO))
+
+    def ranged(g: Graph) -> Link:
+        first = g.add("ConditioningSetTimestepRange", conditioning=slid(g), start=0.0, end=0.4)
+        second = g.add("ConditioningSetTimestepRange", conditioning=plain(g), start=0.4, end=1.0)
+        both = g.add("ConditioningCombine", conditioning_1=first, conditioning_2=second)
+        return g.sample(g.stlora(g.model()), both, steps=4)
+
+    def parts(g: Graph) -> Link:
+        def run(text: Link, latent: Link, start: int, end: int) -> Link:
+            return g.add(
+                "KSamplerAdvanced",
+                model=g.stlora(g.model()),
+                positive=text,
+                negative=text,
+                latent_image=latent,
+                add_noise="enable" if start == 0 else "disable",
+                noise_seed=7,
+                steps=4,
+                cfg=1.0,
+                sampler_name="euler",
+                scheduler="simple",
+                start_at_step=start,
+                end_at_step=end,
+                return_with_leftover_noise="enable" if end < 4 else "disable",
+            )
+
+        return run(plain(g), run(slid(g), g.noise(), 0, 2), 2, 4)
+
+    together, apart, whole, none = latents(server, ranged, parts, two_sliders(0.0, 1, steps=4), two_sliders(steps=4))
+    assert near(together, apart)
+    assert far(together, whole)
+    assert far(together, none)
+
+
+def test_fp8_weights(server):
+    def model(g: Graph) -> Link:
+        return g.model("fp8_e4m3fn")
+
+    def plain(g: Graph) -> Link:
+        return g.sample(model(g), g.edited(g.stock_text(JOINED)))
+
+    slid = two_sliders(0.2, 1, model=lambda g: g.stlora(model(g)))
+    without, untouched, st, gst = latents(
+        server, plain, two_sliders(1, 1, model=lambda g: g.stlora(model(g))), slid, one_slider(0.2, model)
+    )
+    assert np.array_equal(without, untouched)
+    assert far(without, st)
+    assert far(without, gst)
+    full = latents(server, bare, two_sliders(0.2, 1))
+    effect = full[1] - full[0]
+    cosine = float((effect * (st - without)).sum() / np.linalg.norm(effect) / np.linalg.norm(st - without))
+    assert cosine > 0.9
+
+
+def test_stock_torch_compile(server):
+    def compiled(g: Graph, model: Link) -> Link:
+        return g.add("TorchCompileModel", model=model, backend="inductor")
+
+    parts = [
+        two_sliders(0.3, 1.5, model=lambda g: g.gstlora(g.stlora(compiled(g, g.model())), 0.6)),
+        two_sliders(0.3, 1.5, model=lambda g: g.gstlora(g.stlora(g.model()), 0.6)),
+        two_sliders(1.0, 0.2, model=lambda g: g.gstlora(g.stlora(compiled(g, g.model())), 0.9)),
+        two_sliders(1.0, 0.2, model=lambda g: g.gstlora(g.stlora(g.model()), 0.9)),
+    ]
+    outs = latents(server, *parts)
+    assert np.allclose(outs[0], outs[1], atol=5e-3)
+    assert np.allclose(outs[2], outs[3], atol=5e-3)
+    assert far(outs[0], outs[2])
+
+
+def test_side_path_equals_the_stock_loader(server):
+    def merged(strength: float) -> Callable[[Graph], Link]:
+        return lambda g: g.sample(g.lora(g.model(), "gst_peft.safetensors", strength), g.edited(g.stock_text(JOINED)))
+
+    for strength in (0.3, -0.2, 1.5):
+        ours, stock = latents(server, one_slider(strength), merged(1.0 - strength))
+        assert near(ours, stock)
+    ours, stock = latents(server, one_slider(0.3, name="gst_peft_alpha.safetensors"), merged(1.4))
+    assert near(ours, stock)
+
+
+def test_formats_agree(server):
+    names = ("gst_peft.safetensors", "gst_kohya.safetensors", "gst_comfy_names.safetensors")
+    outs = latents(server, *(one_slider(0.2, name=name) for name in names))
+    assert all(near(outs[0], out) for out in outs[1:])
+    names = ("selective_lora.pt", "st_comfy_names.safetensors")
+    outs = latents(server, *(two_sliders(0.2, 1.2, model=lambda g, n=n: g.stlora(g.model(), n)) for n in names))
+    assert near(*outs)
+
+
+def test_shown_to_the_user(server):
+    graph = Graph()
+    graph.save(two_sliders(0.5, 0.5)(graph))
+    graph.save(one_slider(0.5)(graph))
+    result = server.run(graph)
+    texts = {}
+    for node in graph:
+        if "text" in result.outputs.get(node, {}):
+            texts.setdefault(graph[node]["class_type"], []).append(result.text(node))
+    adapters = "\n".join(texts["EditSlidersLoadAdapter"])
+    assert "selective_lora.pt: STLoRA" in adapters
+    assert "gst_peft.safetensors: GSTLoRA" in adapters
+    assert "rank: 4" in adapters
+    assert "1  make the cat older" in texts["EditSlidersEncodeSubInstructions"][0]
+
+
+def test_phrases_of_a_free_prompt(server):
+    """The same spans, made by lines, by marks, and phrase by phrase on a stock encode node."""
+
+    def part(conditioning: Callable[[Graph], Link]) -> Callable[[Graph], Link]:
+        return lambda g: g.sample(g.stlora(g.model()), g.edited(g.strengths(conditioning(g), 0.1, 1.4)))
+
+    def marked(g: Graph) -> Link:
+        return g.instructions("[[make the cat older]] and [[make the wall (golden:1.2)]]", "[[marked]] phrases")
+
+    def phrases(length: int | None) -> Callable[[Graph], Link]:
+        def conditioning(g: Graph) -> Link:
+            out = g.stock_text(JOINED, length)
+            for phrase in ("make the cat older", "make the wall golden"):
+                out = g.add(
+                    "EditSlidersSelectPhrase",
+                    conditioning=out,
+                    clip=g.clip(),
+                    prompt=JOINED,
+                    phrase=phrase,
+                    occurrence=1,
+                )
+            return out
+
+        return conditioning
+
+    lines, marks, picked = latents(server, part(lambda g: g.instructions(TWO)), part(marked), part(phrases(512)))
+    assert np.array_equal(lines, marks)
+    assert np.array_equal(lines, picked)
+    short, unpadded = latents(server, part(phrases(None)), part(lambda g: g.instructions(TWO, pad_to_512=False)))
+    assert np.array_equal(short, unpadded)
+
+
+def select(phrase: str, prompt: str = JOINED, occurrence: int = 1, text=None) -> Callable[[Graph], Link]:
+    def part(g: Graph) -> Link:
+        spanned = g.add(
+            "EditSlidersSelectPhrase",
+            conditioning=text(g) if text else g.stock_text(JOINED),
+            clip=g.clip(),
+            prompt=prompt,
+            phrase=phrase,
+            occurrence=occurrence,
+        )
+        return g.sample(g.stlora(g.model()), g.edited(g.strengths(spanned, 0.5)))
+
+    return part
+
+
+def encode(text: str, mode: str = "one per line") -> Callable[[Graph], Link]:
+    return lambda g: g.sample(g.model(), g.edited(g.instructions(text, mode)))
+
+
+def gst(name: str) -> Callable[[Graph], Link]:
+    return one_slider(0.5, name=name)
+
+
+BAD = {
+    "dora": (gst("dora.safetensors"), "LoadAdapter", "dora_scale"),
+    "wrong width": (gst("wrong_width.safetensors"), "ApplyGSTLoRA", "hidden size 128"),
+    "too deep": (gst("too_deep.safetensors"), "ApplyGSTLoRA", "blocks.7"),
+    "other family": (gst("other_family.safetensors"), "LoadAdapter", "no known model family (FLUX.1)"),
+    "truncated": (gst("truncated.safetensors"), "LoadAdapter", "cannot be read"),
+    "empty file": (gst("empty.safetensors"), "LoadAdapter", "cannot be read"),
+    "hostile": (gst("hostile.pt"), "LoadAdapter", "tensors only"),
+    "a list": (gst("not_a_dict.pt"), "LoadAdapter", "cannot be read"),
+    "no tensors": (gst("no_tensors.pt"), "LoadAdapter", "is no tensor"),
+    "st as gst": (gst("selective_lora.pt"), "ApplyGSTLoRA", "Use 'Apply STLoRA'"),
+    "gst as st": (
+        two_sliders(0.5, model=lambda g: g.stlora(g.model(), "gst_peft.safetensors")),
+        "ApplySTLoRA",
+        "single",
+    ),
+    "nan": (two_sliders(math.nan), None, "strength_1 is nan; expected a finite number"),
+    "infinite": (two_sliders(1, math.inf), None, "strength_2 is inf; expected a finite"),
+    "minus infinite": (one_slider(-math.inf), None, "strength is -inf; expected a finite"),
+    "text as strength": (one_slider("nan"), None, "strength is 'nan'; expected a number"),
+    "too many strengths": (
+        two_sliders(1, 1, 0.5),
+        "SubInstructionStrengths",
+        "only 2 sub-instruction(s): 'make the cat",
+    ),
+    "too few strengths": (
+        lambda g: g.sample(g.model(), g.strengths(g.instructions("\n".join(f"add hat {k}" for k in range(9))), 0.5)),
+        "SubInstructionStrengths",
+        "9 sub-instructions but only 8",
+    ),
+    "no spans": (
+        lambda g: g.sample(g.stlora(g.model()), g.strengths(g.stock_text(JOINED), 0.5)),
+        "SubInstructionStrengths",
+        "Encode Sub-Instructions",
+    ),
+    "empty prompt": (encode("  \n "), "EncodeSubInstructions", "prompt is empty"),
+    "no marks": (encode("make it red", "[[marked]] phrases"), "EncodeSubInstructions", "No phrase is marked"),
+    "open mark": (encode("[[make it red", "[[marked]] phrases"), "EncodeSubInstructions", "not closed"),
+    "absent phrase": (select("the wall golden hat"), "SelectPhrase", "closest: 'the wall golden'"),
+    "occurrence": (select("make the", occurrence=3), "SelectPhrase", "occurs 2 time(s)"),
+    "other encoder": (
+        select("older", text=lambda g: g.stock_text(JOINED, length=300)),
+        "SelectPhrase",
+        "300 text rows, but this text encoder gives 256",
+    ),
+    "cut conditioning": (
+        lambda g: g.sample(
+            g.stlora(g.model()),
+            g.strengths(g.instructions(TWO), g.add("EditSlidersStrengthList", values="0 0.5")),
+        ),
+        "KSampler",
+        "2 strengths were given, but the batch has 1",
+    ),
+    "unequal lists": (
+        lambda g: g.sample(
+            g.stlora(g.model()),
+            g.strengths(
+                g.instructions(TWO),
+                g.add("EditSlidersStrengthList", values="0 0.5"),
+                g.add("EditSlidersStrengthRange", first=0.0, last=1.0, count=3),
+            ),
+        ),
+        "SubInstructionStrengths",
+        "equally long",
+    ),
+    "no number": (
+        lambda g: g.sample(g.gstlora(g.model(), g.add("EditSlidersStrengthList", values="0, half")), g.stock_text("a")),
+        "StrengthList",
+        "'half' is no number",
+    ),
+    "empty list": (
+        lambda g: g.sample(g.gstlora(g.model(), g.add("EditSlidersStrengthList", values=" ")), g.stock_text("a")),
+        "StrengthList",
+        "empty list",
+    ),
+    "outside the folder": (gst("../../diffusion_models/tiny-kontext.safetensors"), None, "not in list"),
+    "absolute path": (gst("/etc/passwd"), None, "not in list"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_input(server, bad):
+    part, node, message = BAD[bad]
+    if node is None:
+        graph = Graph()
+        graph.save(part(graph))
+        with pytest.raises(PromptRefused) as refused:
+            server.run(graph)
+        assert message in str(refused.value)
+        return
+    failed, text = failure(server, part)
+    assert failed == ("" if node == "KSampler" else "EditSliders") + node
+    assert message in text
+    assert not (server.base / "models" / "PWNED").exists()
+
+
+def test_after_all_bad_input_the_model_is_as_before(server):
+    first = latents(server, bare, two_sliders(0.2, 1.4))
+    for part in (gst("too_deep.safetensors"), two_sliders(1, 1, 0.5), BAD["cut conditioning"][0]):
+        failure(server, part)
+    forget(server)
+    assert all(np.array_equal(a, b) for a, b in zip(first, latents(server, bare, two_sliders(0.2, 1.4))))
+
+
+def test_pictures_come_out(server):
+    graph = Graph()
+    samples = two_sliders(0.5, 1)(graph)
+    vae = graph.add("VAELoader", vae_name="taef1")
+    node = graph.add("PreviewImage", images=graph.add("VAEDecode", samples=samples, vae=vae))[0]
+    result: Result = server.run(graph)
+    [picture] = result.images(node)
+    assert picture.size == (64, 64)
