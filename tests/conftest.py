@@ -24,6 +24,7 @@ sys.path[:0] = [str(COMFYUI), str(REPO / "tests")]
 sys.path.append(str(REPO))
 
 import comfy.cli_args  # noqa: E402
+from support.browser import ComfyPage, browser, write_settings  # noqa: E402
 from support.comfy_server import ComfyServer  # noqa: E402
 from support.tiny_models import write_tiny_models  # noqa: E402
 
@@ -36,10 +37,18 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     """A running ComfyUI with the pack, the tiny models and a photograph called photo.png."""
     base = tmp_path_factory.mktemp("comfyui")
     write_tiny_models(base / "models")
+    write_settings(base)
     packs = {"ComfyUI-EditSliders": REPO, "tiny_loaders": REPO / "tests" / "support" / "tiny_loaders"}
     with ComfyServer(COMFYUI, base, packs) as running:
         running.put_input("photo.png", Image.open(REPO / "demo" / "photo.jpg").resize((64, 64)))
         yield running
+
+
+@pytest.fixture(scope="session", params=["canvas", "nodes 2.0"])
+def view(request: pytest.FixtureRequest, server: ComfyServer) -> Iterator[ComfyPage]:
+    """The server's page in a browser, in both of the frontend's ways to draw nodes."""
+    with browser() as running:
+        yield ComfyPage(running, server, vue=request.param == "nodes 2.0")
 
 
 @pytest.fixture(scope="session")

@@ -171,6 +171,10 @@ class ComfyServer:
         """Forget all cached results and unload all models before the next prompt."""
         self._request("/free", {"unload_models": True, "free_memory": True})
 
+    def get(self, path: str) -> bytes:
+        """What the server answers at a path such as '/extensions'."""
+        return self._request(path)
+
     def put_input(self, name: str, image: Image.Image) -> str:
         """Store a picture where LoadImage finds it; returns its name."""
         image.save(self.base / "input" / name)

@@ -1,0 +1,93 @@
+"""Draws the templates' thumbnails and the README's picture anew, as the frontend shows them.
+
+COMFYUI_PATH=... python tests/support/template_pictures.py
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+REPO = Path(__file__).resolve().parents[2]
+sys.path.append(str(REPO / "tests"))
+
+from support.browser import ComfyPage, browser, write_settings  # noqa: E402
+from support.comfy_server import ComfyServer  # noqa: E402
+
+WORKFLOWS = REPO / "workflows"
+OVERVIEW = REPO / "web" / "docs" / "two_sliders.jpg"
+CORNER = (120, 120)  # of the picture in the page: nothing of the frontend lies over it from here on
+MARGIN = 24
+THUMBNAIL = 512
+OVERVIEW_WIDTH = 1800
+SUBJECTS = {  # the nodes that a thumbnail is about
+    "single_slider": ("EditSlidersApplyGSTLoRA", "EditSlidersEncodeSubInstructions"),
+    "two_sub_prompt_sliders": ("EditSlidersEncodeSubInstructions", "EditSlidersSubInstructionStrengths"),
+    "strength_sweep": ("EditSlidersStrengthRange", "EditSlidersSubInstructionStrengths"),
+}
+BOUNDS = """types => {
+    const nodes = app.graph.nodes.filter(node => !types.length || types.includes(node.type))
+    return [
+        Math.min(...nodes.map(node => node.pos[0])),
+        Math.min(...nodes.map(node => node.pos[1])) - LiteGraph.NODE_TITLE_HEIGHT,
+        Math.max(...nodes.map(node => node.pos[0] + node.size[0])),
+        Math.max(...nodes.map(node => node.pos[1] + node.size[1])),
+    ]
+}"""
+LOOK_AT = """([x, y, scale, left, top]) => {
+    app.canvas.ds.scale = scale
+    app.canvas.ds.offset = [left / scale - x, top / scale - y]
+    app.canvas.setDirty(true, true)
+}"""
+
+
+def draw(comfyui: Path, base: Path) -> None:
+    """Write all pictures; `base` becomes the folder of a server."""
+    workflows = {name: json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")) for name in SUBJECTS}
+    write_settings(base)
+    _pretend_files(workflows["single_slider"], base / "models")
+    _pretend_files(workflows["two_sub_prompt_sliders"], base / "models")
+    with ComfyServer(comfyui, base, {"ComfyUI-EditSliders": REPO}) as server, browser() as running:
+        server.put_input("example.png", Image.open(REPO / "demo" / "photo.jpg"))
+        view = ComfyPage(running, server, vue=True)
+        view.page.set_viewport_size({"width": 2400, "height": 1400})
+        for name, workflow in workflows.items():
+            view.open(workflow)
+            _picture(view, SUBJECTS[name], THUMBNAIL, square=True).save(WORKFLOWS / f"{name}.jpg", quality=88)
+        view.open(workflows["two_sub_prompt_sliders"])
+        _picture(view, (), OVERVIEW_WIDTH).save(OVERVIEW, quality=85)
+
+
+def _picture(view: ComfyPage, types: tuple[str, ...], width: int, square: bool = False) -> Image.Image:
+    left, top, right, bottom = view.page.evaluate(BOUNDS, types)
+    across, down = right - left + 2 * MARGIN, bottom - top + 2 * MARGIN
+    if square:
+        side = max(across, down)
+        left, top, across, down = left - (side - across) / 2, top - (side - down) / 2, side, side
+    scale = width / across
+    view.page.evaluate(LOOK_AT, [left - MARGIN, top - MARGIN, scale, *CORNER])
+    view.page.wait_for_timeout(2000)
+    shot = view.page.screenshot(clip={"x": CORNER[0], "y": CORNER[1], "width": width, "height": down * scale})
+    return Image.open(io.BytesIO(shot)).convert("RGB")
+
+
+def _pretend_files(workflow: dict, models: Path) -> None:
+    """Empty files by the names that the template asks for, so that the frontend finds nothing missing."""
+    for node in workflow["nodes"]:
+        wanted = [(file["directory"], file["name"]) for file in node["properties"].get("models", ())]
+        if node["type"] == "EditSlidersLoadAdapter":
+            wanted = [("loras", node["widgets_values"][0])]
+        for folder, name in wanted:
+            (models / folder).mkdir(parents=True, exist_ok=True)
+            (models / folder / name).touch()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        draw(Path(os.environ["COMFYUI_PATH"]), Path(folder))

@@ -1,0 +1,149 @@
+"""The templates, help pages and what the nodes show, in the real frontend in a real browser."""
+
+from __future__ import annotations
+
+import io
+import json
+import urllib.parse
+from typing import Any
+
+import pytest
+from conftest import REPO
+from PIL import Image
+from support.comfy_server import ComfyServer
+
+WORKFLOWS = REPO / "workflows"
+NAMES = ("single_slider", "strength_sweep", "two_sub_prompt_sliders")
+PACK = "ComfyUI-EditSliders"
+OURS = "EditSliders"
+
+
+def template(server: ComfyServer, name: str) -> dict[str, Any]:
+    """A template as the server gives it to the frontend."""
+    return json.loads(server.get(f"/api/workflow_templates/{PACK}/{name}.json"))
+
+
+def with_tiny_files(workflow: dict[str, Any]) -> dict[str, Any]:
+    """The template with the tiny models' loaders in place of the stock ones that need gigabytes."""
+    for node in workflow["nodes"]:
+        values = node.get("widgets_values")
+        match node["type"]:
+            case "UNETLoader":
+                values[0] = "tiny-kontext.safetensors"
+            case "VAELoader":
+                values[0] = "taef1"
+            case "LoadImage":
+                values[0] = "photo.png"
+            case "KSampler":
+                values[2] = 1
+            case "EditSlidersLoadAdapter" if values[0] == "pytorch_lora_weights.safetensors":
+                values[0] = "gst_peft.safetensors"
+            case "DualCLIPLoader":
+                node |= {"type": "TinyTestTextEncoders", "inputs": [], "properties": {}}
+                node["widgets_values"] = ["tiny-clip-l.safetensors", "tiny-t5xxl.safetensors"]
+    return workflow
+
+
+def without_upscaling(graph: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The graph on the small picture itself instead of on a megapixel."""
+    (scale,) = (key for key, node in graph.items() if node["class_type"] == "FluxKontextImageScale")
+    (encode,) = (node for node in graph.values() if node["class_type"] == "VAEEncode")
+    encode["inputs"]["pixels"] = graph.pop(scale)["inputs"]["image"]
+    return graph
+
+
+def the(graph: dict[str, dict[str, Any]], class_type: str) -> str:
+    (found,) = (key for key, node in graph.items() if node["class_type"] == class_type)
+    return found
+
+
+def test_the_frontend_lists_the_templates(server):
+    listed = json.loads(server.get("/api/workflow_templates"))
+    assert sorted(listed[PACK]) == sorted(NAMES)
+    for name in NAMES:
+        thumbnail = Image.open(io.BytesIO(server.get(f"/api/workflow_templates/{PACK}/{name}.jpg")))
+        assert thumbnail.width == thumbnail.height
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_node_of_a_template_is_known_and_stock_or_ours(server, name):
+    info = server.object_info()
+    for node in template(server, name)["nodes"]:
+        if node["type"] != "MarkdownNote":
+            module = info[node["type"]]["python_module"]
+            assert module in ("nodes", f"custom_nodes.{PACK}") or module.startswith("comfy_extras."), node["type"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_template_opens_and_gives_a_picture_per_strength(server, view, name):
+    view.open(with_tiny_files(template(server, name)))
+    graph = without_upscaling(view.prompt())
+    result = server.run(graph)
+    assert result.ok, result.error
+    assert len(result.images(the(graph, "SaveImage"))) == (4 if name == "strength_sweep" else 1)
+    assert view.errors == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_stock_files_of_a_template_are_the_ones_it_tells_about(server, view, name):
+    workflow = template(server, name)
+    view.open(workflow)
+    graph = view.prompt()
+    wanted = {
+        value
+        for node in graph.values()
+        for value in node["inputs"].values()
+        if isinstance(value, str) and value.endswith((".safetensors", ".pt"))
+    }
+    (note,) = (node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote")
+    assert len(wanted) == 5
+    assert [file for file in wanted if file not in note] == []
+
+
+def test_a_slider_in_the_page_is_a_plain_number_over_the_api(server, view):
+    view.open(with_tiny_files(template(server, "two_sub_prompt_sliders")))
+    view.set_widget("EditSlidersSubInstructionStrengths", "strength_2", -0.25)
+    graph = view.prompt()
+    inputs = graph[the(graph, "EditSlidersSubInstructionStrengths")]["inputs"]
+    assert (inputs["strength_1"], inputs["strength_2"], inputs["strength_3"]) == (0.4, -0.25, 1)
+
+
+def test_a_strength_takes_a_link_from_a_list(server, view):
+    view.open(with_tiny_files(template(server, "strength_sweep")))
+    graph = view.prompt()
+    strength = graph[the(graph, "EditSlidersSubInstructionStrengths")]["inputs"]["strength_1"]
+    assert strength == [the(graph, "EditSlidersStrengthRange"), 0]
+
+
+def test_nodes_show_the_adapter_and_the_sub_instructions_after_a_run(server, view):
+    workflow = with_tiny_files(template(server, "two_sub_prompt_sliders"))
+    scale = next(node for node in workflow["nodes"] if node["type"] == "FluxKontextImageScale")
+    scale["mode"] = 4  # bypassed
+    view.open(workflow)
+    view.run()
+    view.wait_until_shown("STLoRA, acts on the words you choose")
+    view.wait_until_shown("2  make her hair golden  [4 tokens]")
+    graph = view.prompt()
+    assert set(graph[the(graph, "EditSlidersLoadAdapter")]["inputs"]) == {"adapter_name"}
+    assert view.saved_values("EditSlidersLoadAdapter") == ["selective_lora.pt"]
+
+
+def test_every_node_has_a_help_page_that_names_its_inputs(server):
+    info = {name: node for name, node in server.object_info().items() if name.startswith(OURS)}
+    for name, node in info.items():
+        page = server.get(f"/extensions/{PACK}/docs/{name}/en.md").decode()
+        assert page.startswith(f"# {node['display_name']}\n")
+        inputs = [key for kind in ("required", "optional") for key in node["input"].get(kind, {})]
+        hidden = {f"strength_{k}" for k in range(2, 8)}  # strength_1 ... strength_8
+        assert [key for key in inputs if key not in hidden and key not in page] == [], name
+
+
+def test_the_readme_names_every_node_and_template_and_its_pictures_exist(server):
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    for name, node in server.object_info().items():
+        if name.startswith(OURS):
+            assert node["display_name"] in readme, name
+    assert all(name in readme for name in NAMES)
+    pictures = [line.split("](")[1].rstrip(")") for line in readme.splitlines() if line.startswith("![")]
+    assert pictures
+    assert all((REPO / urllib.parse.unquote(picture)).is_file() for picture in pictures)
