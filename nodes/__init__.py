@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .adapters import ApplyGSTLoRA, ApplySTLoRA, LoadAdapter
+from .projectors import ApplyProjector, LoadProjector, ProjectorStrength
 from .prompts import EncodeSubInstructions, SelectPhrase, SubInstructionStrengths
 from .sweeps import LatentForSweep, StrengthList, StrengthRange
 
@@ -15,6 +16,9 @@ NODES: list[type[io.ComfyNode]] = [
     EncodeSubInstructions,
     SubInstructionStrengths,
     SelectPhrase,
+    LoadProjector,
+    ApplyProjector,
+    ProjectorStrength,
     StrengthRange,
     StrengthList,
     LatentForSweep,

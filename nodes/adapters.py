@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
-import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
 from ..slider_core.adapter_file import Adapter, read_adapter
 from ..slider_core.global_lora import apply_gstlora
 from ..slider_core.selective_lora import apply_stlora
+from .files import fingerprint, names, path_of
 from .types import CATEGORY, SliderAdapter, channel_input, check_strengths, strength_input
-
-FOLDER = "loras"
 
 
 class LoadAdapter(io.ComfyNode):
@@ -30,7 +26,7 @@ class LoadAdapter(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "adapter_name",
-                    options=folder_paths.get_filename_list(FOLDER),
+                    options=names(),
                     tooltip="A file of the loras folder: selective_lora.pt, pytorch_lora_weights.safetensors, or the "
                     "same in ComfyUI or kohya names.",
                 )
@@ -44,13 +40,12 @@ class LoadAdapter(io.ComfyNode):
 
     @classmethod
     def execute(cls, adapter_name: str) -> io.NodeOutput:
-        adapter = read_adapter(folder_paths.get_full_path_or_raise(FOLDER, adapter_name))
+        adapter = read_adapter(path_of(adapter_name))
         return io.NodeOutput(adapter, adapter.describe(), ui=ui.PreviewText(adapter.describe()))
 
     @classmethod
     def fingerprint_inputs(cls, adapter_name: str) -> tuple[float, int]:
-        stat = os.stat(folder_paths.get_full_path_or_raise(FOLDER, adapter_name))
-        return stat.st_mtime, stat.st_size
+        return fingerprint(adapter_name)
 
 
 class ApplySTLoRA(io.ComfyNode):

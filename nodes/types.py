@@ -12,21 +12,33 @@ from ..slider_core.strength import read_strength
 
 CATEGORY = "edit sliders"
 SliderAdapter = io.Custom("SLIDER_ADAPTER")
+Projector = io.Custom("SLIDER_PROJECTOR")
 Strengths = io.Custom("SLIDER_STRENGTHS")
 
+STRENGTH_TOOLTIP = (
+    "0 = source, 1 = full edit, above 1 exaggerated, below 0 reversed. "
+    "Link a list of strengths to get one picture per value in one run."
+)
 
-def strength_input(name: str, optional: bool = False) -> io.MultiType.Input:
+
+def strength_input(
+    name: str,
+    optional: bool = False,
+    default: float = 1.0,
+    low: float = -5.0,
+    high: float = 5.0,
+    tooltip: str = STRENGTH_TOOLTIP,
+) -> io.MultiType.Input:
     """A strength slider that also takes a link from a number or from a list of strengths."""
     slider = io.Float.Input(
         name,
-        default=1.0,
-        min=-5.0,
-        max=5.0,
+        default=default,
+        min=low,
+        max=high,
         step=0.01,
         display_mode=io.NumberDisplay.slider,
         optional=optional,
-        tooltip="0 = source, 1 = full edit, above 1 exaggerated, below 0 reversed. "
-        "Link a list of strengths to get one picture per value in one run.",
+        tooltip=tooltip,
     )
     return io.MultiType.Input(slider, types=[io.Float, Strengths])
 

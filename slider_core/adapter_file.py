@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
 from .errors import SliderError
 from .families import FAMILIES, Family, Target
 from .side_path import Factor, SideModel
+from .tensor_file import TensorFile, read_tensors
 
 _ROLES = {
     "down": (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight", "_lora.down.weight"),
@@ -111,11 +111,18 @@ class Adapter:
 def read_adapter(path: str | Path) -> Adapter:
     """Read and recognise an adapter file (.safetensors, or a torch file with tensors only).
 
-    Raises SliderError when it cannot be read, holds anything but tensors, has parts that a side path cannot compute
-    (DoRA, LoHa, LoKr, biases), or has keys that belong to no known family.
+    Raises SliderError when it cannot be read or holds anything but tensors, and as adapter_from_tensors.
     """
-    name = Path(path).name
-    tensors, header = _read_tensors(str(path), name)
+    return adapter_from_tensors(Path(path).name, read_tensors(path, "an adapter, a LoRA state dict"))
+
+
+def adapter_from_tensors(name: str, file: TensorFile) -> Adapter:
+    """Recognise an adapter. `name` is for messages.
+
+    Raises SliderError when it has parts that a side path cannot compute (DoRA, LoHa, LoKr, biases), or keys that belong
+    to no known family.
+    """
+    tensors, header = file
     halves: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         module, role = _split_key(key, name)
@@ -128,23 +135,6 @@ def read_adapter(path: str | Path) -> Adapter:
         factors[target.module].append(_factor(name, module, half, target, declared_scale))
     text_only = all(map(family.acts_on_text_only, factors))
     return Adapter(name, "STLoRA" if text_only else "GSTLoRA", family, dict(factors))
-
-
-def _read_tensors(path: str, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    try:
-        tensors, header = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-    except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise SliderError(
-            f"{name} cannot be read as an adapter ({reason}); "
-            "expected a .safetensors file or a torch file that holds tensors only. Download it again."
-        ) from error
-    if not isinstance(tensors, dict) or not tensors:
-        raise SliderError(f"{name} holds no table of tensors; expected a LoRA state dict.")
-    strange = [key for key, value in tensors.items() if not isinstance(key, str) or not torch.is_tensor(value)]
-    if strange:
-        raise SliderError(f"{name} holds {strange[0]!r}, which is no tensor; expected a LoRA state dict.")
-    return tensors, header or {}
 
 
 def _split_key(key: str, file: str) -> tuple[str, str]:

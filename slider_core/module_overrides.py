@@ -58,13 +58,18 @@ class Operation(Protocol):
 def add_operation(model: ModelPatcher, operation: Operation) -> ModelPatcher:
     """A clone of `model` that also runs `operation`, after those it already has. `model` itself is not changed."""
     patched = model.clone()
-    operations = (*(patched.get_attachment(_KEY) or ()), operation)
+    operations = (*operations_of(model), operation)
     patched.set_attachments(_KEY, operations)
     patched.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, _KEY)
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, partial(_run, operations))
     side_models = [op.side_model.clone() for op in operations if op.side_model is not None]
     patched.set_additional_models(_KEY, side_models)
     return patched
+
+
+def operations_of(model: ModelPatcher) -> tuple[Operation, ...]:
+    """The operations that `model` runs, in their order."""
+    return model.get_attachment(_KEY) or ()
 
 
 def _run(

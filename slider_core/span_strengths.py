@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from comfy.conds import CONDRegular
 
 from .errors import SliderError
 from .module_overrides import COND_PREFIX
+from .per_image_cond import PerImageCond
 from .strength import Strength, batch_length, read_strength, suppression
 
 Conditioning = list[list[Any]]
@@ -37,19 +37,6 @@ class SpannedText:
     length: int
     spans: tuple[Span, ...] = ()
     strengths: tuple[tuple[str, Span, Strength], ...] = ()
-
-
-class ScaleCond(CONDRegular):
-    """Scale of every text row, shape (1 or images, rows). Refuses a batch that its strengths do not fit."""
-
-    def process_cond(self, batch_size: int, **kwargs: Any) -> CONDRegular:
-        images = self.cond.shape[0]
-        if images not in (1, batch_size):
-            raise SliderError(
-                f"{images} strengths were given, but the batch has {batch_size} image(s); expected one strength per "
-                "image. Use 'Latent for Sweep' to make the latent batch as long as the list."
-            )
-        return super().process_cond(batch_size, **kwargs)
 
 
 def attach_spans(conditioning: Conditioning, length: int, spans: Sequence[Span]) -> Conditioning:
@@ -114,7 +101,7 @@ def _with_strengths(options: dict[str, Any], strengths: Mapping[str, Strength], 
     conds = {k: v for k, v in options.get("model_conds", {}).items() if k != COND_PREFIX + channel}
     scale = _scale(text, channel)
     if scale.any():
-        conds[COND_PREFIX + channel] = ScaleCond(scale)
+        conds[COND_PREFIX + channel] = PerImageCond(scale)
     return {**options, _KEY: text, "model_conds": conds}
 
 

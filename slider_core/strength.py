@@ -43,6 +43,11 @@ def batch_length(strengths: Mapping[str, Strength]) -> int:
     return next(iter(lists.values()), 1)
 
 
+def clamp(strength: Strength) -> Strength:
+    """The strengths, each moved into 0..1."""
+    return tuple(min(max(value, 0.0), 1.0) for value in strength)
+
+
 def suppression(strength: Strength, length: int) -> torch.Tensor:
     """SliderEdit's alpha = 1 - strength as a float32 tensor of shape (length,): 1 suppresses the edit, 0 leaves it.
 

@@ -1,4 +1,4 @@
-"""The papers' own numbers through the pack's patching on ComfyUI's model: golden cases A, B and C."""
+"""The papers' own numbers through the pack's patching on ComfyUI's model: golden cases A, B, C and D."""
 
 from __future__ import annotations
 
@@ -9,13 +9,23 @@ from functools import partial
 import pytest
 import torch
 from conftest import GOLDEN
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.model_calls import velocity_of
 
+from slider_core import strength_projector
 from slider_core.adapter_file import read_adapter
 from slider_core.global_lora import apply_gstlora
+from slider_core.module_overrides import add_operation, operations_of
 from slider_core.selective_lora import apply_stlora
 from slider_core.span_strengths import Span, attach_spans, set_strengths
+from slider_core.strength_projector import (
+    Projector,
+    StrengthProjector,
+    apply_projector,
+    drop_projector_strength,
+    read_projector,
+    set_projector_strength,
+)
 
 STLORA = GOLDEN / "examples" / "selective_lora.pt"
 GSTLORA = GOLDEN / "examples" / "gstlora_pytorch_lora_weights.safetensors"
@@ -148,3 +158,146 @@ def test_qkv_rows_matter(velocity, stored, golden_model):
     }
     model = apply_stlora(golden_model, replace(adapter, factors=rotated))
     assert not close(case, stored, velocity(case, model, with_spans(case)))
+
+
+# --- D: Kontinuous Kontext
+
+
+@pytest.fixture(scope="session")
+def projector(recipe, manifest, tmp_path_factory) -> StrengthProjector:
+    """The golden projector with its LoRA, from files as the authors save them."""
+    folder = tmp_path_factory.mktemp("projector")
+    torch.save(
+        recipe.projector_weights(manifest["model"], manifest["adapters"]["projector"]), folder / "slider_projector.pth"
+    )
+    save_file(recipe.lora_weights(manifest["model"], manifest["adapters"]["kk_lora"]), folder / "lora.safetensors")
+    return read_projector(folder / "slider_projector.pth", folder / "lora.safetensors")
+
+
+def strengths_of(case: dict) -> list:
+    return case["slider"] if isinstance(case["slider"], list) else [case["slider"]]
+
+
+def with_slider(case: dict, bundle: StrengthProjector, sliders: list | None = None):
+    """Conditioning -> the same at the slider value of the case's batch element."""
+    sliders = sliders or strengths_of(case)
+
+    def cond(conditioning: list, element: int) -> list:
+        if sliders[element] is None:
+            return drop_projector_strength(conditioning, bundle)
+        return set_projector_strength(conditioning, bundle, sliders[element])
+
+    return cond
+
+
+def with_the_others_offsets(case: dict, bundle: StrengthProjector, pooled: torch.Tensor):
+    def cond(conditioning: list, element: int) -> list:
+        ((text, options),) = conditioning
+        other = [[text, {**options, "pooled_output": pooled[1 - element : 2 - element]}]]
+        ((_, moved),) = set_projector_strength(other, bundle, strengths_of(case)[1 - element])
+        return [[text, {**moved, "pooled_output": options["pooled_output"]}]]
+
+    return cond
+
+
+def for_case(case: dict, bundle: StrengthProjector) -> StrengthProjector:
+    return bundle if case["lora"] else replace(bundle, lora=None)
+
+
+def test_projector_output(projector, stored, manifest):
+    (case,) = (c for c in CASES if c["kind"] == "kk_projector")
+    out = projector.projector.offsets(tuple(case["slider_values"]), stored[case["inputs"]["y"]["key"]])
+    wanted = stored[case["outputs"]["out"]].reshape(out.shape)
+    assert torch.allclose(out, wanted, **case["suggested"])
+
+
+@pytest.mark.parametrize("case", cases("kk_forward"))
+def test_projector_forward(case, velocity, stored, golden_model, projector):
+    bundle = for_case(case, projector)
+    model = apply_projector(golden_model, bundle)
+    assert close(case, stored, velocity(case, model, with_slider(case, bundle)))
+
+
+def halves_swapped(p: Projector) -> Projector:
+    *inner, (weight, bias) = p.layers
+    return replace(p, layers=(*inner, (weight.roll(p.width, 0), bias.roll(p.width, 0))))
+
+
+def sign_flipped(p: Projector) -> Projector:
+    *inner, (weight, bias) = p.layers
+    return replace(p, layers=(*inner, (-weight, -bias)))
+
+
+def cosine_first(p: Projector) -> Projector:
+    return replace(p, extender=(p.extender[0].flip(1), p.extender[1]))
+
+
+def pooled_first(p: Projector) -> Projector:
+    (weight, bias), *rest = p.layers
+    return replace(p, layers=((weight.roll(p.extender[0].shape[0], 1), bias), *rest))
+
+
+WRONG_PROJECTORS = {
+    "halves_swapped": halves_swapped,
+    "scale_shift_halves_swapped": halves_swapped,
+    "sign_flipped": sign_flipped,
+    "order_cos_sin_instead_of_sin_cos": cosine_first,
+    "clip_before_scalar": pooled_first,
+}
+
+
+def test_wrong_projectors_are_told_apart(projector, stored):
+    (case,) = (c for c in CASES if c["kind"] == "kk_projector")
+    pooled = stored[case["inputs"]["y"]["key"]]
+    for name, distance in case["discrimination_max_abs"].items():
+        out = WRONG_PROJECTORS[name](projector.projector).offsets(tuple(case["slider_values"]), pooled)
+        measured = (out - stored[case["outputs"]["out"]].reshape(out.shape)).abs().max().item()
+        assert measured == pytest.approx(distance, abs=1e-3), name
+
+
+@pytest.mark.parametrize("case", [c for c in cases("kk_forward") if c.values[0].get("discrimination_max_abs")])
+def test_wrong_projector_forwards_are_told_apart(case, velocity, stored, golden_model, projector):
+    for name, distance in case["discrimination_max_abs"].items():
+        bundle, sliders = for_case(case, projector), strengths_of(case)
+        if name == "lora_only":
+            sliders = [None] * len(sliders)
+        elif name == "modulation_only":
+            bundle = replace(bundle, lora=None)
+        elif name == "s0_for_s":
+            sliders = [1.0 if s == 0 else 0.0 for s in sliders]
+        elif name != "rows_swapped":
+            bundle = replace(bundle, projector=WRONG_PROJECTORS[name](bundle.projector))
+        cond = with_slider(case, bundle, sliders)
+        if name == "rows_swapped":
+            cond = with_the_others_offsets(case, bundle, stored[case["inputs"]["y"]["key"]])
+        out = velocity(case, apply_projector(golden_model, bundle), cond)
+        assert not close(case, stored, out), name
+        measured = (out - stored[case["outputs"]["out"]]).abs().max().item()
+        assert measured == pytest.approx(distance, abs=1e-3), name
+
+
+@pytest.mark.parametrize("where", ["attention modulation", "image stream", "one block"])
+def test_a_projector_acting_elsewhere_is_told_apart(where, velocity, stored, golden_model, projector, monkeypatch):
+    case = next(c for c in CASES if c["id"] == "D_mod_s1.00")
+    bundle = replace(projector, lora=None)
+    right = apply_projector(golden_model, bundle)
+    paths = list(operations_of(right)[0].paths)
+    if where == "attention modulation":
+        monkeypatch.setattr(strength_projector, "_offset", offset_of_attention)
+    elif where == "image stream":
+        paths = [path.replace("txt_mod", "img_mod") for path in paths]
+    else:
+        paths = paths[:1]
+    wrong = add_operation(golden_model, strength_projector.ModulationOffset(paths, bundle.projector.width, None, None))
+    assert not close(case, stored, velocity(case, wrong, with_slider(case, bundle)))
+
+
+def offset_of_attention(scale: torch.Tensor, shift: torch.Tensor):
+    def around(forward):
+        def with_offset(vec):
+            attention, mlp = forward(vec)
+            return type(mlp)(attention.shift + shift, attention.scale + scale, attention.gate), mlp
+
+        return with_offset
+
+    return around

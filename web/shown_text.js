@@ -1,8 +1,13 @@
-// Shows on a node the text of its last run: what an adapter file is, which tokens belong to which slider.
+// Shows on a node the text of its last run: what a file is, which tokens belong to which slider, warnings.
 
 import { app } from '../../scripts/app.js'
 
-const NODES = ['EditSlidersLoadAdapter', 'EditSlidersEncodeSubInstructions']
+const NODES = [
+  'EditSlidersLoadAdapter',
+  'EditSlidersLoadProjector',
+  'EditSlidersEncodeSubInstructions',
+  'EditSlidersProjectorStrength'
+]
 const MIN_HEIGHT = 80
 
 app.registerExtension({

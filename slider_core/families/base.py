@@ -41,3 +41,7 @@ class Family(ABC):
     @abstractmethod
     def width(self, diffusion_model: Any) -> int:
         """Hidden size of a loaded model."""
+
+    @abstractmethod
+    def text_modulations(self, diffusion_model: Any) -> list[str]:
+        """Paths of the modules that give the text stream its modulation, as (attention, mlp) with shift and scale."""

@@ -32,6 +32,9 @@ class Flux(Family):
     def width(self, diffusion_model: Any) -> int:
         return diffusion_model.hidden_size
 
+    def text_modulations(self, diffusion_model: Any) -> list[str]:
+        return [f"double_blocks.{k}.txt_mod" for k in range(len(diffusion_model.double_blocks))]
+
 
 @cache
 def _targets() -> dict[str, Target]:

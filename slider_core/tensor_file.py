@@ -1,0 +1,41 @@
+"""Files of named tensors, read without running anything that is in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import comfy.utils
+import torch
+
+from .errors import SliderError
+
+
+class TensorFile(NamedTuple):
+    """Tensors by name, and the header of a safetensors file (empty for others)."""
+
+    tensors: dict[str, torch.Tensor]
+    header: Mapping[str, str]
+
+
+def read_tensors(path: str | Path, wanted: str) -> TensorFile:
+    """Read a .safetensors file, or a torch file that holds nothing but tensors.
+
+    wanted: what the file should be, for messages. Raises SliderError when it cannot be read or holds anything else.
+    """
+    name = Path(path).name
+    try:
+        tensors, header = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise SliderError(
+            f"{name} cannot be read as {wanted} ({reason}); "
+            "expected a .safetensors file or a torch file that holds tensors only. Download it again."
+        ) from error
+    if not isinstance(tensors, dict) or not tensors:
+        raise SliderError(f"{name} holds no table of tensors; expected {wanted}.")
+    strange = [key for key, value in tensors.items() if not isinstance(key, str) or not torch.is_tensor(value)]
+    if strange:
+        raise SliderError(f"{name} holds {strange[0]!r}, which is no tensor; expected {wanted}.")
+    return TensorFile(tensors, header or {})
