@@ -8,6 +8,7 @@ from .adapters import ApplyGSTLoRA, ApplySTLoRA, LoadAdapter
 from .projectors import ApplyProjector, LoadProjector, ProjectorStrength
 from .prompts import EncodeSubInstructions, SelectPhrase, SubInstructionStrengths
 from .sweeps import LatentForSweep, StrengthList, StrengthRange
+from .training_free import ApplyTrainingFree
 
 NODES: list[type[io.ComfyNode]] = [
     LoadAdapter,
@@ -19,6 +20,7 @@ NODES: list[type[io.ComfyNode]] = [
     LoadProjector,
     ApplyProjector,
     ProjectorStrength,
+    ApplyTrainingFree,
     StrengthRange,
     StrengthList,
     LatentForSweep,

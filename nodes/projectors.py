@@ -31,8 +31,8 @@ class LoadProjector(io.ComfyNode):
             node_id="EditSlidersLoadProjector",
             display_name="Load Strength Projector",
             category=CATEGORY,
-            description="Loads Kontinuous Kontext's projector and the LoRA that was trained with it, both from the loras "
-            "folder, and shows what they are.",
+            description="Loads Kontinuous Kontext's projector and the LoRA that was trained with it, both from the "
+            "loras folder, and shows what they are.",
             search_aliases=["kontinuous kontext", "slider projector"],
             inputs=[
                 io.Combo.Input("projector_name", options=files, tooltip="slider_projector.pth, or a .safetensors."),
@@ -70,8 +70,8 @@ class ApplyProjector(io.ComfyNode):
             node_id="EditSlidersApplyProjector",
             display_name="Apply Strength Projector",
             category=CATEGORY,
-            description="Lets the model obey a strength for the whole edit, calibrated to the instruction. The strength "
-            "comes with the conditioning (Projector Strength); a conditioning without one is left alone.",
+            description="Lets the model obey a strength for the whole edit, calibrated to the instruction. The "
+            "strength comes with the conditioning (Projector Strength); a conditioning without one is left alone.",
             search_aliases=["kontinuous kontext"],
             inputs=[
                 io.Model.Input("model", tooltip="FLUX.1 Kontext."),
@@ -104,8 +104,8 @@ class ProjectorStrength(io.ComfyNode):
                     default=0.5,
                     low=-1.0,
                     high=2.0,
-                    tooltip="0 = source, 1 = full edit. 0 is the projector's own zero, not the bare model. Link a list of "
-                    "strengths to get one picture per value in one run.",
+                    tooltip="0 = source, 1 = full edit. 0 is the projector's own zero, not the bare model. Link a list "
+                    "of strengths to get one picture per value in one run.",
                 ),
                 io.Combo.Input(
                     "mode",

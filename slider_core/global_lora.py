@@ -10,11 +10,11 @@ from comfy.model_patcher import ModelPatcher
 from .adapter_file import Adapter
 from .errors import SliderError
 from .families import family_of
-from .module_overrides import Around, ModelCall, add_operation
+from .module_overrides import Around, ModelCall, Operation, add_operation
 from .strength import read_strength, suppression
 
 
-class GlobalLora:
+class GlobalLora(Operation):
     """Operation: z' = W z + (1 - strength) * B A z on every target layer, strength per image of the batch."""
 
     def __init__(self, adapter: Adapter, strength: object, load_device: torch.device):

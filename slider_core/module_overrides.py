@@ -8,15 +8,18 @@ are never touched, so branches, bypassed nodes and interrupted runs cannot leak.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
+
+from .errors import SliderError
 
 COND_PREFIX = "edit_sliders."
 """Tensors in a cond's `model_conds` under names with this prefix reach the operations and nobody else."""
@@ -45,14 +48,22 @@ class ModelCall:
     device: torch.device
 
 
-class Operation(Protocol):
+AttentionPatch = Callable[..., dict[str, Any]]
+"""ComfyUI's attn1_patch: (q, k, v, pe=..., attn_mask=..., extra_options=...) to those of them that it replaces."""
+
+
+class Operation:
     """A change to the model. `side_model` holds its weights, moved by ComfyUI together with the model, or is None."""
 
-    side_model: ModelPatcher | None
+    side_model: ModelPatcher | None = None
 
     def around(self, call: ModelCall) -> Mapping[str, Around]:
         """Module path inside the diffusion model -> what to put around its forward. Empty leaves the call alone."""
-        ...
+        return {}
+
+    def attention_patches(self, call: ModelCall) -> Sequence[AttentionPatch]:
+        """What to do to the inputs of every attention of this call. Not to be had under torch.compile."""
+        return ()
 
 
 def add_operation(model: ModelPatcher, operation: Operation) -> ModelPatcher:
@@ -93,7 +104,20 @@ def _run(
         for operation in operations:
             for path, around in operation.around(call).items():
                 stack.enter_context(_overridden(model.get_submodule(path), around))
+            transformer_options = _with_attention_patches(transformer_options, operation.attention_patches(call))
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+
+def _with_attention_patches(options: Mapping[str, Any], patches: Sequence[AttentionPatch]) -> Mapping[str, Any]:
+    if not patches:
+        return options
+    if COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}):
+        raise SliderError(
+            "The model is compiled (torch.compile), which ignores changes to attention, so these sliders would do "
+            "nothing. Bypass the compile node."
+        )
+    known = options.get("patches", {})
+    return {**options, "patches": {**known, "attn1_patch": [*known.get("attn1_patch", ()), *patches]}}
 
 
 @contextlib.contextmanager

@@ -10,29 +10,21 @@ from comfy.model_patcher import ModelPatcher
 from .adapter_file import Adapter
 from .errors import SliderError
 from .families import family_of
-from .module_overrides import COND_PREFIX, Around, ModelCall, add_operation
-from .span_strengths import DEFAULT_CHANNEL
+from .module_overrides import Around, ModelCall, Operation, add_operation
+from .span_strengths import DEFAULT_CHANNEL, row_scales
 
 
-class SelectiveLora:
+class SelectiveLora(Operation):
     """Operation: z' = W z + scale[token] * B A z on the text stream, scale from the conds of each call."""
 
     def __init__(self, adapter: Adapter, channel: str, load_device: torch.device):
         self.side = adapter.side_model
-        self.key = COND_PREFIX + channel
+        self.channel = channel
         self.side_model = self.side.patcher(load_device)
 
     def around(self, call: ModelCall) -> Mapping[str, Around]:
-        scale = call.conds.get(self.key)
-        if scale is None:
-            return {}
-        missing = call.text_rows - scale.shape[1]
-        if missing < 0:
-            raise SliderError(
-                f"The spans were found on a text of {scale.shape[1]} rows, but the model got {call.text_rows}; "
-                "expected the conditioning that the spans were made with. Was it cut, or made by another encoder?"
-            )
-        return self.side.around(torch.nn.functional.pad(scale, (0, missing)))
+        scales = row_scales(call, self.channel)
+        return {} if scales is None else self.side.around(scales)
 
 
 def apply_stlora(model: ModelPatcher, adapter: Adapter, channel: str = DEFAULT_CHANNEL) -> ModelPatcher:

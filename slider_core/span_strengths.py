@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .errors import SliderError
-from .module_overrides import COND_PREFIX
+from .module_overrides import COND_PREFIX, ModelCall
 from .per_image_cond import PerImageCond
 from .strength import Strength, batch_length, read_strength, suppression
 
@@ -115,3 +115,26 @@ def _scale(text: SpannedText, channel: str) -> torch.Tensor:
     for span, strength in given:
         scale[:, list(span.rows)] *= suppression(strength, images)[:, None]
     return scale
+
+
+def row_scales(call: ModelCall, channel: str) -> torch.Tensor | None:
+    """SliderEdit's scale of every text row of a model call, shape (batch, rows); None if no strength differs from 1.
+
+    Raises SliderError when the text is shorter than the one the spans were found on.
+    """
+    scale = call.conds.get(COND_PREFIX + channel)
+    if scale is None:
+        return None
+    missing = call.text_rows - scale.shape[1]
+    if missing < 0:
+        raise SliderError(
+            f"The spans were found on a text of {scale.shape[1]} rows, but the model got {call.text_rows}; "
+            "expected the conditioning that the spans were made with. Was it cut, or made by another encoder?"
+        )
+    return torch.nn.functional.pad(scale, (0, missing))
+
+
+def row_strengths(call: ModelCall, channel: str) -> torch.Tensor | None:
+    """Strength of every text row, 1 outside all spans; as row_scales."""
+    scales = row_scales(call, channel)
+    return None if scales is None else 1.0 - scales

@@ -21,7 +21,7 @@ from torch.nn.functional import linear, relu
 from .adapter_file import Adapter, adapter_from_tensors
 from .errors import SliderError
 from .families import family_of
-from .module_overrides import COND_PREFIX, Around, Forward, ModelCall, add_operation, operations_of
+from .module_overrides import COND_PREFIX, Around, Forward, ModelCall, Operation, add_operation, operations_of
 from .per_image_cond import PerImageCond
 from .span_strengths import Conditioning
 from .strength import Strength, read_strength
@@ -148,7 +148,7 @@ def _projector(name: str, parts: Mapping[str, Mapping[str, torch.Tensor]]) -> Pr
     return Projector(name, extender, tuple(layers))
 
 
-class ModulationOffset:
+class ModulationOffset(Operation):
     """Operation: adds the offsets of a call's conds to scale and shift of the text's MLP, and runs the LoRA there."""
 
     def __init__(self, paths: list[str], width: int, lora: Adapter | None, load_device: torch.device):
