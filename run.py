@@ -244,7 +244,10 @@ def child(
 def cache_lock() -> Iterator[Path]:
     """The cache folder, made if need be, with no other run.py setting up in it."""
     cache = cache_folder()
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"The cache folder cannot be made: {error}. Set EDITSLIDERS_CACHE to another.") from error
     with (cache / "lock").open("a+b") as file:
         if not try_lock(file.fileno()):
             say(f"waiting for another run.py to set up {cache}")

@@ -3,7 +3,8 @@
     python run.py benchmark [--full] [--steps N] [--repeats N]
 
 (a) time from a changed slider to the first model call: the side path against the stock LoRA loader with the same file;
-(b) time of a sampling step and (c) peak memory with 0, 1 and 4 active sliders against the bare model.
+(b) time of a sampling step and (c) peak memory with 0, 1 and 4 active sliders, and with a strength projector, against
+the bare model.
 Random weights: 277 million parameters at 256x256 plus reference by default, FLUX.1's 12 billion at 1024x1024 plus
 reference with --full (for GPUs). Medians of interleaved repeats.
 """
@@ -21,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ from slider_core.adapter_file import read_adapter  # noqa: E402
 from slider_core.global_lora import apply_gstlora  # noqa: E402
 from slider_core.selective_lora import apply_stlora  # noqa: E402
 from slider_core.span_strengths import Span, attach_spans, set_strengths  # noqa: E402
+from slider_core.strength_projector import apply_projector, read_projector, set_projector_strength  # noqa: E402
 
 COMMON = {"latent_channels": 16, "vec_in_dim": 768, "seed": 1}
 SMALL = COMMON | {"hidden": 1024, "depth": 4, "depth_single_blocks": 8, "context_in_dim": 512}
@@ -94,6 +97,7 @@ class _Bench:
     def __init__(self, model: Model, adapters: Mapping[str, Path], latent: int, steps: int):
         self.model, self.files, self.steps = model, adapters, steps
         self.st, self.gst = read_adapter(adapters["st"]), read_adapter(adapters["gst"])
+        self.projector = read_projector(adapters["projector"], adapters["gst"])
         self.latent = torch.zeros(1, 16, latent, latent)
         self.noise = torch.randn(self.latent.shape, generator=torch.Generator().manual_seed(0))
         width = model.model.model_config.unet_config["context_in_dim"]
@@ -117,6 +121,8 @@ class _Bench:
 
     def variants(self) -> dict[str, Callable[[], tuple[Model, list]]]:
         st = apply_stlora(self.model, self.st)
+        projector = apply_projector(self.model, self.projector)
+        bare_projector = apply_projector(self.model, replace(self.projector, lora=None))
         return {
             "bare": lambda: (self.model, self.text),
             "STLoRA, 0 active": lambda: (st, self.slid()),
@@ -125,6 +131,8 @@ class _Bench:
             "GSTLoRA, strength 1": lambda: (apply_gstlora(self.model, self.gst, 1.0), self.text),
             "GSTLoRA, 1 active": lambda: (self.gst_stack(1), self.text),
             "GSTLoRA, 4 active": lambda: (self.gst_stack(4), self.text),
+            "projector": lambda: (bare_projector, set_projector_strength(self.text, self.projector, 0.5)),
+            "projector and LoRA": lambda: (projector, set_projector_strength(self.text, self.projector, 0.5)),
         }
 
     def to_first_call(self, change: Callable[[float], tuple[Model, list]], strength: float) -> float:
@@ -142,11 +150,13 @@ def _report(bench: _Bench, repeats: int) -> None:
     stopped = bench.model.clone()
     stopped.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "benchmark", _stop)
     st = apply_stlora(stopped, bench.st)
+    projector = apply_projector(stopped, bench.projector)
     lora = comfy.utils.load_torch_file(str(bench.files["gst"]))
     changes = {
         "stock LoRA loader": lambda s: (comfy.sd.load_lora_for_models(stopped, None, lora, 1.0 - s, 0)[0], bench.text),
         "GSTLoRA": lambda s: (apply_gstlora(stopped, bench.gst, s), bench.text),
         "STLoRA": lambda s: (st, bench.slid(s)),
+        "projector": lambda s: (projector, set_projector_strength(bench.text, bench.projector, s)),
     }
     print(f"\n(a) changed slider to first model call, median of {repeats}")
     seconds: dict[str, list[float]] = {}
@@ -236,7 +246,13 @@ def _adapters(config: Mapping[str, int], device: torch.device) -> dict[str, Path
     gst = recipe.lora_weights(
         config, {"which": "full", "rank": RANK, "seed": 3, "gain": 0.05, "prefix": "transformer."}
     )
-    files = {"st": folder / "selective_lora.pt", "gst": folder / "pytorch_lora_weights.safetensors"}
+    projector = recipe.projector_weights(config, {"seed": 4, "out_dim": 2 * config["hidden"], "n_layers": 4})
+    files = {
+        "st": folder / "selective_lora.pt",
+        "gst": folder / "pytorch_lora_weights.safetensors",
+        "projector": folder / "slider_projector.pth",
+    }
+    torch.save({k: v.bfloat16() for k, v in projector.items()}, files["projector"])
     torch.save({k: v.bfloat16() for k, v in st.items()}, files["st"])
     save_file({k: v.bfloat16().contiguous() for k, v in gst.items()}, files["gst"])
     return files

@@ -9,7 +9,7 @@ from ..slider_core.span_conditioning import SPLITTERS, encode_sub_instructions, 
 from ..slider_core.span_strengths import Conditioning, set_strengths
 from .types import CATEGORY, channel_input, check_strengths, strength_input
 
-SLIDERS = 8
+STRENGTHS = tuple(f"strength_{k}" for k in range(1, 9))
 
 
 class EncodeSubInstructions(io.ComfyNode):
@@ -70,25 +70,36 @@ class SubInstructionStrengths(io.ComfyNode):
             display_name="Sub-Instruction Strengths",
             category=CATEGORY,
             description="strength_1 belongs to the first sub-instruction, and so on. With every strength at 1 the "
-            "picture is exactly what the model gives without sliders.",
+            "picture is exactly what the model gives without sliders. The last node of this kind in a row decides.",
             search_aliases=["slideredit sliders", "edit strength", "sub-prompt weights"],
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="From Encode Sub-Instructions or Select Phrase."),
-                *(strength_input(f"strength_{k}", optional=True) for k in range(1, SLIDERS + 1)),
+                *(strength_input(name, optional=True) for name in STRENGTHS),
                 channel_input(),
             ],
             outputs=[io.Conditioning.Output()],
         )
 
     @classmethod
-    def validate_inputs(cls, **inputs: object) -> bool | str:
+    def validate_inputs(
+        cls,
+        strength_1: object = None,
+        strength_2: object = None,
+        strength_3: object = None,
+        strength_4: object = None,
+        strength_5: object = None,
+        strength_6: object = None,
+        strength_7: object = None,
+        strength_8: object = None,
+    ) -> bool | str:
+        # named one by one: ComfyUI blames every input that this takes
         return check_strengths(
-            {name: value for name, value in inputs.items() if name.startswith("strength_") and value is not None}
+            {name: value for name, value in locals().items() if name in STRENGTHS and value is not None}
         )
 
     @classmethod
     def execute(cls, conditioning: Conditioning, channel: str | None = None, **strengths: object) -> io.NodeOutput:
-        values = {name: strengths.get(name, 1.0) for name in (f"strength_{k}" for k in range(1, SLIDERS + 1))}
+        values = {name: strengths.get(name, 1.0) for name in STRENGTHS}
         channels = () if channel is None else (channel,)
         return io.NodeOutput(set_strengths(conditioning, values, *channels))
 
@@ -106,7 +117,7 @@ class SelectPhrase(io.ComfyNode):
             "encode node. Phrases may overlap: where they do, their suppressions multiply.",
             search_aliases=["token span", "prompt span", "slideredit phrase"],
             inputs=[
-                io.Conditioning.Input("conditioning", tooltip="What the same CLIP made of the same prompt."),
+                io.Conditioning.Input("conditioning", tooltip="What this CLIP made of exactly this prompt."),
                 io.Clip.Input("clip", tooltip="The CLIP that encoded the prompt."),
                 io.String.Input("prompt", multiline=True, tooltip="The prompt that was encoded."),
                 io.String.Input("phrase", tooltip="Words of the prompt, as they stand there; weights may be left out."),

@@ -69,8 +69,8 @@ class LatentForSweep(io.ComfyNode):
             node_id="EditSlidersLatentForSweep",
             display_name="Latent for Sweep",
             category=CATEGORY,
-            description="Repeats a latent once per strength and lets all of them start from the same noise, so that "
-            "nothing but the strength differs between the pictures.",
+            description="Repeats a latent once per strength and lets all of them start from the same noise. With "
+            "a sampler that adds no noise on the way, such as euler, nothing else differs between the pictures.",
             search_aliases=["repeat latent same noise", "sweep"],
             inputs=[
                 io.Latent.Input("latent", tooltip="One latent image."),

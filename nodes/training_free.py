@@ -21,16 +21,17 @@ class ApplyTrainingFree(io.ComfyNode):
             node_id="EditSlidersApplyTrainingFree",
             display_name="Apply Training-Free Sliders",
             category=CATEGORY,
-            description="Obeys Sub-Instruction Strengths without an adapter. Uncalibrated: strengths between 0 and 1 move "
-            "the edit, but not in proportion, and may jump. Use an adapter when you have one.",
+            description="Obeys Sub-Instruction Strengths without an adapter. Uncalibrated: strengths between 0 and 1 "
+            "move the edit, but not in proportion, and may jump. Use an adapter when you have one.",
             search_aliases=["prompt to prompt", "attention reweighting", "modulation scaling"],
             inputs=[
                 io.Model.Input("model", tooltip="FLUX.1 Kontext or a relative."),
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
-                    tooltip="text modulation: scales how the words are modulated; as fast as without. attention to text: "
-                    "scales how much the picture looks at the words; needs memory, slower, and not under torch.compile.",
+                    tooltip="text modulation: scales how the words are modulated; as fast as without. attention to "
+                    "text: scales how much the picture looks at the words; slower, takes memory, and not with "
+                    "torch.compile.",
                 ),
                 channel_input(),
             ],

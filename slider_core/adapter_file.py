@@ -6,6 +6,7 @@ Kind, rank, family and targets are recognised from the keys alone; whether a mod
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -22,15 +23,17 @@ from .side_path import Factor, SideModel
 from .tensor_file import TensorFile, read_tensors
 
 _ROLES = {
-    "down": (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight", "_lora.down.weight"),
-    "up": (".lora_B.weight", ".lora_B.default.weight", ".lora_up.weight", ".lora.up.weight", "_lora.up.weight"),
-    "alpha": (".alpha",),
+    "down": re.compile(r"(.+)(?:\.lora_A(?:\.\w+)?|[._]lora[._]down)\.weight"),
+    "up": re.compile(r"(.+)(?:\.lora_B(?:\.\w+)?|[._]lora[._]up)\.weight"),
+    "alpha": re.compile(r"(.+)\.alpha"),
 }
 _PREFIXES = (
     "transformer.",
+    "unet.",
     "diffusion_model.",
     "model.diffusion_model.",
     "base_model.model.",
+    "base_model.model.transformer.",
     "lora_unet_",
     "lora_transformer_",
     "lycoris_",
@@ -73,18 +76,16 @@ class Adapter:
                 f"{self.name} changes {len(missing)} layers that this {family.name} model does not have, such as "
                 f"{missing[0]}; expected an adapter trained for this model. Choose the base model it was trained on."
             )
+        width = family.width(diffusion_model)
         for name, parts in self.factors.items():
             linear = modules[name]
             for f in parts:
-                if (
-                    f.down.shape[1] != linear.in_features
-                    or f.first_row + f.up.shape[0] > linear.out_features
-                    or (f.size is None and f.up.shape[0] != linear.out_features)
-                ):
+                rows = linear.out_features if f.size is None else f.size * width
+                if f.down.shape[1] != linear.in_features or f.up.shape[0] != rows:
                     raise SliderError(
                         f"{self.name} does not fit the model: at {name} it maps {f.down.shape[1]} to {f.up.shape[0]} "
                         f"values, the model's layer maps {linear.in_features} to {linear.out_features} (hidden size "
-                        f"{family.width(diffusion_model)}). Choose the base model it was trained on."
+                        f"{width}). Choose the base model it was trained on."
                     )
 
     def describe(self) -> str:
@@ -126,6 +127,8 @@ def adapter_from_tensors(name: str, file: TensorFile) -> Adapter:
     halves: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         module, role = _split_key(key, name)
+        if role in halves[module]:
+            raise SliderError(f"{name} has {module!r} twice under different names; expected one {role} for each layer.")
         halves[module][role] = tensor
     family, targets = _recognise(list(halves), name)
     declared_scale = _peft_alphas(header, name)
@@ -138,10 +141,9 @@ def adapter_from_tensors(name: str, file: TensorFile) -> Adapter:
 
 
 def _split_key(key: str, file: str) -> tuple[str, str]:
-    for role, endings in _ROLES.items():
-        for ending in endings:
-            if key.endswith(ending):
-                return key.removesuffix(ending), role
+    for role, pattern in _ROLES.items():
+        if match := pattern.fullmatch(key):
+            return match[1], role
     raise SliderError(
         f"{file} has a part that cannot run beside the model: {key!r}. Expected plain LoRA factors (up, down, alpha); "
         "DoRA, LoHa, LoKr, bias and full-weight parts would have to be merged. Use 'Load LoRA' for such a file."
@@ -159,8 +161,8 @@ def _recognise(modules: list[str], file: str) -> tuple[Family, dict[str, Target]
             return family, {module: target for module, target in found.items() if target}
     known = ", ".join(family.name for family in FAMILIES)
     raise SliderError(
-        f"{file} has {len(unknown)} of {len(modules)} layers that belong to no known model family ({known}), such as "
-        f"{unknown[0]!r}. Choose a slider adapter made for one of these families."
+        f"{file} has {len(unknown)} of {len(modules)} layers that are not known here as parts of a model ({known}), "
+        f"such as {unknown[0]!r}. Choose a slider adapter made for one of these families."
     )
 
 
@@ -183,7 +185,7 @@ def _factor(
     down, up = half.get("down"), half.get("up")
     if down is None or up is None:
         raise SliderError(f"{file} has only one of the two factors of {module!r}; the file is incomplete.")
-    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or up.shape[0] % (target.size or 1):
+    if down.ndim != 2 or up.ndim != 2 or not down.shape[0] == up.shape[1] > 0 or up.shape[0] % (target.size or 1):
         raise SliderError(
             f"{file}: the factors of {module!r} have shapes {tuple(down.shape)} and {tuple(up.shape)}; "
             "expected (rank, in) and (out, rank)."
@@ -192,25 +194,48 @@ def _factor(
         raise SliderError(
             f"{file}: the factors of {module!r} are {down.dtype} and {up.dtype}; expected floating point."
         )
+    down, up = _computable(down), _computable(up)
+    if not (down.isfinite().all() and up.isfinite().all()):
+        raise SliderError(f"{file}: the factors of {module!r} hold values that are not finite; the file is damaged.")
     rank = down.shape[0]
-    scale = half["alpha"].flatten()[0].item() / rank if "alpha" in half else declared_scale(module, rank)
+    scale = _number(half["alpha"], module, file) / rank if "alpha" in half else declared_scale(module, rank)
     return Factor(target.offset, target.size, down, up, scale)
 
 
+def _computable(factor: torch.Tensor) -> torch.Tensor:
+    """8-bit floats only store; they cannot be multiplied or joined with others."""
+    return factor.to(torch.bfloat16) if factor.element_size() == 1 else factor
+
+
+def _number(value: object, module: str, file: str) -> float:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise SliderError(f"{file}: the alpha of {module!r} is {value!r}; expected one finite number.")
+    return float(value)
+
+
 def _peft_alphas(header: Mapping[str, str], file: str) -> Callable[[str, int], float]:
-    """PEFT's scaling (module name, rank) -> lora_alpha / rank as a safetensors header declares it, else 1."""
+    """PEFT's scaling (module name, rank) -> lora_alpha / rank as a safetensors header declares it, else 1.
+
+    Keys of alpha_pattern are regular expressions to PEFT. Plain names with escaped dots, which is what gets written,
+    are understood; others are refused, since a file should not make us run its expressions.
+    """
     try:
         config = json.loads(header.get(_PEFT_HEADER, "{}"))
         declared = {key.rpartition("transformer.")[2]: value for key, value in config.items()}
-        alpha = declared.get("lora_alpha")
-        patterns = dict(declared.get("alpha_pattern") or {})
+        patterns = {key.replace("\\.", "."): value for key, value in (declared.get("alpha_pattern") or {}).items()}
     except (ValueError, AttributeError) as error:
         raise SliderError(f"{file}: its header entry {_PEFT_HEADER!r} is not readable ({error}).") from error
+    odd = [key for key in patterns if not re.fullmatch(r"[\w.]+", key)]
+    if odd:
+        raise SliderError(f"{file}: its alpha_pattern has the expression {odd[0]!r}; expected names of layers.")
+    alpha = declared.get("lora_alpha")
     power = 0.5 if declared.get("use_rslora") else 1.0
 
     def scale(module: str, rank: int) -> float:
         own = next((v for k, v in patterns.items() if f".{module}".endswith(f".{k}")), alpha)
-        return 1.0 if own is None else own / rank**power
+        return 1.0 if own is None else _number(own, module, file) / rank**power
 
     return scale
 

@@ -17,24 +17,25 @@ from .strength import read_strength, suppression
 class GlobalLora(Operation):
     """Operation: z' = W z + (1 - strength) * B A z on every target layer, strength per image of the batch."""
 
+    side_model: ModelPatcher
+
     def __init__(self, adapter: Adapter, strength: object, load_device: torch.device):
         values = read_strength(strength, "strength")
-        self.side = adapter.side_model
         self.alpha = suppression(values, len(values))
-        self.side_model = self.side.patcher(load_device)
+        self.side_model = adapter.side_model.patcher(load_device)
 
     def around(self, call: ModelCall) -> Mapping[str, Around]:
         if not self.alpha.any():
             return {}
         alpha = self.alpha.to(call.device)
         if len(alpha) == 1:
-            return self.side.around(alpha[0])
+            return self.side_model.model.around(alpha[0])
         if len(alpha) != call.images:
             raise SliderError(
                 f"{len(alpha)} strengths were given, but the batch has {call.images} image(s); expected one strength "
                 "per image. Use 'Latent for Sweep' to make the latent batch as long as the list."
             )
-        return self.side.around(alpha.repeat(call.count))
+        return self.side_model.model.around(alpha.repeat(call.count))
 
 
 def apply_gstlora(model: ModelPatcher, adapter: Adapter, strength: object) -> ModelPatcher:

@@ -8,6 +8,7 @@ are never touched, so branches, bypassed nodes and interrupted runs cannot leak.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +17,13 @@ from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from .errors import SliderError
 
 COND_PREFIX = "edit_sliders."
-"""Tensors in a cond's `model_conds` under names with this prefix reach the operations and nobody else."""
+"""Names of tensors in a cond's `model_conds` that are for the operations. A model without any gets them too, unread."""
 
 _KEY = "edit_sliders"
 
@@ -70,17 +71,33 @@ def add_operation(model: ModelPatcher, operation: Operation) -> ModelPatcher:
     """A clone of `model` that also runs `operation`, after those it already has. `model` itself is not changed."""
     patched = model.clone()
     operations = (*operations_of(model), operation)
-    patched.set_attachments(_KEY, operations)
-    patched.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, _KEY)
-    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, partial(_run, operations))
+    _set_operations(patched, operations)
     side_models = [op.side_model.clone() for op in operations if op.side_model is not None]
     patched.set_additional_models(_KEY, side_models)
+    patched.remove_callbacks_with_key(CallbacksMP.ON_DEEPCLONE_MULTIGPU, _KEY)
+    patched.add_callback_with_key(CallbacksMP.ON_DEEPCLONE_MULTIGPU, _KEY, _use_own_side_models)
     return patched
 
 
 def operations_of(model: ModelPatcher) -> tuple[Operation, ...]:
     """The operations that `model` runs, in their order."""
     return model.get_attachment(_KEY) or ()
+
+
+def _set_operations(model: ModelPatcher, operations: tuple[Operation, ...]) -> None:
+    model.set_attachments(_KEY, operations)
+    model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, _KEY)
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, partial(_run, operations))
+
+
+def _use_own_side_models(_: ModelPatcher, copied: ModelPatcher) -> None:
+    """ComfyUI has copied a model and its side models for a further GPU: make the operations use those copies."""
+    side_models = iter(copied.get_additional_models_with_key(_KEY))
+    operations = tuple(map(copy.copy, operations_of(copied)))
+    for operation in operations:
+        if operation.side_model is not None:
+            operation.side_model = next(side_models)
+    _set_operations(copied, operations)
 
 
 def _run(

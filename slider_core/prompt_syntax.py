@@ -24,10 +24,9 @@ class Segment:
     weight: float
 
 
-def parse_prompt(prompt: str, weights: bool = True) -> list[Segment]:
-    """Split a prompt into weighted segments. `weights=False` keeps brackets as text, as some encoders do."""
-    chars = _read_escapes(prompt)
-    runs = _weighted_runs(chars, 1.0) if weights else [(chars, 1.0)]
+def parse_prompt(prompt: str) -> list[Segment]:
+    """Split a prompt into weighted segments."""
+    runs = _weighted_runs(_read_escapes(prompt), 1.0)
     return [Segment("".join(c[-1] for c, _ in run), tuple(i for _, i in run), weight) for run, weight in runs]
 
 

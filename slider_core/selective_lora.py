@@ -17,14 +17,15 @@ from .span_strengths import DEFAULT_CHANNEL, row_scales
 class SelectiveLora(Operation):
     """Operation: z' = W z + scale[token] * B A z on the text stream, scale from the conds of each call."""
 
+    side_model: ModelPatcher
+
     def __init__(self, adapter: Adapter, channel: str, load_device: torch.device):
-        self.side = adapter.side_model
         self.channel = channel
-        self.side_model = self.side.patcher(load_device)
+        self.side_model = adapter.side_model.patcher(load_device)
 
     def around(self, call: ModelCall) -> Mapping[str, Around]:
         scales = row_scales(call, self.channel)
-        return {} if scales is None else self.side.around(scales)
+        return {} if scales is None else self.side_model.model.around(scales)
 
 
 def apply_stlora(model: ModelPatcher, adapter: Adapter, channel: str = DEFAULT_CHANNEL) -> ModelPatcher:

@@ -87,7 +87,7 @@ class SideModel(torch.nn.Module):
 
 
 def _fresh_patcher(side: SideModel, load_device: torch.device) -> ModelPatcher:
-    """What ComfyUI asks for to put the side paths on a further GPU."""
+    """What ComfyUI asks for to put the side paths on a further GPU: a side model of its own."""
     return SideModel(side.factors).patcher(load_device)
 
 

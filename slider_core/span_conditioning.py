@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from .errors import SliderError
 from .families import family_of_encoders
 from .span_strengths import Conditioning, Span, attach_spans, spanned_text
 from .sub_instructions import join_lines, read_marks
@@ -64,4 +65,7 @@ def _rows(conditioning: Conditioning) -> int:
 def _span(tokenized: TokenizedPrompt, encoder: str, characters: Range) -> Span:
     visible = tokenized.visible_range(*characters)
     text = tokenized.visible[visible.start : visible.end].strip()
+    if not text:
+        raw = tokenized.prompt[characters.start : characters.end]
+        raise SliderError(f"{raw!r} has no words in it; expected some to give a strength to.")
     return Span(text, tokenized.token_indices(encoder, visible))

@@ -32,11 +32,10 @@ class Span:
 
 @dataclass(frozen=True)
 class SpannedText:
-    """What is known of one encoded prompt: its length in rows, its spans, and the strengths set so far per channel."""
+    """What is known of one encoded prompt: its length in rows and its spans."""
 
     length: int
     spans: tuple[Span, ...] = ()
-    strengths: tuple[tuple[str, Span, Strength], ...] = ()
 
 
 def attach_spans(conditioning: Conditioning, length: int, spans: Sequence[Span]) -> Conditioning:
@@ -68,12 +67,11 @@ def set_strengths(
     """Give the k-th span the k-th of `values` (input name -> strength; missing ones count as 1).
 
     The scale of a row is 1 - strength, multiplied where spans overlap, as in SliderEdit (golden case B5).
-    Strengths that are already set stay and multiply in too. Adapters listen on one `channel`.
+    Adapters listen on one `channel`. Strengths that were set on it before are replaced.
     Raises SliderError for values that are no strengths, lists of different length, a strength other than 1 without a
     span, and spans without a value.
     """
     strengths = {name: read_strength(value, name) for name, value in values.items()}
-    batch_length(strengths)
     return [[cond, _with_strengths(options, strengths, channel)] for cond, options in conditioning]
 
 
@@ -96,23 +94,18 @@ def _with_strengths(options: dict[str, Any], strengths: Mapping[str, Strength], 
                 + "; ".join(repr(span.text) for span in text.spans)
                 + ". Set it back to 1 or add a sub-instruction."
             )
-    given = tuple((channel, span, strength) for span, strength in zip(text.spans, strengths.values()))
-    text = replace(text, strengths=(*text.strengths, *given))
     conds = {k: v for k, v in options.get("model_conds", {}).items() if k != COND_PREFIX + channel}
-    scale = _scale(text, channel)
+    scale = _scale(text, list(strengths.values()), batch_length(strengths))
     if scale.any():
         conds[COND_PREFIX + channel] = PerImageCond(scale)
-    return {**options, _KEY: text, "model_conds": conds}
+    return {**options, "model_conds": conds}
 
 
-def _scale(text: SpannedText, channel: str) -> torch.Tensor:
-    """Scale of every row, shape (1 or images, rows): product of the suppressions of its spans, 0 outside all."""
-    given = [(span, strength) for name, span, strength in text.strengths if name == channel]
-    images = batch_length({repr(span.text): strength for span, strength in given})
+def _scale(text: SpannedText, strengths: Sequence[Strength], images: int) -> torch.Tensor:
+    """Scale of every row, shape (images, rows): product of the suppressions of its spans, 0 outside all."""
     scale = torch.zeros(images, text.length)
-    covered = sorted({row for span, _ in given for row in span.rows})
-    scale[:, covered] = 1.0
-    for span, strength in given:
+    scale[:, sorted({row for span in text.spans for row in span.rows})] = 1.0
+    for span, strength in zip(text.spans, strengths):
         scale[:, list(span.rows)] *= suppression(strength, images)[:, None]
     return scale
 

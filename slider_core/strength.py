@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from .errors import SliderError
+
+LIMIT = 100
+"""Beyond it, up or down, a strength is taken for a mistake."""
 
 Strength = tuple[float, ...]
 """One value for the whole batch, or one value per image."""
@@ -16,7 +18,7 @@ Strength = tuple[float, ...]
 def read_strength(value: object, name: str) -> Strength:
     """Validate a number, or a list, tuple or 1-d tensor of numbers, as it comes from a widget or a link.
 
-    Raises SliderError naming `name` when it is empty, not numeric, not finite or not one-dimensional.
+    Raises SliderError naming `name` when it is empty, not numeric, not within LIMIT or not one-dimensional.
     """
     if isinstance(value, torch.Tensor):
         value = value.tolist()
@@ -26,8 +28,9 @@ def read_strength(value: object, name: str) -> Strength:
     for item in values:
         if isinstance(item, bool) or not isinstance(item, (int, float)):
             raise SliderError(f"{name} is {item!r}; expected a number such as 0.5, or a list of numbers.")
-        if not math.isfinite(item):
-            raise SliderError(f"{name} is {item}; expected a finite number such as 0.5.")
+        if not -LIMIT <= item <= LIMIT:
+            shown = str(item) if isinstance(item, float) else "a number of many digits"
+            raise SliderError(f"{name} is {shown}; expected a number from {-LIMIT} to {LIMIT}, such as 0.5.")
     return tuple(float(item) for item in values)
 
 

@@ -153,8 +153,7 @@ class ModulationOffset(Operation):
 
     def __init__(self, paths: list[str], width: int, lora: Adapter | None, load_device: torch.device):
         self.paths, self.width = paths, width
-        self.lora = lora.side_model if lora else None
-        self.side_model = self.lora.patcher(load_device) if self.lora else None
+        self.side_model = lora.side_model.patcher(load_device) if lora else None
 
     def around(self, call: ModelCall) -> Mapping[str, Around]:
         offsets = call.conds.get(COND_KEY)
@@ -166,8 +165,8 @@ class ModulationOffset(Operation):
                 f"model has {self.width}. Give 'Projector Strength' the projector that is applied to the model."
             )
         changes = dict.fromkeys(self.paths, _offset(*offsets[:, None].chunk(2, dim=-1)))
-        if self.lora is not None:
-            changes |= self.lora.around(torch.ones((), device=call.device))
+        if self.side_model is not None:
+            changes |= self.side_model.model.around(torch.ones((), device=call.device))
         return changes
 
 

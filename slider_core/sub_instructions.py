@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 from .errors import SliderError
 from .token_spans import Range
@@ -10,15 +11,15 @@ from .token_spans import Range
 JOINT = " and "
 """How SliderEdit joins instructions in training (section 'SliderEdit')."""
 
-_MARK = re.compile(r"\\\[\[|\[\[|\]\]")
+_MARK = re.compile(r"\\?(\[\[|\]\])")
 
 
 def join_lines(text: str) -> tuple[str, list[Range]]:
     """One sub-instruction per line, joined with ' and '. Returns the prompt and each line's raw character range.
 
-    Empty lines are skipped. Raises SliderError when nothing is left.
+    Lines without anything visible are skipped. Raises SliderError when nothing is left.
     """
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if any(unicodedata.category(c)[0] not in "CZ" for c in line)]
     if not lines:
         raise SliderError("The prompt is empty; expected one sub-instruction per line, such as 'make her smile'.")
     spans, start = [], 0
@@ -31,7 +32,7 @@ def join_lines(text: str) -> tuple[str, list[Range]]:
 def read_marks(text: str) -> tuple[str, list[Range]]:
     """A free prompt in which [[double brackets]] mark the phrases. Returns the prompt without marks and the ranges.
 
-    Marks may be nested; ranges come in the order in which the marks open. `\\[[` is a literal [[.
+    Marks may be nested; ranges come in the order in which the marks open. `\\[[` and `\\]]` are literal.
     Raises SliderError when a mark is not closed, not opened or empty, or when there is none.
     """
     prompt, position = "", 0
@@ -51,7 +52,7 @@ def read_marks(text: str) -> tuple[str, list[Range]]:
             if not prompt[spans[opened].start :].strip():
                 raise SliderError("'[[]]' marks nothing; expected words between the brackets.")
         else:
-            prompt += "[["
+            prompt += match[1]
     prompt += text[position:]
     if still_open:
         raise SliderError(f"'[[' before {prompt[spans[still_open[-1]].start :][:30]!r} is not closed; add ']]'.")

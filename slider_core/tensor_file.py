@@ -38,4 +38,7 @@ def read_tensors(path: str | Path, wanted: str) -> TensorFile:
     strange = [key for key, value in tensors.items() if not isinstance(key, str) or not torch.is_tensor(value)]
     if strange:
         raise SliderError(f"{name} holds {strange[0]!r}, which is no tensor; expected {wanted}.")
+    empty = [key for key, value in tensors.items() if value.layout != torch.strided or value.is_meta]
+    if empty:
+        raise SliderError(f"{name} holds {empty[0]!r} as a sparse or empty tensor; expected {wanted}.")
     return TensorFile(tensors, header or {})

@@ -77,6 +77,8 @@ def tokenize(clip: CLIP, prompt: str, **options: Any) -> TokenizedPrompt:
 
     Raises SliderError when this ComfyUI splits the prompt differently than expected, rather than pick wrong tokens.
     """
+    if lost := [char for char in prompt if "\ud800" <= char <= "\udfff"]:
+        raise SliderError(f"The prompt holds {lost[0]!r}, which is half of a character. Type that place again.")
     options = {**clip.tokenizer_options, **options}
     segments = parse_prompt(prompt)
     visible = "".join(s.text for s in segments)
@@ -190,9 +192,10 @@ def _tidy_offsets(word: str, offsets: list[tuple[int, int]]) -> list[tuple[int, 
         while start < end and word[end - 1].isspace():
             end -= 1
         if start == end:
+            start = min(start, len(word) - 1)
             while start < len(word) - 1 and word[start].isspace():
                 start += 1
-            end = min(start + 1, len(word))
+            end = start + 1
         gap_start = max((e for _, e in tidy), default=0)
         gap = word[gap_start:start]
         if gap.strip() and tidy:
@@ -238,5 +241,8 @@ def _closest(text: str, phrase: str) -> str:
     count = len(phrase.split())
     lengths = {max(count - 1, 1), count, count + 1}
     runs = {" ".join(words[i : i + n]) for n in lengths for i in range(len(words) - n + 1)}
-    best = difflib.get_close_matches(phrase.strip(), sorted(runs), n=1, cutoff=0.0)
-    return f"closest: {best[0]!r}. Copy the words exactly as they stand there." if best else "the prompt is empty."
+    by_case = {run.casefold(): run for run in sorted(runs)}
+    best = difflib.get_close_matches(phrase.strip().casefold(), by_case, n=1, cutoff=0.0)
+    if not best:
+        return "the prompt is empty."
+    return f"closest: {by_case[best[0]]!r}. Copy the words exactly as they stand there."

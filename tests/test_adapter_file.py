@@ -112,6 +112,8 @@ def test_alpha_tensor(peft, tmp_path):
         ({"r": 4, "lora_alpha": 4}, 1.0),
         ({"r": 4, "lora_alpha": 8, "use_rslora": True}, 4.0),
         ({"r": 4, "lora_alpha": 4, "alpha_pattern": {"to_q": 2, "attn.to_k": 2}}, None),
+        ({"r": 4, "lora_alpha": 4, "alpha_pattern": {r"attn\.to_q": 2, "to_k": 2}}, None),
+        ({"r": 4, "lora_alpha": None, "alpha_pattern": None}, 1.0),
     ],
 )
 def test_header_alpha(peft, tmp_path, declared, factor):
@@ -189,8 +191,8 @@ def test_unreadable_files(tmp_path):
         ("transformer.transformer_blocks.0.attn.to_q.lora_B.bias", torch.ones(256), "beside the model"),
         ("lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a", torch.ones(2, 2), "LoHa"),
         ("diffusion_model.img_in.diff_b", torch.ones(256), "beside the model"),
-        ("transformer.transformer_blocks.0.attn.to_z.lora_A.weight", torch.ones(4, 256), "no known model family"),
-        ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight", torch.ones(4, 4), "no known model family"),
+        ("transformer.transformer_blocks.0.attn.to_z.lora_A.weight", torch.ones(4, 256), "not known here"),
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight", torch.ones(4, 4), "not known here"),
         ("transformer.proj_out.lora_A.weight", torch.ones(4, 256), "only one of the two factors"),
     ],
 )
@@ -205,14 +207,67 @@ def test_refused_factors(peft, tmp_path):
         read_adapter(saved(tmp_path, peft | {key: torch.ones(5, 256)}))
     with pytest.raises(SliderError, match="floating point"):
         read_adapter(saved(tmp_path, peft | {key: torch.ones(4, 256, dtype=torch.int8)}))
-    with pytest.raises(SliderError, match="not readable"):
-        read_adapter(saved(tmp_path, peft, {"lora_adapter_metadata": "{broken"}))
+    for odd in (torch.tensor(torch.nan), torch.zeros(0), torch.ones(2), torch.tensor(1j)):
+        with pytest.raises(SliderError, match=r"alpha of .*expected one finite number"):
+            read_adapter(saved(tmp_path, peft | {key.replace("lora_A.weight", "alpha"): odd}))
+    with pytest.raises(SliderError, match="not finite"):
+        read_adapter(saved(tmp_path, peft | {key: torch.full((4, 256), torch.inf)}))
+    up = key.replace("lora_A", "lora_B")
+    with pytest.raises(SliderError, match="shapes"):
+        read_adapter(saved(tmp_path, peft | {key: torch.ones(0, 256), up: torch.ones(256, 0)}))
+    with pytest.raises(SliderError, match="twice"):
+        read_adapter(saved(tmp_path, peft | {key.replace("lora_A", "lora_down"): torch.ones(4, 256)}))
+    torch.save({key: torch.ones(4, 256).to_sparse()}, tmp_path / "sparse.pt")
+    with pytest.raises(SliderError, match="sparse"):
+        read_adapter(tmp_path / "sparse.pt")
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("{broken", "not readable"),
+        ("[1]", "not readable"),
+        ('{"transformer.alpha_pattern": [1]}', "not readable"),
+        ('{"transformer.lora_alpha": "8"}', "expected one finite number"),
+        ('{"transformer.lora_alpha": NaN}', "expected one finite number"),
+        ('{"transformer.lora_alpha": [1]}', "expected one finite number"),
+        ('{"transformer.alpha_pattern": {"to_q": "x"}}', "expected one finite number"),
+        ('{"transformer.alpha_pattern": {"(a+)+": 2}}', "expected names of layers"),
+    ],
+)
+def test_refused_headers(peft, tmp_path, header, message):
+    with pytest.raises(SliderError, match=message):
+        read_adapter(saved(tmp_path, peft, {"lora_adapter_metadata": header}))
+
+
+@pytest.mark.parametrize("alpha", [4, 8])
+def test_eight_bit_factors(peft, tmp_path, alpha):
+    """Stored in 8 bits, alone or beside 16-bit ones: the same as their values."""
+    stored = {k: v.to(torch.float8_e4m3fn) if "to_q" in k else v.half() for k, v in peft.items()}
+    values = {k: v.float() for k, v in stored.items()}
+    header = peft_header(r=4, lora_alpha=alpha)
+    found, want = deltas(saved(tmp_path, stored, header)), deltas(saved(tmp_path, values, header))
+    assert all(torch.allclose(found[m].float(), want[m], rtol=2e-2, atol=2e-2) for m in want)
+
+
+@pytest.mark.parametrize("spelling", [".lora_A.default.weight", ".lora_A.my_adapter.weight", ".lora_down.weight"])
+@pytest.mark.parametrize("prefix", ["transformer.", "unet.", "base_model.model.", "base_model.model.transformer."])
+def test_spellings(peft, tmp_path, spelling, prefix):
+    other = spelling.replace("_A", "_B").replace("_down", "_up")
+    renamed = {
+        k.replace("transformer.", prefix, 1).replace(".lora_A.weight", spelling).replace(".lora_B.weight", other): v
+        for k, v in peft.items()
+    }
+    assert same(deltas(GSTLORA), deltas(saved(tmp_path, renamed)))
 
 
 def test_models_that_do_not_fit(peft, tmp_path, golden_model):
     wide = {k: torch.ones(v.shape[0] * (1 + ("_B" in k)), v.shape[1] * (1 + ("_A" in k))) for k, v in peft.items()}
     with pytest.raises(SliderError, match="hidden size 256"):
         apply_gstlora(golden_model, read_adapter(saved(tmp_path, wide)), 0.5)
+    up = "transformer.transformer_blocks.0.attn.add_k_proj.lora_B.weight"
+    with pytest.raises(SliderError, match="does not fit the model"):
+        apply_gstlora(golden_model, read_adapter(saved(tmp_path, peft | {up: torch.ones(64, 4)})), 0.5)
     deep = peft | {k.replace("blocks.0.", "blocks.7."): v.clone() for k, v in peft.items()}
     with pytest.raises(SliderError, match=r"layers that this FLUX\.1 model does not have, such as \w+_blocks\.7"):
         apply_gstlora(golden_model, read_adapter(saved(tmp_path, deep)), 0.5)

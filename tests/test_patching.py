@@ -9,7 +9,7 @@ import torch
 from comfy.model_management import load_models_gpu
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from conftest import GOLDEN
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.model_calls import velocity_of
 
 from slider_core.adapter_file import read_adapter
@@ -171,12 +171,18 @@ def test_several_at_once_in_any_order(golden_model, st, gst):
     )
 
 
-def test_side_paths_can_be_cloned_to_a_further_gpu(golden_model, gst):
-    patched = apply_gstlora(golden_model, gst, 0.5)
-    [side] = patched.get_additional_models()
-    copy = side.deepclone_multigpu(new_load_device=torch.device("cpu"))
-    assert copy.model is not side.model
-    assert all(torch.equal(a, b) for a, b in zip(copy.model.parameters(), side.model.parameters(), strict=True))
+def test_a_copy_for_a_further_gpu_uses_side_paths_of_its_own(recipe, manifest, tmp_path, st, gst):
+    save_file(recipe.flux_weights(manifest["model"]), tmp_path / "model.safetensors")
+    model = comfy.sd.load_diffusion_model(str(tmp_path / "model.safetensors"), {"dtype": torch.float32})
+    patched = apply_gstlora(apply_stlora(model, st), gst, 0.5)
+    copied = patched.deepclone_multigpu(new_load_device=torch.device("cpu"))
+    want = velocity_of(patched, X, SIGMA, text(0.2))
+    assert torch.equal(want, velocity_of(copied, X, SIGMA, text(0.2)))
+    for side in copied.get_additional_models():
+        for parameter in side.model.parameters():
+            parameter.data = torch.full_like(parameter, torch.nan)
+    assert velocity_of(copied, X, SIGMA, text(0.2)).isnan().any()
+    assert torch.equal(want, velocity_of(patched, X, SIGMA, text(0.2)))
 
 
 def test_a_moved_slider_leaves_no_orphans_to_collect(golden_model, gst, caplog):

@@ -23,7 +23,7 @@ def marked(text: str) -> tuple[str, list[str]]:
 
 
 def test_lines():
-    prompt, spans = join_lines("  make her older \n\n\tmake (it:1.2) red\r\nsmile")
+    prompt, spans = join_lines("  make her older \n\n\tmake (it:1.2) red\r\n\u200b\nsmile")
     assert prompt == "make her older and make (it:1.2) red and smile"
     assert [prompt[a:b] for a, b in spans] == ["make her older", "make (it:1.2) red", "smile"]
 
@@ -32,6 +32,7 @@ def test_marks():
     assert marked("a [[red]] and [[blue hat]]!") == ("a red and blue hat!", ["red", "blue hat"])
     assert marked("[[make [[the hair]] red]]") == ("make the hair red", ["make the hair red", "the hair"])
     assert marked(r"\[[x [[y]]") == ("[[x y", ["y"])
+    assert marked(r"a \[[b\]] [[c]]") == ("a [[b]] c", ["c"])
     assert marked("a[0] [[b]]") == ("a[0] b", ["b"])
     assert marked("[[a]][[b]]") == ("ab", ["a", "b"])
 
@@ -77,7 +78,8 @@ def test_strengths(value):
 
 
 @pytest.mark.parametrize(
-    "value", [math.nan, math.inf, [0.0, math.nan], "0.5", None, True, [], [[0.5]], {}, torch.ones(2, 2)]
+    "value",
+    [math.nan, math.inf, 1e300, -101, 10**400, [0.0, math.nan], "0.5", None, True, [], [[0.5]], {}, torch.ones(2, 2)],
 )
 def test_wrong_strengths(value):
     with pytest.raises(SliderError, match=r"^strength_3 is"):
@@ -92,7 +94,11 @@ def test_lists():
     assert spaced(0.3, 0.9, 1) == (0.3,)
     assert 1.0 in spaced(0.0, 1.5, 16)
     assert parse_list("0,0.5;1\n-2") == (0.0, 0.5, 1.0, -2.0)
-    for bad, message in {"": "empty list", "0, half": "'half' is no number", "nan": "finite"}.items():
+    for bad, message in {
+        "": "empty list",
+        "0, half": "'half' is no number",
+        "nan": "is nan; expected a number from",
+    }.items():
         with pytest.raises(SliderError, match=message):
             parse_list(bad)
     assert torch.equal(suppression((0.3, 1.0), 2), torch.tensor([0.7, 0.0]))
@@ -102,6 +108,22 @@ def test_overlapping_spans_multiply():
     spans = [Span("a", (0, 1)), Span("b", (1, 2))]
     [[_, options]] = set_strengths(attach_spans([[torch.zeros(1, 4, 8), {}]], 4, spans), {"x": 0.25, "y": 1.5})
     assert options["model_conds"]["edit_sliders.default"].cond.tolist() == [[0.75, -0.375, -0.5, 0.0]]
+
+
+def test_equal_phrases_with_lists_of_strengths():
+    spans = [Span("red", (0,)), Span("red", (2,))]
+    [[_, options]] = set_strengths(attach_spans([[torch.zeros(1, 3, 8), {}]], 3, spans), {"x": (0.0, 0.5), "y": 1.0})
+    assert options["model_conds"]["edit_sliders.default"].cond.tolist() == [[1.0, 0.0, 0.0], [0.5, 0.0, 0.0]]
+
+
+def test_the_last_strengths_of_a_channel_decide():
+    plain = attach_spans([[torch.zeros(1, 2, 8), {}]], 2, [Span("a", (0,)), Span("b", (1,))])
+    first = set_strengths(set_strengths(plain, {"x": 0.2, "y": 0.3}), {"x": 0.2, "y": 1.0}, "other")
+    second = set_strengths(first, {"x": (0.5, 0.75), "y": 1.0})
+    conds = second[0][1]["model_conds"]
+    assert conds["edit_sliders.default"].cond.tolist() == [[0.5, 0.0], [0.25, 0.0]]
+    assert conds["edit_sliders.other"].cond[0].tolist() == pytest.approx([0.8, 0.0])
+    assert "edit_sliders.default" not in set_strengths(second, {"x": 1.0, "y": 1.0})[0][1]["model_conds"]
 
 
 def test_strengths_do_not_change_the_conditioning_they_are_set_on():

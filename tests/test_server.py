@@ -64,7 +64,7 @@ def forget(server: ComfyServer) -> None:
 
 def test_nodes_are_there(server):
     info = {name: node for name, node in server.object_info().items() if name.startswith("EditSliders")}
-    assert len(info) == 9
+    assert len(info) == 13
     for node in info.values():
         assert node["description"]
         assert node["category"] == "edit sliders"
@@ -392,7 +392,7 @@ BAD = {
     "dora": (gst("dora.safetensors"), "LoadAdapter", "dora_scale"),
     "wrong width": (gst("wrong_width.safetensors"), "ApplyGSTLoRA", "hidden size 128"),
     "too deep": (gst("too_deep.safetensors"), "ApplyGSTLoRA", "blocks.7"),
-    "other family": (gst("other_family.safetensors"), "LoadAdapter", "no known model family (FLUX.1)"),
+    "other family": (gst("other_family.safetensors"), "LoadAdapter", "not known here as parts of a model (FLUX.1)"),
     "truncated": (gst("truncated.safetensors"), "LoadAdapter", "cannot be read"),
     "empty file": (gst("empty.safetensors"), "LoadAdapter", "cannot be read"),
     "hostile": (gst("hostile.pt"), "LoadAdapter", "tensors only"),
@@ -404,9 +404,11 @@ BAD = {
         "ApplySTLoRA",
         "single",
     ),
-    "nan": (two_sliders(math.nan), None, "strength_1 is nan; expected a finite number"),
-    "infinite": (two_sliders(1, math.inf), None, "strength_2 is inf; expected a finite"),
-    "minus infinite": (one_slider(-math.inf), None, "strength is -inf; expected a finite"),
+    "nan": (two_sliders(math.nan), None, "strength_1 is nan; expected a number from -100 to 100"),
+    "infinite": (two_sliders(1, math.inf), None, "strength_2 is inf; expected a number"),
+    "minus infinite": (one_slider(-math.inf), None, "strength is -inf; expected a number"),
+    "huge": (one_slider(1e300), None, "strength is 1e+300; expected a number from -100 to 100"),
+    "many digits": (two_sliders(10**400), None, "strength_1 is a number of many digits"),
     "text as strength": (one_slider("nan"), None, "strength is 'nan'; expected a number"),
     "too many strengths": (
         two_sliders(1, 1, 0.5),

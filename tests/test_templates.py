@@ -13,7 +13,7 @@ from PIL import Image
 from support.comfy_server import ComfyServer
 
 WORKFLOWS = REPO / "workflows"
-NAMES = ("single_slider", "strength_sweep", "two_sub_prompt_sliders")
+NAMES = ("single_slider", "strength_projector", "strength_sweep", "two_sub_prompt_sliders")
 PACK = "ComfyUI-EditSliders"
 OURS = "EditSliders"
 
@@ -38,6 +38,8 @@ def with_tiny_files(workflow: dict[str, Any]) -> dict[str, Any]:
                 values[2] = 1
             case "EditSlidersLoadAdapter" if values[0] == "pytorch_lora_weights.safetensors":
                 values[0] = "gst_peft.safetensors"
+            case "EditSlidersLoadProjector":
+                values[1] = "projector_lora.safetensors"
             case "DualCLIPLoader":
                 node |= {"type": "TinyTestTextEncoders", "inputs": [], "properties": {}}
                 node["widgets_values"] = ["tiny-clip-l.safetensors", "tiny-t5xxl.safetensors"]
@@ -93,10 +95,10 @@ def test_the_stock_files_of_a_template_are_the_ones_it_tells_about(server, view,
         value
         for node in graph.values()
         for value in node["inputs"].values()
-        if isinstance(value, str) and value.endswith((".safetensors", ".pt"))
+        if isinstance(value, str) and value.endswith((".safetensors", ".pt", ".pth"))
     }
     (note,) = (node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote")
-    assert len(wanted) == 5
+    assert len(wanted) == (6 if name == "strength_projector" else 5)
     assert [file for file in wanted if file not in note] == []
 
 

@@ -193,3 +193,16 @@ def test_tokens_cover_the_span_and_nothing_beyond_its_end_pieces(clip, encoder, 
         assert start < ranges[row].end
     order = [r for r in ranges if r is not None]
     assert order == sorted(order, key=lambda r: r.start)
+
+
+@pytest.mark.parametrize("prompt", ["make it red \x1f", "make it (red \x1d)", "\x1c", "red\x1e blue", "make \x1f (it:1.2) red"])
+def test_separators_that_python_takes_for_spaces(clip, prompt):
+    tokenized = tokenize(clip, prompt)
+    if "red" in prompt:
+        assert rows(clip, prompt, "red")
+    assert set(tokenized.tokens) == {"t5xxl", "clip_l"}
+
+
+def test_half_a_character(clip):
+    with pytest.raises(SliderError, match="half of a character"):
+        tokenize(clip, "make it \ud83d red")

@@ -20,14 +20,17 @@ def family_of(model: ModelPatcher) -> Family:
     for family in FAMILIES:
         if family.owns(inner):
             return family
-    kind = type(inner)
+    kind = type(inner if inner is not None else model.model)
     known = ", ".join(family.name for family in FAMILIES)
     if not kind.__module__.startswith("comfy."):
         raise SliderError(
             f"The model runs in {kind.__module__}.{kind.__name__}, which ignores ComfyUI's patches, so sliders would "
             f"do nothing; expected ComfyUI's own {known}. Load the model with 'Load Diffusion Model' or a GGUF loader."
         )
-    raise SliderError(f"The model is a {kind.__module__.split('.')[-2]} {kind.__name__}; expected {known}.")
+    raise SliderError(
+        f"Sliders are not known for this model ({type(model.model).__name__} in ComfyUI); expected {known}. "
+        "Load one of these models."
+    )
 
 
 def family_of_encoders(encoders: set[str]) -> Family:

@@ -31,6 +31,22 @@ class Graph(dict):
     def gstlora(self, model: Link, strength: Any, name: str = "gst_peft.safetensors") -> Link:
         return self.add("EditSlidersApplyGSTLoRA", model=model, adapter=self.adapter(name), strength=strength)
 
+    def projector(self, name: str = "slider_projector.pth", lora: str = "projector_lora.safetensors") -> Link:
+        return self.add("EditSlidersLoadProjector", projector_name=name, lora_name=lora)
+
+    def projected(self, model: Link, **files: str) -> Link:
+        return self.add("EditSlidersApplyProjector", model=model, projector=self.projector(**files))
+
+    def at(self, conditioning: Link, strength: Any, mode: str = "clamp to 0..1", **files: str) -> Link:
+        """The conditioning at a strength of the projector."""
+        return self.add(
+            "EditSlidersProjectorStrength",
+            conditioning=conditioning,
+            projector=self.projector(**files),
+            strength=strength,
+            mode=mode,
+        )
+
     def lora(self, model: Link, name: str = "plain_lora.safetensors", strength: float = 0.8) -> Link:
         return self.add("LoraLoaderModelOnly", model=model, lora_name=name, strength_model=strength)
 

@@ -29,6 +29,7 @@ OVERVIEW_WIDTH = 1800
 SUBJECTS = {  # the nodes that a thumbnail is about
     "single_slider": ("EditSlidersApplyGSTLoRA", "EditSlidersEncodeSubInstructions"),
     "two_sub_prompt_sliders": ("EditSlidersEncodeSubInstructions", "EditSlidersSubInstructionStrengths"),
+    "strength_projector": ("EditSlidersEncodeSubInstructions", "EditSlidersProjectorStrength"),
     "strength_sweep": ("EditSlidersStrengthRange", "EditSlidersSubInstructionStrengths"),
 }
 BOUNDS = """types => {
@@ -51,8 +52,8 @@ def draw(comfyui: Path, base: Path) -> None:
     """Write all pictures; `base` becomes the folder of a server."""
     workflows = {name: json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")) for name in SUBJECTS}
     write_settings(base)
-    _pretend_files(workflows["single_slider"], base / "models")
-    _pretend_files(workflows["two_sub_prompt_sliders"], base / "models")
+    for workflow in workflows.values():
+        _pretend_files(workflow, base / "models")
     with ComfyServer(comfyui, base, {"ComfyUI-EditSliders": REPO}) as server, browser() as running:
         server.put_input("example.png", Image.open(REPO / "demo" / "photo.jpg"))
         view = ComfyPage(running, server, vue=True)
@@ -81,8 +82,8 @@ def _pretend_files(workflow: dict, models: Path) -> None:
     """Empty files by the names that the template asks for, so that the frontend finds nothing missing."""
     for node in workflow["nodes"]:
         wanted = [(file["directory"], file["name"]) for file in node["properties"].get("models", ())]
-        if node["type"] == "EditSlidersLoadAdapter":
-            wanted = [("loras", node["widgets_values"][0])]
+        if node["type"] in ("EditSlidersLoadAdapter", "EditSlidersLoadProjector"):
+            wanted = [("loras", name) for name in node["widgets_values"]]
         for folder, name in wanted:
             (models / folder).mkdir(parents=True, exist_ok=True)
             (models / folder / name).touch()

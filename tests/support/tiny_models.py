@@ -30,6 +30,8 @@ MODEL = {
 }
 STLORA = {"which": "stlora", "rank": 4, "seed": 12, "gain": 4.0, "prefix": ""}
 GSTLORA = {"which": "full", "rank": 4, "seed": 13, "gain": 0.2, "prefix": ""}
+PROJECTOR = {"seed": 15, "out_dim": 256, "n_layers": 4}
+PROJECTOR_LORA = {"which": "full", "rank": 4, "seed": 16, "gain": 0.2, "prefix": ""}
 PLAIN = {"rank": 4, "alpha": 2.0, "seed": 14, "gain": 0.3}
 
 _RECIPE = Path(__file__).parents[1] / "data" / "golden" / "recipe.py"
@@ -101,6 +103,11 @@ def _write_adapters(loras: Path) -> None:
     _save(_kohya_names(_fused(gst)), loras / "gst_kohya.safetensors")
     _save(_comfy_names(_fused(gst)), loras / "gst_comfy_names.safetensors")
     _save(_kohya_names(_plain_lora()), loras / "plain_lora.safetensors")
+    projector = recipe.projector_weights(MODEL, PROJECTOR)
+    lora = _prefixed(recipe.lora_weights(MODEL, PROJECTOR_LORA), "transformer.")
+    torch.save(projector, loras / "slider_projector.pth")
+    _save(lora, loras / "projector_lora.safetensors", doubled)
+    _save(projector | lora, loras / "projector_bundle.safetensors", doubled)
 
 
 def _write_broken_adapters(loras: Path, pwned: Path) -> None:
@@ -120,6 +127,7 @@ def _write_broken_adapters(loras: Path, pwned: Path) -> None:
     (loras / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
     (loras / "empty.safetensors").write_bytes(b"")
     torch.save({"lora": _Hostile(pwned)}, loras / "hostile.pt")
+    torch.save(recipe.projector_weights(MODEL, PROJECTOR | {"out_dim": 512}), loras / "wide_projector.pth")
     torch.save([torch.zeros(4, 4)], loras / "not_a_dict.pt")
     torch.save({"step": 3, "name": "adapter"}, loras / "no_tensors.pt")
 
