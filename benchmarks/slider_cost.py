@@ -173,6 +173,7 @@ def _report(bench: _Bench, repeats: int) -> None:
     times: dict[str, list[float]] = {name: [] for name in variants}
     peaks: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(repeats + 1):
+        print(f"    round {repeat} of {repeats}", file=sys.stderr)
         for name, variant in variants.items():
             model, text = variant()
             bench.sample(model, text, 1)

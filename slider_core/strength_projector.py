@@ -30,7 +30,7 @@ from .tensor_file import TensorFile, read_tensors
 COND_KEY = COND_PREFIX + "strength_projector"
 
 Layer = tuple[torch.Tensor, torch.Tensor]
-"""Weight (out, in) and bias (out,) of a linear."""
+"""Weight (out, in) and bias (out,) of a linear, float32."""
 
 _KEY = re.compile(r"(?:.*\.)?(pe_extender|projector\.(\d+))\.(weight|bias)")
 _CIRCLE = 2  # sine and cosine of the strength
@@ -64,17 +64,13 @@ class Projector:
         pooled: (prompts, pooled_width), one row for all strengths or one row per strength.
         """
         s = torch.tensor(strength, dtype=torch.float32)[:, None]
-        x = linear(torch.cat([(math.pi * s).sin(), (math.pi * s).cos()], dim=1), *self._float(self.extender))
+        x = linear(torch.cat([(math.pi * s).sin(), (math.pi * s).cos()], dim=1), *self.extender)
         count = max(len(x), len(pooled))
         x = torch.cat([x.expand(count, -1), pooled.float().cpu().expand(count, -1)], dim=1)
-        *inner, last = map(self._float, self.layers)
+        *inner, last = self.layers
         for layer in inner:
             x = relu(linear(x, *layer))
         return linear(x, *last)
-
-    @staticmethod
-    def _float(layer: Layer) -> Layer:
-        return layer[0].float(), layer[1].float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +141,8 @@ def _projector(name: str, parts: Mapping[str, Mapping[str, torch.Tensor]]) -> Pr
             f"{name}: its layers have the sizes {', '.join(map(str, sizes))}; expected (e, 2), then (n, e + pooled), "
             "(n, n) ... (2 * hidden, n). It is no strength projector of Kontinuous Kontext."
         )
-    return Projector(name, extender, tuple(layers))
+    first, *rest = ((weight.float(), bias.float()) for weight, bias in (extender, *layers))
+    return Projector(name, first, tuple(rest))
 
 
 class ModulationOffset(Operation):

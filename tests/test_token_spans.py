@@ -195,7 +195,9 @@ def test_tokens_cover_the_span_and_nothing_beyond_its_end_pieces(clip, encoder, 
     assert order == sorted(order, key=lambda r: r.start)
 
 
-@pytest.mark.parametrize("prompt", ["make it red \x1f", "make it (red \x1d)", "\x1c", "red\x1e blue", "make \x1f (it:1.2) red"])
+@pytest.mark.parametrize(
+    "prompt", ["make it red \x1f", "make it (red \x1d)", "\x1c", "red\x1e blue", "make \x1f (it:1.2) red"]
+)
 def test_separators_that_python_takes_for_spaces(clip, prompt):
     tokenized = tokenize(clip, prompt)
     if "red" in prompt:

@@ -1,0 +1,434 @@
+"""The strength projector: its files, what it does to a model, and whole graphs with it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import comfy.controlnet
+import comfy.ldm.flux.controlnet
+import comfy.ops
+import comfy.sd
+import numpy as np
+import pytest
+import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from safetensors.torch import save_file
+from support.comfy_server import PromptRefused
+from support.graphs import Graph, Link
+from support.model_calls import velocity_of
+
+from slider_core.errors import SliderError
+from slider_core.global_lora import apply_gstlora
+from slider_core.strength_projector import (
+    COND_KEY,
+    StrengthProjector,
+    apply_projector,
+    read_projector,
+    set_projector_strength,
+)
+
+SIGMA = 0.7
+PROMPT = "make the cat older"
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+X = noise(1, 16, 8, 8, seed=9)
+
+
+def text(rows: int = 24, seed: int = 1, **options) -> list:
+    pooled = noise(1, 768, seed=seed + 1)
+    return [[noise(1, rows, 64, seed=seed), {"pooled_output": pooled, "guidance": 3.5, **options}]]
+
+
+def far(a, b) -> bool:
+    return float(abs(a - b).max()) > 1e-2
+
+
+def near(a, b) -> bool:
+    return bool((abs(a - b) <= 2e-4 + 1e-3 * abs(b)).all())
+
+
+@pytest.fixture(scope="module")
+def weights(recipe, manifest) -> dict[str, torch.Tensor]:
+    return recipe.projector_weights(manifest["model"], manifest["adapters"]["projector"])
+
+
+@pytest.fixture(scope="module")
+def lora(recipe, manifest) -> dict[str, torch.Tensor]:
+    return recipe.lora_weights(manifest["model"], manifest["adapters"]["kk_lora"])
+
+
+@pytest.fixture(scope="module")
+def bundle(weights, lora, tmp_path_factory) -> StrengthProjector:
+    folder = tmp_path_factory.mktemp("bundle")
+    torch.save(weights, folder / "slider_projector.pth")
+    save_file(lora, folder / "lora.safetensors")
+    return read_projector(folder / "slider_projector.pth", folder / "lora.safetensors")
+
+
+# --- files
+
+
+def offsets(bundle: StrengthProjector) -> torch.Tensor:
+    return bundle.projector.offsets((0.0, 0.4, 1.0), noise(1, 768))
+
+
+def test_projector_and_lora_as_one_file_or_apart(weights, lora, bundle, tmp_path):
+    save_file(weights | lora, tmp_path / "both.safetensors")
+    save_file({f"module.{key}": value for key, value in weights.items()}, tmp_path / "wrapped.safetensors")
+    both, alone = read_projector(tmp_path / "both.safetensors"), read_projector(tmp_path / "wrapped.safetensors")
+    assert torch.equal(offsets(both), offsets(bundle))
+    assert torch.equal(offsets(alone), offsets(bundle))
+    assert set(both.lora.factors) == set(bundle.lora.factors)
+    assert alone.lora is None
+    assert "no LoRA: its edits will be off" in alone.describe()
+    assert "hidden size 256" in alone.describe()
+    assert "strength and pooled text (768), 4 layers" in both.describe()
+
+
+def test_a_projector_that_reads_the_strength_alone(weights, tmp_path):
+    blind = weights | {"projector.0.weight": weights["projector.0.weight"][:, :768].contiguous()}
+    save_file(blind, tmp_path / "blind.safetensors")
+    blind = read_projector(tmp_path / "blind.safetensors")
+    assert blind.projector.pooled_width == 0
+    [[_, options]] = set_projector_strength([[noise(1, 4, 64), {}]], blind, (0.0, 1.0))
+    assert options["model_conds"][COND_KEY].cond.shape == (2, 512)
+
+
+def without(*keys: str) -> Callable[[dict], dict]:
+    return lambda weights: {k: v for k, v in weights.items() if k not in keys}
+
+
+def with_shape(key: str, *shape: int) -> Callable[[dict], dict]:
+    return lambda weights: weights | {key: torch.zeros(shape)}
+
+
+WRONG = {
+    "no extender": (without("pe_extender.weight", "pe_extender.bias"), "pe_extender has not both weight and bias"),
+    "no bias": (without("projector.4.bias"), "projector.4 has not both"),
+    "a gap": (without("projector.2.weight", "projector.2.bias"), "is incomplete"),
+    "one angle": (with_shape("pe_extender.weight", 768, 1), "no strength projector"),
+    "broken chain": (with_shape("projector.2.weight", 512, 100), r"\(512, 100\)"),
+    "odd output": (
+        lambda w: w | {"projector.6.weight": torch.zeros(511, 512), "projector.6.bias": torch.zeros(511)},
+        "no",
+    ),
+    "a LoRA": (lambda w: {"transformer.proj_out.lora_A.weight": torch.zeros(4, 4)}, "no projector in it.*as the LoRA"),
+    "unknown part": (lambda w: w | {"gate.weight": torch.zeros(1)}, "gate.weight"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_files(weights, tmp_path, wrong):
+    change, message = WRONG[wrong]
+    save_file(change(weights), tmp_path / "wrong.safetensors")
+    with pytest.raises(SliderError, match=message):
+        read_projector(tmp_path / "wrong.safetensors")
+
+
+def test_unreadable_files(weights, lora, tmp_path):
+    (tmp_path / "empty.pth").touch()
+    save_file(weights, tmp_path / "projector.safetensors")
+    with pytest.raises(SliderError, match=r"empty\.pth cannot be read as a strength projector"):
+        read_projector(tmp_path / "empty.pth")
+    with pytest.raises(SliderError, match=r"empty\.pth cannot be read as the LoRA"):
+        read_projector(tmp_path / "projector.safetensors", tmp_path / "empty.pth")
+    with pytest.raises(SliderError, match="is a projector; expected its LoRA"):
+        read_projector(tmp_path / "projector.safetensors", tmp_path / "projector.safetensors")
+
+
+# --- on a model
+
+
+def test_other_conds_are_left_alone(golden_model, bundle):
+    model = apply_projector(golden_model, bundle)
+    bare = velocity_of(golden_model, X, SIGMA, text(), text(seed=5))
+    assert torch.equal(bare, velocity_of(model, X, SIGMA, text(), text(seed=5)))
+    slid = velocity_of(model, X, SIGMA, set_projector_strength(text(), bundle, 0.6), text(seed=5))
+    assert far(slid[:1], bare[:1])
+    assert torch.equal(slid[1:], bare[1:])
+    assert torch.equal(bare, velocity_of(golden_model, X, SIGMA, text(), text(seed=5)))
+
+
+def test_strengths_per_image_equal_single_runs(golden_model, bundle):
+    model, values = apply_projector(golden_model, bundle), (0.0, 0.35, 1.0)
+    together = velocity_of(model, X.repeat(3, 1, 1, 1), SIGMA, set_projector_strength(text(), bundle, values))
+    for k, value in enumerate(values):
+        one = velocity_of(model, X, SIGMA, set_projector_strength(text(), bundle, value))
+        assert near(together[k : k + 1], one)
+    assert far(together[0], together[2])
+    with pytest.raises(SliderError, match="3 strengths were given, but the batch has 2"):
+        velocity_of(model, X.repeat(2, 1, 1, 1), SIGMA, set_projector_strength(text(), bundle, values))
+
+
+def test_each_cond_has_its_own_pooled_vector_and_strength(golden_model, bundle):
+    model = apply_projector(golden_model, bundle)
+    conds = [set_projector_strength(text(seed=seed), bundle, s) for seed, s in ((1, 0.2), (5, 0.9))]
+    both = velocity_of(model, X, SIGMA, *conds)
+    for k, cond in enumerate(conds):
+        assert near(both[k : k + 1], velocity_of(model, X, SIGMA, cond))
+
+
+def test_with_other_sliders(golden_model, bundle):
+    """The LoRA of the projector and a GSTLoRA at strength 0 are the same sum."""
+    doubled = replace(
+        bundle.lora, factors={m: [f._replace(scale=2.0) for f in fs] for m, fs in bundle.lora.factors.items()}
+    )
+    slid = set_projector_strength(text(), bundle, 0.6)
+    first = apply_gstlora(apply_projector(golden_model, bundle), bundle.lora, 0.0)
+    second = apply_projector(apply_gstlora(golden_model, bundle.lora, 0.0), bundle)
+    want = velocity_of(apply_projector(golden_model, replace(bundle, lora=doubled)), X, SIGMA, slid)
+    assert near(velocity_of(first, X, SIGMA, slid), want)
+    assert near(velocity_of(second, X, SIGMA, slid), want)
+
+
+def test_with_a_controlnet(golden_model, bundle):
+    """ControlNet adds to the image stream what it adds without the projector: the two do not cancel each other."""
+    params = golden_model.model.diffusion_model.params
+    torch.manual_seed(0)
+    network = comfy.ldm.flux.controlnet.ControlNetFlux(
+        latent_input=True,
+        num_union_modes=0,
+        dtype=torch.float32,
+        operations=comfy.ops.manual_cast,
+        **{**vars(params), "depth": 1, "depth_single_blocks": 0},
+    )
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    control = comfy.controlnet.ControlNet(
+        network, compression_ratio=1, latent_format=golden_model.model.latent_format, load_device=torch.device("cpu")
+    )
+    hinted = text(control=control.set_cond_hint(noise(1, 16, 8, 8, seed=4)), control_apply_to_uncond=True)
+    model = apply_projector(golden_model, replace(bundle, lora=None))
+    plain = velocity_of(golden_model, X, SIGMA, text())
+    controlled = velocity_of(golden_model, X, SIGMA, hinted)
+    assert far(controlled, plain)
+    assert torch.equal(controlled, velocity_of(model, X, SIGMA, hinted))
+    both = velocity_of(model, X, SIGMA, set_projector_strength(hinted, bundle, 0.6))
+    assert far(both, controlled)
+    assert far(both, velocity_of(model, X, SIGMA, set_projector_strength(text(), bundle, 0.6)))
+
+
+@pytest.mark.parametrize("when", ["compiled first", "compiled last"])
+def test_torch_compile(golden_model, bundle, when):
+    torch._dynamo.reset()
+
+    def compiled(model):
+        model = model.clone()
+        set_torch_compile_wrapper(model, backend="eager", dynamic=False)
+        return model
+
+    first = compiled(golden_model)
+    for strength in (0.2, 0.8):
+        slid = set_projector_strength(text(), bundle, strength)
+        want = velocity_of(apply_projector(golden_model, bundle), X, SIGMA, slid)
+        last = when == "compiled last"
+        model = compiled(apply_projector(golden_model, bundle)) if last else apply_projector(first, bundle)
+        assert near(velocity_of(model, X, SIGMA, slid), want)
+
+
+def test_what_does_not_fit(golden_model, bundle, recipe, manifest, tmp_path):
+    wide = recipe.projector_weights(manifest["model"], {"seed": 1, "out_dim": 1024, "n_layers": 2})
+    save_file(wide, tmp_path / "wide.safetensors")
+    wide = read_projector(tmp_path / "wide.safetensors")
+    with pytest.raises(SliderError, match=r"hidden size 512, this FLUX\.1 has 256"):
+        apply_projector(golden_model, wide)
+    with pytest.raises(SliderError, match="projector for hidden size 512, the model has 256"):
+        velocity_of(apply_projector(golden_model, bundle), X, SIGMA, set_projector_strength(text(), wide, 0.5))
+    with pytest.raises(SliderError, match="already has a strength projector"):
+        apply_projector(apply_projector(golden_model, bundle), bundle)
+    for pooled, found in (({}, "no pooled vector"), ({"pooled_output": noise(1, 1280)}, "one of 1280")):
+        with pytest.raises(SliderError, match=f"768 values, but the conditioning has {found}"):
+            set_projector_strength([[noise(1, 4, 64), pooled]], bundle, 0.5)
+
+
+def test_a_model_without_pooled_vectors():
+    class Flux2(torch.nn.Module):
+        __module__ = "comfy.ldm.flux.model"
+
+    host = type("Host", (), {"model": type("Flux2", (), {"diffusion_model": Flux2()})()})()
+    with pytest.raises(SliderError, match=r"not known for this model \(Flux2 in ComfyUI\); expected FLUX\.1"):
+        apply_projector(host, None)
+
+
+# --- whole graphs
+
+
+def slid(
+    strength, model=lambda g: g.projected(g.model()), mode: str = "clamp to 0..1", **more
+) -> Callable[[Graph], Link]:
+    return lambda g: g.sample(model(g), g.edited(g.at(g.stock_text(PROMPT), strength, mode)), **more)
+
+
+def bare(g: Graph) -> Link:
+    return g.sample(g.model(), g.edited(g.stock_text(PROMPT)))
+
+
+def latents(server, *parts: Callable[[Graph], Link]) -> list[np.ndarray]:
+    graph = Graph()
+    ids = [graph.save(part(graph)) for part in parts]
+    result = server.run(graph)
+    assert result.ok, result.error
+    return [result.latent(node) for node in ids]
+
+
+def shown(server, strength, mode: str) -> str:
+    graph = Graph()
+    graph.save(slid(strength, mode=mode)(graph))
+    result = server.run(graph)
+    assert result.ok, result.error
+    (node,) = (key for key, value in graph.items() if value["class_type"] == "EditSlidersProjectorStrength")
+    return result.text(node)
+
+
+def test_branches_second_and_interrupted_runs(server):
+    parts = [slid(0.2), bare, slid(0.9), lambda g: g.sample(g.projected(g.model()), g.edited(g.stock_text(PROMPT)))]
+    first = latents(server, *parts)
+    assert far(first[0], first[1])
+    assert far(first[0], first[2])
+    assert np.array_equal(first[1], first[3])
+    graph = Graph()
+    graph.save(slid(0.2, steps=2000)(graph))
+    prompt = server.submit(graph)
+    time.sleep(2)
+    server.interrupt()
+    assert server.wait(prompt).interrupted
+    server.free()
+    for part, want in zip(parts, first):
+        assert np.array_equal(latents(server, part)[0], want)
+
+
+def test_a_moved_slider_runs_nothing_above_it(server):
+    graphs = [Graph(), Graph()]
+    for graph, value in zip(graphs, (0.41, 0.42)):
+        graph.save(slid(value)(graph))
+    assert server.run(graphs[0]).ok
+    again = {graphs[1][node]["class_type"] for node in server.run(graphs[1]).executed}
+    assert "KSampler" in again
+    assert not again & {"UNETLoader", "EditSlidersLoadProjector", "EditSlidersApplyProjector", "CLIPTextEncode"}
+
+
+def test_cfg_leaves_the_negative_prompt_alone(server):
+    """One Euler step is linear in the guidance scale, so the three runs must lie on a line."""
+
+    def part(cfg: float, positive: Callable, negative: Callable, model: Callable) -> Callable[[Graph], Link]:
+        return lambda g: g.sample(model(g), positive(g), negative(g), cfg=cfg, steps=1)
+
+    def moved(g: Graph) -> Link:
+        return g.edited(g.at(g.stock_text(PROMPT), 0.7))
+
+    def plain(g: Graph) -> Link:
+        return g.edited(g.stock_text("blurry"))
+
+    cond, uncond, guided = latents(
+        server,
+        part(1.0, moved, moved, lambda g: g.projected(g.model())),
+        part(1.0, plain, plain, lambda g: g.model()),
+        part(3.0, moved, plain, lambda g: g.projected(g.model())),
+    )
+    assert near(guided, uncond + 3.0 * (cond - uncond))
+
+
+def test_a_sweep_equals_single_runs(server):
+    def sweep(g: Graph) -> Link:
+        strengths = g.add("EditSlidersStrengthList", values="0, 0.6; 1")
+        latent = g.add("EditSlidersLatentForSweep", latent=g.noise(), strengths=strengths)
+        return g.sample(g.projected(g.model()), g.edited(g.at(g.stock_text(PROMPT), strengths)), latent=latent)
+
+    (swept,) = latents(server, sweep)
+    assert swept.shape[0] == 3
+    for k, one in enumerate(latents(server, slid(0.0), slid(0.6), slid(1.0))):
+        assert near(swept[k : k + 1], one)
+    assert far(swept[0], swept[2])
+
+
+def test_with_everything_else_in_any_order(server):
+    stacks = [
+        lambda g: g.projected(g.gstlora(g.stlora(g.lora(g.model())), 0.4)),
+        lambda g: g.lora(g.stlora(g.gstlora(g.projected(g.model()), 0.4))),
+        lambda g: g.gstlora(g.projected(g.stlora(g.lora(g.model()))), 0.4),
+    ]
+
+    def part(stack: Callable) -> Callable[[Graph], Link]:
+        return lambda g: g.sample(stack(g), g.edited(g.at(g.strengths(g.instructions(PROMPT), 0.3), 0.6)))
+
+    outs = latents(server, *map(part, stacks))
+    assert near(outs[0], outs[1])
+    assert near(outs[0], outs[2])
+    assert far(outs[0], latents(server, part(lambda g: g.gstlora(g.stlora(g.lora(g.model())), 0.4)))[0])
+
+
+def test_the_lora_acts_at_the_strength_its_file_declares(server):
+    """Its header says lora_alpha 8 at rank 4: twice its product. Dropping the strength leaves the LoRA alone."""
+
+    def merged(g: Graph) -> Link:
+        return g.sample(g.lora(g.model(), "projector_lora.safetensors", 2.0), g.edited(g.stock_text(PROMPT)))
+
+    def bundled(g: Graph) -> Link:
+        files = {"name": "projector_bundle.safetensors", "lora": "none, or in the projector's file"}
+        text = g.at(g.stock_text(PROMPT), 0.6, **files)
+        return g.sample(g.projected(g.model(), **files), g.edited(text))
+
+    dropped, stock, bundle, apart = latents(server, slid(0.5, mode="drop the strength"), merged, bundled, slid(0.6))
+    assert near(dropped, stock)
+    assert np.array_equal(bundle, apart)
+
+
+def test_strengths_outside_are_clamped_with_a_warning_or_used(server):
+    full, clamped, free = latents(server, slid(1.0), slid(1.4), slid(1.4, mode="allow outside 0..1"))
+    assert np.array_equal(full, clamped)
+    assert far(full, free)
+    assert shown(server, 1.4, "clamp to 0..1") == "WARNING: 1.4 is outside 0..1 and was clamped.\nstrength 1"
+    assert shown(server, 1.4, "allow outside 0..1") == "strength 1.4"
+    assert shown(server, 0.4, "clamp to 0..1") == "strength 0.4"
+    assert "LoRA acts alone" in shown(server, 0.4, "drop the strength")
+
+
+def test_fp8_weights_and_stock_compile(server):
+    def compiled(g: Graph) -> Link:
+        return g.projected(g.add("TorchCompileModel", model=g.model(), backend="inductor"))
+
+    full, eight, inductor = latents(
+        server, slid(0.3), slid(0.3, model=lambda g: g.projected(g.model("fp8_e4m3fn"))), slid(0.3, model=compiled)
+    )
+    assert np.allclose(full, inductor, atol=5e-3)
+    without, bare_eight = latents(
+        server, bare, lambda g: g.sample(g.model("fp8_e4m3fn"), g.edited(g.stock_text(PROMPT)))
+    )
+    a, b = full - without, eight - bare_eight
+    assert float((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)) > 0.9
+
+
+BAD = {
+    "hostile": ("hostile.pt", None, "LoadProjector", "tensors only"),
+    "an adapter": ("gst_peft.safetensors", None, "LoadProjector", "no projector in it"),
+    "no adapter": ("slider_projector.pth", "slider_projector.pth", "LoadProjector", "expected its LoRA"),
+    "wide": ("wide_projector.pth", None, "ApplyProjector", "hidden size 256, this FLUX.1 has 128"),
+    "wide LoRA": ("slider_projector.pth", "wrong_width.safetensors", "ApplyProjector", "does not fit the model"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_files(server, bad):
+    name, lora, node, message = BAD[bad]
+    graph = Graph()
+    files = {"name": name, "lora": lora or "none, or in the projector's file"}
+    graph.save(graph.sample(graph.projected(graph.model(), **files), graph.edited(graph.stock_text(PROMPT))))
+    result = server.run(graph)
+    assert result.error["node_type"] == f"EditSliders{node}"
+    assert message in result.error["exception_message"]
+    assert not (server.base / "models" / "PWNED").exists()
+
+
+@pytest.mark.parametrize("strength", [math.nan, math.inf, 1e300, "half"])
+def test_bad_strengths(server, strength):
+    graph = Graph()
+    graph.save(slid(strength)(graph))
+    with pytest.raises(PromptRefused, match=r"strength is .*; expected a number"):
+        server.run(graph)

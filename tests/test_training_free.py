@@ -1,0 +1,157 @@
+"""Strengths without an adapter: what the two methods compute, and where they must not act."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from comfy.ldm.flux.math import attention
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from support.graphs import Graph, Link
+from support.model_calls import velocity_of
+
+from slider_core.attention_weights import apply_attention_weights
+from slider_core.errors import SliderError
+from slider_core.module_overrides import ModelCall, operations_of
+from slider_core.span_strengths import Span, attach_spans, set_strengths
+from slider_core.text_modulation import apply_text_modulation
+
+SIGMA, ROWS = 0.7, 24
+SPANS = [Span("first", (2, 3, 4)), Span("second", (4, 5, 6, 7))]
+METHODS = {"text modulation": apply_text_modulation, "attention to text": apply_attention_weights}
+PROMPT = "make the cat older\nmake the wall golden"
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+X = noise(1, 16, 8, 8, seed=9)
+
+
+def text(*strengths: object, seed: int = 1) -> list:
+    cond = [[noise(1, ROWS, 64, seed=seed), {"pooled_output": noise(1, 768, seed=seed + 1), "guidance": 3.5}]]
+    spanned = attach_spans(cond, ROWS, SPANS[: len(strengths)])
+    return set_strengths(spanned, {f"strength_{k}": s for k, s in enumerate(strengths, 1)}) if strengths else cond
+
+
+def far(a, b) -> bool:
+    return float(abs(a - b).max()) > 1e-2
+
+
+def near(a, b) -> bool:
+    return bool((abs(a - b) <= 2e-4 + 1e-3 * abs(b)).all())
+
+
+@pytest.fixture(params=METHODS)
+def apply(request) -> Callable:
+    return METHODS[request.param]
+
+
+def test_strength_one_and_other_conds_are_the_bare_model(golden_model, apply):
+    model = apply(golden_model)
+    bare = velocity_of(golden_model, X, SIGMA, text(), text(seed=5))
+    assert torch.equal(bare, velocity_of(model, X, SIGMA, text(1.0, 1.0), text(seed=5)))
+    slid = velocity_of(model, X, SIGMA, text(0.3, 1.0), text(seed=5))
+    assert far(slid[:1], bare[:1])
+    assert torch.equal(slid[1:], bare[1:])
+    assert torch.equal(bare, velocity_of(golden_model, X, SIGMA, text(), text(seed=5)))
+
+
+def test_strengths_per_image_equal_single_runs(golden_model, apply):
+    model, values = apply(golden_model), (0.0, 0.5, 1.6)
+    together = velocity_of(model, X.repeat(3, 1, 1, 1), SIGMA, text(values, 0.7))
+    for k, value in enumerate(values):
+        assert near(together[k : k + 1], velocity_of(model, X, SIGMA, text(value, 0.7)))
+
+
+def test_without_modulation_words_pass_the_block_unchanged(golden_model):
+    """At strength 0 the gates are closed: a block adds nothing to the span's rows, and something to all others."""
+    seen = []
+    block = golden_model.model.diffusion_model.double_blocks[0]
+    before = block.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["txt"].clone()), with_kwargs=True
+    )
+    after = block.register_forward_hook(lambda module, args, out: seen.append(out[1].clone()))
+    try:
+        velocity_of(apply_text_modulation(golden_model), X, SIGMA, text(0.0))
+    finally:
+        before.remove()
+        after.remove()
+    same = (seen[0] == seen[1]).all(dim=-1)[0].nonzero().flatten().tolist()
+    assert same == list(SPANS[0].rows)
+
+
+def test_modulation_is_scaled_in_proportion(golden_model):
+    [operation] = operations_of(apply_text_modulation(golden_model))
+    scale = torch.zeros(1, ROWS)
+    scale[0, 2], scale[0, 3] = 1 - 0.25, 1 - 1.5
+    call = ModelCall({"edit_sliders.default": scale}, 1, 1, ROWS, torch.device("cpu"))
+    assert set(operation.paths) == {f"double_blocks.{k}.txt_mod" for k in range(len(operation.paths))}
+    module = golden_model.model.diffusion_model.get_submodule(operation.paths[-1])
+    vec = noise(1, 256)
+    plain = module(vec)
+    scaled = operation.around(call)[operation.paths[-1]](module.forward)(vec)
+    for a, b in zip(plain, scaled):
+        for name in ("shift", "scale", "gate"):
+            value, found = getattr(a, name)[0, 0], getattr(b, name)[0]
+            assert torch.allclose(found[2], 0.25 * value)
+            assert torch.allclose(found[3], 1.5 * value)
+            assert torch.equal(found[5], value)
+
+
+def test_attention_weights_are_scaled_and_normalised(golden_model):
+    """Against the formula written out: softmax, times the strength where image looks at a span, normalised."""
+    [operation] = operations_of(apply_attention_weights(golden_model))
+    strengths = torch.ones(2, 3)
+    strengths[0, 1], strengths[1, 2] = 0.3, 0.0
+    call = ModelCall({"edit_sliders.default": 1 - strengths}, 2, 1, 3, torch.device("cpu"))
+    q, k, v = (noise(2, 4, 9, 16, seed=seed) for seed in range(3))
+    [patch] = operation.attention_patches(call)
+    found = attention(q, k, v, pe=None, mask=patch(q, k, v)["attn_mask"])
+    weights = (q @ k.transpose(-1, -2) / 4).softmax(dim=-1)
+    factor = torch.ones(2, 1, 9, 9)
+    factor[:, 0, 3:, :3] = strengths[:, None]
+    weights = weights * factor
+    want = (weights / weights.sum(dim=-1, keepdim=True) @ v).transpose(1, 2).flatten(2)
+    assert torch.allclose(found, want, atol=1e-5)
+    banned = torch.ones(9, 9, dtype=torch.bool)
+    banned[:, 8] = False
+    for other in (banned, torch.zeros(9, 9).masked_fill(~banned, -torch.inf)):
+        masked = patch(q, k, v, attn_mask=other)["attn_mask"]
+        assert masked[..., 8].isinf().all()
+        assert masked[0, 0, 5, 1] == pytest.approx(np.log(0.3))
+
+
+def test_refused_rather_than_ignored(golden_model):
+    model = apply_attention_weights(golden_model)
+    with pytest.raises(SliderError, match="below 0"):
+        velocity_of(model, X, SIGMA, text(-0.2))
+    set_torch_compile_wrapper(model, backend="eager", dynamic=False)
+    with pytest.raises(SliderError, match=r"compiled.*Bypass the compile node"):
+        velocity_of(model, X, SIGMA, text(0.2))
+    assert near(velocity_of(model, X, SIGMA, text()), velocity_of(golden_model, X, SIGMA, text()))
+
+
+def test_whole_graphs(server):
+    def part(method: str, strength: float) -> Callable[[Graph], Link]:
+        def graph(g: Graph) -> Link:
+            model = g.add("EditSlidersApplyTrainingFree", model=g.model(), method=method)
+            return g.sample(model, g.edited(g.strengths(g.instructions(PROMPT), strength)))
+
+        return graph
+
+    graph = Graph()
+    parts = [part(method, strength) for method in METHODS for strength in (0.2, 1.0, 1.5)]
+    ids = [graph.save(one(graph)) for one in [*parts, lambda g: g.sample(g.model(), g.edited(g.instructions(PROMPT)))]]
+    result = server.run(graph)
+    assert result.ok, result.error
+    *outs, bare = (result.latent(node) for node in ids)
+    for weak, one, strong in (outs[:3], outs[3:]):
+        assert np.array_equal(one, bare)
+        assert far(weak, bare)
+        assert far(strong, bare)
+        assert far(weak, strong)
+    assert far(outs[0], outs[3])
