@@ -152,7 +152,7 @@ def test_other_conds_are_left_alone(golden_model, bundle):
     assert torch.equal(bare, velocity_of(model, X, SIGMA, text(), text(seed=5)))
     slid = velocity_of(model, X, SIGMA, set_projector_strength(text(), bundle, 0.6), text(seed=5))
     assert far(slid[:1], bare[:1])
-    assert torch.equal(slid[1:], bare[1:])
+    assert torch.equal(slid[1:], velocity_of(golden_model, X, SIGMA, text(seed=5)))
     assert torch.equal(bare, velocity_of(golden_model, X, SIGMA, text(), text(seed=5)))
 
 
@@ -199,10 +199,11 @@ def test_with_a_controlnet(golden_model, bundle):
         operations=comfy.ops.manual_cast,
         **{**vars(params), "depth": 1, "depth_single_blocks": 0},
     )
+    network.requires_grad_(False)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     control = comfy.controlnet.ControlNet(
-        network, compression_ratio=1, latent_format=golden_model.model.latent_format, load_device=torch.device("cpu")
+        network, compression_ratio=1, load_device=torch.device("cpu"), extra_conds=["y", "guidance"]
     )
     hinted = text(control=control.set_cond_hint(noise(1, 16, 8, 8, seed=4)), control_apply_to_uncond=True)
     model = apply_projector(golden_model, replace(bundle, lora=None))
@@ -377,7 +378,7 @@ def test_the_lora_acts_at_the_strength_its_file_declares(server):
 
     dropped, stock, bundle, apart = latents(server, slid(0.5, mode="drop the strength"), merged, bundled, slid(0.6))
     assert near(dropped, stock)
-    assert np.array_equal(bundle, apart)
+    assert near(bundle, apart)
 
 
 def test_strengths_outside_are_clamped_with_a_warning_or_used(server):
