@@ -10,7 +10,8 @@ from comfy.model_management import load_models_gpu
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
-from support.model_calls import velocity_of
+from support.model_calls import noise, velocity_of
+from support.outcomes import far
 
 from slider_core.adapter_file import read_adapter
 from slider_core.errors import SliderError
@@ -35,10 +36,6 @@ def gst():
     return read_adapter(GSTLORA)
 
 
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def text(*strengths: object, rows: int = 24, seed: int = 1, **options) -> list:
     cond = [
         [noise(1, rows, 64, seed=seed), {"pooled_output": noise(1, 768, seed=seed + 1), "guidance": 3.5, **options}]
@@ -48,10 +45,6 @@ def text(*strengths: object, rows: int = 24, seed: int = 1, **options) -> list:
 
 
 X = noise(1, 16, 8, 8, seed=9)
-
-
-def far(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (a - b).abs().max().item() > 1e-2
 
 
 def near(a: torch.Tensor, b: torch.Tensor, atol: float = 1e-4) -> bool:

@@ -10,18 +10,10 @@ import numpy as np
 import pytest
 from support.comfy_server import ComfyServer, PromptRefused, Result
 from support.graphs import Graph, Link
+from support.outcomes import far, latents, near
 
 TWO = "make the cat older\nmake the wall (golden:1.2)"
 JOINED = "make the cat older and make the wall (golden:1.2)"
-
-
-def latents(server: ComfyServer, *parts: Callable[[Graph], Link]) -> list[np.ndarray]:
-    """Run one graph in which each part samples something; the samples in that order."""
-    graph = Graph()
-    ids = [graph.save(part(graph)) for part in parts]
-    result = server.run(graph)
-    assert result.ok, result.error
-    return [result.latent(node) for node in ids]
 
 
 def latent(server: ComfyServer, part: Callable[[Graph], Link]) -> np.ndarray:
@@ -47,14 +39,6 @@ def two_sliders(*values, model=lambda g: g.stlora(g.model()), **more) -> Callabl
 
 def one_slider(strength, model=lambda g: g.model(), name="gst_peft.safetensors", **more) -> Callable[[Graph], Link]:
     return lambda g: g.sample(g.gstlora(model(g), strength, name), g.edited(g.stock_text(JOINED)), **more)
-
-
-def near(a: np.ndarray, b: np.ndarray) -> bool:
-    return np.allclose(a, b, atol=2e-4, rtol=1e-3)
-
-
-def far(a: np.ndarray, b: np.ndarray) -> bool:
-    return float(np.abs(a - b).max()) > 1e-2
 
 
 def forget(server: ComfyServer) -> None:

@@ -18,7 +18,8 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from safetensors.torch import save_file
 from support.comfy_server import PromptRefused
 from support.graphs import Graph, Link
-from support.model_calls import velocity_of
+from support.model_calls import noise, velocity_of
+from support.outcomes import far, latents, near
 
 from slider_core.errors import SliderError
 from slider_core.global_lora import apply_gstlora
@@ -34,24 +35,12 @@ SIGMA = 0.7
 PROMPT = "make the cat older"
 
 
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 X = noise(1, 16, 8, 8, seed=9)
 
 
 def text(rows: int = 24, seed: int = 1, **options) -> list:
     pooled = noise(1, 768, seed=seed + 1)
     return [[noise(1, rows, 64, seed=seed), {"pooled_output": pooled, "guidance": 3.5, **options}]]
-
-
-def far(a, b) -> bool:
-    return float(abs(a - b).max()) > 1e-2
-
-
-def near(a, b) -> bool:
-    return bool((abs(a - b) <= 2e-4 + 1e-3 * abs(b)).all())
 
 
 @pytest.fixture(scope="module")
@@ -269,14 +258,6 @@ def slid(
 
 def bare(g: Graph) -> Link:
     return g.sample(g.model(), g.edited(g.stock_text(PROMPT)))
-
-
-def latents(server, *parts: Callable[[Graph], Link]) -> list[np.ndarray]:
-    graph = Graph()
-    ids = [graph.save(part(graph)) for part in parts]
-    result = server.run(graph)
-    assert result.ok, result.error
-    return [result.latent(node) for node in ids]
 
 
 def shown(server, strength, mode: str) -> str:

@@ -10,7 +10,8 @@ import torch
 from comfy.ldm.flux.math import attention
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from support.graphs import Graph, Link
-from support.model_calls import velocity_of
+from support.model_calls import noise, velocity_of
+from support.outcomes import far, latents, near
 
 from slider_core.attention_weights import apply_attention_weights
 from slider_core.errors import SliderError
@@ -24,10 +25,6 @@ METHODS = {"text modulation": apply_text_modulation, "attention to text": apply_
 PROMPT = "make the cat older\nmake the wall golden"
 
 
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 X = noise(1, 16, 8, 8, seed=9)
 
 
@@ -35,14 +32,6 @@ def text(*strengths: object, seed: int = 1) -> list:
     cond = [[noise(1, ROWS, 64, seed=seed), {"pooled_output": noise(1, 768, seed=seed + 1), "guidance": 3.5}]]
     spanned = attach_spans(cond, ROWS, SPANS[: len(strengths)])
     return set_strengths(spanned, {f"strength_{k}": s for k, s in enumerate(strengths, 1)}) if strengths else cond
-
-
-def far(a, b) -> bool:
-    return float(abs(a - b).max()) > 1e-2
-
-
-def near(a, b) -> bool:
-    return bool((abs(a - b) <= 2e-4 + 1e-3 * abs(b)).all())
 
 
 @pytest.fixture(params=METHODS)
@@ -143,12 +132,8 @@ def test_whole_graphs(server):
 
         return graph
 
-    graph = Graph()
     parts = [part(method, strength) for method in METHODS for strength in (0.2, 1.0, 1.5)]
-    ids = [graph.save(one(graph)) for one in [*parts, lambda g: g.sample(g.model(), g.edited(g.instructions(PROMPT)))]]
-    result = server.run(graph)
-    assert result.ok, result.error
-    *outs, bare = (result.latent(node) for node in ids)
+    *outs, bare = latents(server, *parts, lambda g: g.sample(g.model(), g.edited(g.instructions(PROMPT))))
     for weak, one, strong in (outs[:3], outs[3:]):
         assert np.array_equal(one, bare)
         assert far(weak, bare)

@@ -8,6 +8,11 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Normal numbers, always the same for a seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 def velocity_of(model: ModelPatcher, x: torch.Tensor, sigma: float, *conditionings: list) -> torch.Tensor:
     """Velocity (batch, 16, H, W) of each conditioning, stacked along the batch in the order given."""
     options = model.model_options | {"transformer_options": dict(model.model_options["transformer_options"])}
