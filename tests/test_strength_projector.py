@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import comfy.controlnet
 import comfy.ldm.flux.controlnet
+import comfy.ldm.flux.model
 import comfy.ops
 import comfy.sd
 import numpy as np
@@ -238,13 +239,33 @@ def test_what_does_not_fit(golden_model, bundle, recipe, manifest, tmp_path):
             set_projector_strength([[noise(1, 4, 64), pooled]], bundle, 0.5)
 
 
-def test_a_model_without_pooled_vectors():
-    class Flux2(torch.nn.Module):
-        __module__ = "comfy.ldm.flux.model"
-
-    host = type("Host", (), {"model": type("Flux2", (), {"diffusion_model": Flux2()})()})()
+def test_a_model_without_pooled_vectors(bundle):
+    flux2 = comfy.ldm.flux.model.Flux(
+        in_channels=128,
+        out_channels=128,
+        vec_in_dim=None,
+        context_in_dim=64,
+        hidden_size=256,
+        mlp_ratio=3.0,
+        num_heads=2,
+        depth=1,
+        depth_single_blocks=1,
+        axes_dim=[32, 32, 32, 32],
+        theta=2000,
+        patch_size=1,
+        qkv_bias=False,
+        guidance_embed=True,
+        txt_ids_dims=[3],
+        global_modulation=True,
+        mlp_silu_act=True,
+        ops_bias=False,
+        dtype=torch.float32,
+        operations=comfy.ops.manual_cast,
+    )
+    model = comfy.sd.load_diffusion_model_state_dict(flux2.state_dict())
+    assert type(model.model).__name__ == "Flux2"
     with pytest.raises(SliderError, match=r"not known for this model \(Flux2 in ComfyUI\); expected FLUX\.1"):
-        apply_projector(host, None)
+        apply_projector(model, bundle)
 
 
 # --- whole graphs
