@@ -164,13 +164,13 @@ def provide_browser(python: Path, log: Path) -> None:
     for way in ways:
         if subprocess.run(works, cwd=ROOT, capture_output=True, check=False).returncode == 0:
             return
-        say(f"browser: none for the tests of the page yet, trying {way[-1][-2]} {way[-1][-1]}")
+        say(f"browser: none for the tests of the page, trying: {' '.join(map(str, way[-1]))}")
         with contextlib.suppress(SetupError):
             for command in way:
                 logged(command, "browser", log)
     found = subprocess.run(works, cwd=ROOT, capture_output=True, text=True, check=False)
     if found.returncode:
-        raise SetupError(found.stderr)
+        raise SetupError(found.stderr.strip())
 
 
 def make_venv(venv: Path, log: Path) -> Path:

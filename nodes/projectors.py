@@ -133,6 +133,7 @@ class ProjectorStrength(io.ComfyNode):
         given = read_strength(strength, "strength")
         used = clamp(given) if mode == CLAMP else given
         shown = f"strength {', '.join(f'{s:g}' for s in used)}"
-        if used != given:
-            shown = f"WARNING: {', '.join(f'{s:g}' for s in given)} is outside 0..1 and was clamped.\n{shown}"
+        outside = [f"{before:g}" for before, after in zip(given, used) if before != after]
+        if outside:
+            shown = f"WARNING: {', '.join(outside)} outside 0..1, clamped.\n{shown}"
         return io.NodeOutput(set_projector_strength(conditioning, projector, used), ui=ui.PreviewText(shown))

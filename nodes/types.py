@@ -59,6 +59,6 @@ def channel_input() -> io.String.Input:
         default=DEFAULT_CHANNEL,
         optional=True,
         advanced=True,
-        tooltip="Strengths reach the STLoRA adapters of the same channel. Change it only to give two adapters "
+        tooltip="Strengths reach the Apply nodes of the same channel. Change it only to give two of them "
         "in one graph strengths of their own.",
     )

@@ -59,4 +59,6 @@ def _weighted(bias: torch.Tensor) -> AttentionPatch:
 def _both(mask: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
     if other is None:
         return mask
+    if other.ndim == 3:
+        other = other[:, None]
     return mask.masked_fill(~other, -torch.inf) if other.dtype == torch.bool else mask + other

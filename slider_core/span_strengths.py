@@ -17,6 +17,7 @@ from .module_overrides import COND_PREFIX, ModelCall
 from .per_image_cond import PerImageCond
 from .strength import Strength, batch_length, read_strength, suppression
 
+SPAN_PREFIX = COND_PREFIX + "spans."
 Conditioning = list[list[Any]]
 DEFAULT_CHANNEL = "default"
 _KEY = "edit_sliders"
@@ -94,10 +95,10 @@ def _with_strengths(options: dict[str, Any], strengths: Mapping[str, Strength], 
                 + "; ".join(repr(span.text) for span in text.spans)
                 + ". Set it back to 1 or add a sub-instruction."
             )
-    conds = {k: v for k, v in options.get("model_conds", {}).items() if k != COND_PREFIX + channel}
+    conds = {k: v for k, v in options.get("model_conds", {}).items() if k != SPAN_PREFIX + channel}
     scale = _scale(text, list(strengths.values()), batch_length(strengths))
     if scale.any():
-        conds[COND_PREFIX + channel] = PerImageCond(scale)
+        conds[SPAN_PREFIX + channel] = PerImageCond(scale)
     return {**options, "model_conds": conds}
 
 
@@ -115,7 +116,7 @@ def row_scales(call: ModelCall, channel: str) -> torch.Tensor | None:
 
     Raises SliderError when the text is shorter than the one the spans were found on.
     """
-    scale = call.conds.get(COND_PREFIX + channel)
+    scale = call.conds.get(SPAN_PREFIX + channel)
     if scale is None:
         return None
     missing = call.text_rows - scale.shape[1]

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comfy.conds import CONDRegular
 from comfy.model_patcher import ModelPatcher
+from comfy.utils import repeat_to_batch_size
 from torch.nn.functional import linear, relu
 
 from .adapter_file import Adapter, adapter_from_tensors
@@ -32,7 +34,7 @@ COND_KEY = COND_PREFIX + "strength_projector"
 Layer = tuple[torch.Tensor, torch.Tensor]
 """Weight (out, in) and bias (out,) of a linear, float32."""
 
-_KEY = re.compile(r"(?:.*\.)?(pe_extender|projector\.(\d+))\.(weight|bias)")
+_KEY = re.compile(r"(?:.*\.)?(pe_extender|projector\.\d{1,4})\.(weight|bias)")
 _CIRCLE = 2  # sine and cosine of the strength
 
 
@@ -61,7 +63,7 @@ class Projector:
     def offsets(self, strength: Strength, pooled: torch.Tensor) -> torch.Tensor:
         """Offsets of scale and shift, float32 of shape (max(strengths, prompts), 2 * width).
 
-        pooled: (prompts, pooled_width), one row for all strengths or one row per strength.
+        pooled: (prompts, pooled_width). One strength, one prompt, or as many of both.
         """
         s = torch.tensor(strength, dtype=torch.float32)[:, None]
         x = linear(torch.cat([(math.pi * s).sin(), (math.pi * s).cos()], dim=1), *self.extender)
@@ -84,7 +86,8 @@ class StrengthProjector:
         """Sizes of the projector, and what its LoRA is, for people."""
         p = self.projector
         reads = f"strength and pooled text ({p.pooled_width})" if p.pooled_width else "strength alone"
-        lora = self.lora.describe() if self.lora else "no LoRA: its edits will be off, since both were trained together"
+        lora = "WARNING: no LoRA. Edits will be off, since both were trained together."
+        lora = self.lora.describe() if self.lora else lora
         return f"{p.name}: strength projector for hidden size {p.width}\nreads: {reads}, {len(p.layers)} layers\n{lora}"
 
 
@@ -104,15 +107,18 @@ def read_projector(path: str | Path, lora_path: str | Path | None = None) -> Str
         )
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, match in named.items():
-        parts.setdefault(match[1], {})[match[3]] = tensors[key]
+        if match[2] in parts.setdefault(match[1], {}):
+            raise SliderError(f"{name} has {match[1]}.{match[2]} twice under different names; expected one projector.")
+        parts[match[1]][match[2]] = tensors[key]
     projector = _projector(name, parts)
     rest = {key: tensor for key, tensor in tensors.items() if key not in named}
     if lora_path is not None:
         lora_name = Path(lora_path).name
-        lora_file = read_tensors(lora_path, "the LoRA of a strength projector")
-        if all(map(_KEY.fullmatch, lora_file.tensors)):
+        tensors, header = read_tensors(lora_path, "the LoRA of a strength projector")
+        rest = {key: tensor for key, tensor in tensors.items() if not _KEY.fullmatch(key)}
+        if not rest:
             raise SliderError(f"{lora_name} is a projector; expected its LoRA, pytorch_lora_weights.safetensors.")
-        return StrengthProjector(projector, adapter_from_tensors(lora_name, lora_file))
+        return StrengthProjector(projector, adapter_from_tensors(lora_name, TensorFile(rest, header)))
     lora = adapter_from_tensors(name, TensorFile(rest, header)) if rest else None
     return StrengthProjector(projector, lora)
 
@@ -128,9 +134,15 @@ def _projector(name: str, parts: Mapping[str, Mapping[str, torch.Tensor]]) -> Pr
             "projector.2 and so on, without gaps. Download it again."
         )
     extender, *layers = ((parts[part]["weight"], parts[part]["bias"]) for part in order)
-    sizes = [tuple(weight.shape) for weight, _ in (extender, *layers)]
+    for part, pair in zip(order, (extender, *layers)):
+        for kind, tensor in zip(("weight", "bias"), pair):
+            if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+                raise SliderError(
+                    f"{name}: {part}.{kind} ({tensor.dtype}) holds other than finite floating-point values."
+                )
+    sizes = [f"{tuple(weight.shape)} + {tuple(bias.shape)}" for weight, bias in (extender, *layers)]
     fits = (
-        all(w.ndim == 2 and b.shape == w.shape[:1] and w.is_floating_point() for w, b in (extender, *layers))
+        all(w.ndim == 2 and b.shape == w.shape[:1] and 0 not in w.shape for w, b in (extender, *layers))
         and extender[0].shape[1] == _CIRCLE
         and layers[0][0].shape[1] >= extender[0].shape[0]
         and all(b[0].shape[1] == a[0].shape[0] for a, b in pairwise(layers))
@@ -138,7 +150,7 @@ def _projector(name: str, parts: Mapping[str, Mapping[str, torch.Tensor]]) -> Pr
     )
     if not fits:
         raise SliderError(
-            f"{name}: its layers have the sizes {', '.join(map(str, sizes))}; expected (e, 2), then (n, e + pooled), "
+            f"{name}: its layers have the sizes {', '.join(sizes)}; expected (e, 2), then (n, e + pooled), "
             "(n, n) ... (2 * hidden, n). It is no strength projector of Kontinuous Kontext."
         )
     first, *rest = ((weight.float(), bias.float()) for weight, bias in (extender, *layers))
@@ -206,32 +218,38 @@ def apply_projector(model: ModelPatcher, bundle: StrengthProjector) -> ModelPatc
 def set_projector_strength(conditioning: Conditioning, bundle: StrengthProjector, strength: object) -> Conditioning:
     """The conditioning at a strength of the projector: a number, or one per image of the batch.
 
-    The pooled vector is each cond's own. Strength 0 is the projector's own zero, which is not the bare model.
+    The pooled vector is each cond's own; several prompts in one cond are spread over the batch, as ComfyUI does with
+    them. Strength 0 is the projector's own zero, which is not the bare model.
     Raises SliderError for a bad strength or a pooled vector that the projector cannot read.
     """
     values = read_strength(strength, "strength")
-    return [
-        [cond, _with_offsets(options, bundle.projector.offsets(values, _pooled(bundle.projector, options)))]
-        for cond, options in conditioning
-    ]
+    out = []
+    for cond, options in conditioning:
+        pooled = _pooled(bundle.projector, options)
+        if len(values) == 1:
+            moved: CONDRegular = CONDRegular(bundle.projector.offsets(values, pooled))
+        else:
+            moved = PerImageCond(bundle.projector.offsets(values, repeat_to_batch_size(pooled, len(values))))
+        out.append([cond, _with_offsets(options, moved)])
+    return out
 
 
 def drop_projector_strength(conditioning: Conditioning, bundle: StrengthProjector) -> Conditioning:
     """The conditioning with the LoRA but without any offset: what training showed when it dropped the strength."""
-    nothing = torch.zeros(1, 2 * bundle.projector.width)
+    nothing = CONDRegular(torch.zeros(1, 2 * bundle.projector.width))
     return [[cond, _with_offsets(options, nothing)] for cond, options in conditioning]
 
 
-def _with_offsets(options: Mapping[str, Any], offsets: torch.Tensor) -> dict[str, Any]:
-    return {**options, "model_conds": {**options.get("model_conds", {}), COND_KEY: PerImageCond(offsets)}}
+def _with_offsets(options: Mapping[str, Any], offsets: CONDRegular) -> dict[str, Any]:
+    return {**options, "model_conds": {**options.get("model_conds", {}), COND_KEY: offsets}}
 
 
 def _pooled(projector: Projector, options: Mapping[str, Any]) -> torch.Tensor:
     pooled = options.get("pooled_output")
     if projector.pooled_width == 0:
         return torch.zeros(1, 0)
-    found = "no pooled vector" if pooled is None else f"one of {pooled.shape[-1]}"
-    if pooled is None or pooled.shape[-1] != projector.pooled_width:
+    found = "no pooled vector" if pooled is None else f"one of shape {tuple(pooled.shape)}"
+    if pooled is None or pooled.ndim != 2 or not len(pooled) or pooled.shape[1] != projector.pooled_width:
         raise SliderError(
             f"{projector.name} reads a pooled text vector of {projector.pooled_width} values, but the conditioning has "
             f"{found}; expected text encoded for FLUX.1 (clip_l and t5xxl)."

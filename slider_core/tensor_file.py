@@ -28,10 +28,9 @@ def read_tensors(path: str | Path, wanted: str) -> TensorFile:
     try:
         tensors, header = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
         raise SliderError(
-            f"{name} cannot be read as {wanted} ({reason}); "
-            "expected a .safetensors file or a torch file that holds tensors only. Download it again."
+            f"{name} cannot be read as {wanted} ({type(error).__name__}): it is damaged, cut off, or holds more than "
+            "tensors. Expected a .safetensors file or a torch file that holds tensors only. Download it again."
         ) from error
     if not isinstance(tensors, dict) or not tensors:
         raise SliderError(f"{name} holds no table of tensors; expected {wanted}.")

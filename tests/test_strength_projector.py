@@ -77,7 +77,7 @@ def test_projector_and_lora_as_one_file_or_apart(weights, lora, bundle, tmp_path
     assert torch.equal(offsets(alone), offsets(bundle))
     assert set(both.lora.factors) == set(bundle.lora.factors)
     assert alone.lora is None
-    assert "no LoRA: its edits will be off" in alone.describe()
+    assert "WARNING: no LoRA. Edits will be off" in alone.describe()
     assert "hidden size 256" in alone.describe()
     assert "strength and pooled text (768), 4 layers" in both.describe()
 
@@ -110,6 +110,14 @@ WRONG = {
         "no",
     ),
     "a LoRA": (lambda w: {"transformer.proj_out.lora_A.weight": torch.zeros(4, 4)}, "no projector in it.*as the LoRA"),
+    "not finite": (lambda w: w | {"pe_extender.bias": torch.full((768,), torch.nan)}, "pe_extender.bias.*finite"),
+    "whole numbers": (
+        lambda w: w | {"projector.2.bias": torch.ones(512).int()},
+        r"projector\.2\.bias \(torch\.int32\)",
+    ),
+    "no rows": (with_shape("projector.6.weight", 0, 512), "no strength projector"),
+    "twice": (lambda w: w | {"ema.projector.2.bias": torch.zeros(512)}, "twice"),
+    "many digits": (lambda w: {f"projector.{'1' * 5000}.weight": torch.zeros(1)}, "no projector in it"),
     "unknown part": (lambda w: w | {"gate.weight": torch.zeros(1)}, "gate.weight"),
 }
 
@@ -129,6 +137,8 @@ def test_unreadable_files(weights, lora, tmp_path):
         read_projector(tmp_path / "empty.pth")
     with pytest.raises(SliderError, match=r"empty\.pth cannot be read as the LoRA"):
         read_projector(tmp_path / "projector.safetensors", tmp_path / "empty.pth")
+    save_file(weights | lora, tmp_path / "both.safetensors")
+    assert read_projector(tmp_path / "projector.safetensors", tmp_path / "both.safetensors").lora.factors
     with pytest.raises(SliderError, match="is a projector; expected its LoRA"):
         read_projector(tmp_path / "projector.safetensors", tmp_path / "projector.safetensors")
 
@@ -155,6 +165,20 @@ def test_strengths_per_image_equal_single_runs(golden_model, bundle):
     assert far(together[0], together[2])
     with pytest.raises(SliderError, match="3 strengths were given, but the batch has 2"):
         velocity_of(model, X.repeat(2, 1, 1, 1), SIGMA, set_projector_strength(text(), bundle, values))
+
+
+def test_several_prompts_in_one_cond(golden_model, bundle):
+    """ComfyUI spreads the prompts of one cond over the batch; their offsets must go with them."""
+    first, second = text(seed=1)[0], text(seed=5)[0]
+    pooled = torch.cat([first[1]["pooled_output"], second[1]["pooled_output"]])
+    both = [[torch.cat([first[0], second[0]]), {**first[1], "pooled_output": pooled}]]
+    model = apply_projector(golden_model, bundle)
+    for strengths in (0.4, (0.2, 0.4, 0.6, 0.8)):
+        out = velocity_of(model, X.repeat(4, 1, 1, 1), SIGMA, set_projector_strength(both, bundle, strengths))
+        for k in range(4):
+            strength = strengths if isinstance(strengths, float) else strengths[k]
+            one = set_projector_strength([(first, second)[k % 2]], bundle, strength)
+            assert near(out[k : k + 1], velocity_of(model, X, SIGMA, one))
 
 
 def test_each_cond_has_its_own_pooled_vector_and_strength(golden_model, bundle):
@@ -234,7 +258,12 @@ def test_what_does_not_fit(golden_model, bundle, recipe, manifest, tmp_path):
         velocity_of(apply_projector(golden_model, bundle), X, SIGMA, set_projector_strength(text(), wide, 0.5))
     with pytest.raises(SliderError, match="already has a strength projector"):
         apply_projector(apply_projector(golden_model, bundle), bundle)
-    for pooled, found in (({}, "no pooled vector"), ({"pooled_output": noise(1, 1280)}, "one of 1280")):
+    for pooled, found in (
+        ({}, "no pooled vector"),
+        ({"pooled_output": noise(1, 1280)}, r"one of shape \(1, 1280\)"),
+        ({"pooled_output": noise(768)}, r"one of shape \(768,\)"),
+        ({"pooled_output": noise(0, 768)}, r"one of shape \(0, 768\)"),
+    ):
         with pytest.raises(SliderError, match=f"768 values, but the conditioning has {found}"):
             set_projector_strength([[noise(1, 4, 64), pooled]], bundle, 0.5)
 
@@ -387,7 +416,7 @@ def test_strengths_outside_are_clamped_with_a_warning_or_used(server):
     full, clamped, free = latents(server, slid(1.0), slid(1.4), slid(1.4, mode="allow outside 0..1"))
     assert np.array_equal(full, clamped)
     assert far(full, free)
-    assert shown(server, 1.4, "clamp to 0..1") == "WARNING: 1.4 is outside 0..1 and was clamped.\nstrength 1"
+    assert shown(server, 1.4, "clamp to 0..1") == "WARNING: 1.4 outside 0..1, clamped.\nstrength 1"
     assert shown(server, 1.4, "allow outside 0..1") == "strength 1.4"
     assert shown(server, 0.4, "clamp to 0..1") == "strength 0.4"
     assert "LoRA acts alone" in shown(server, 0.4, "drop the strength")

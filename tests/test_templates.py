@@ -36,7 +36,7 @@ def with_tiny_files(workflow: dict[str, Any]) -> dict[str, Any]:
                 values[0] = "photo.png"
             case "KSampler":
                 values[2] = 1
-            case "EditSlidersLoadAdapter" if values[0] == "pytorch_lora_weights.safetensors":
+            case "EditSlidersLoadAdapter" if values[0] == "slideredit_gstlora.safetensors":
                 values[0] = "gst_peft.safetensors"
             case "EditSlidersLoadProjector":
                 values[1] = "projector_lora.safetensors"

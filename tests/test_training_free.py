@@ -77,7 +77,7 @@ def test_modulation_is_scaled_in_proportion(golden_model):
     [operation] = operations_of(apply_text_modulation(golden_model))
     scale = torch.zeros(1, ROWS)
     scale[0, 2], scale[0, 3] = 1 - 0.25, 1 - 1.5
-    call = ModelCall({"edit_sliders.default": scale}, 1, 1, ROWS, torch.device("cpu"))
+    call = ModelCall({"edit_sliders.spans.default": scale}, 1, 1, ROWS, torch.device("cpu"))
     assert set(operation.paths) == {f"double_blocks.{k}.txt_mod" for k in range(len(operation.paths))}
     module = golden_model.model.diffusion_model.get_submodule(operation.paths[-1])
     vec = noise(1, 256)
@@ -96,7 +96,7 @@ def test_attention_weights_are_scaled_and_normalised(golden_model):
     [operation] = operations_of(apply_attention_weights(golden_model))
     strengths = torch.ones(2, 3)
     strengths[0, 1], strengths[1, 2] = 0.3, 0.0
-    call = ModelCall({"edit_sliders.default": 1 - strengths}, 2, 1, 3, torch.device("cpu"))
+    call = ModelCall({"edit_sliders.spans.default": 1 - strengths}, 2, 1, 3, torch.device("cpu"))
     q, k, v = (noise(2, 4, 9, 16, seed=seed) for seed in range(3))
     [patch] = operation.attention_patches(call)
     found = attention(q, k, v, pe=None, mask=patch(q, k, v)["attn_mask"])
@@ -106,6 +106,12 @@ def test_attention_weights_are_scaled_and_normalised(golden_model):
     weights = weights * factor
     want = (weights / weights.sum(dim=-1, keepdim=True) @ v).transpose(1, 2).flatten(2)
     assert torch.allclose(found, want, atol=1e-5)
+    for shape in ((9, 9), (2, 9, 9), (1, 9, 9), (2, 1, 9, 9)):
+        other = noise(*shape, seed=7)
+        masked = patch(q, k, v, attn_mask=other)["attn_mask"]
+        assert masked.shape == (2, 1, 9, 9)
+        own = other[..., 5, 1].flatten().expand(2)[1]
+        assert masked[1, 0, 5, 1] == pytest.approx(float(own))
     banned = torch.ones(9, 9, dtype=torch.bool)
     banned[:, 8] = False
     for other in (banned, torch.zeros(9, 9).masked_fill(~banned, -torch.inf)):

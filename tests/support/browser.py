@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,5 +124,8 @@ def _launch(chromium: Any, ways: Sequence[dict[str, Any]]) -> Browser:
 
 
 if __name__ == "__main__":
-    with browser():
-        pass
+    try:
+        with browser():
+            pass
+    except RuntimeError as error:
+        sys.exit(str(error))
