@@ -39,7 +39,7 @@ class ModelCall:
 
     conds: our tensors of the conds in this call, first dimension images * count (images vary fastest).
     images: images in the latent batch; count: conds that share this call.
-    text_rows: rows of text that the model gets.
+    text_rows: rows of text that the model gets. latent: shape of what it denoises.
     """
 
     conds: Mapping[str, torch.Tensor]
@@ -47,6 +47,7 @@ class ModelCall:
     count: int
     text_rows: int
     device: torch.device
+    latent: Sequence[int] = ()
 
 
 AttentionPatch = Callable[..., dict[str, Any]]
@@ -114,7 +115,7 @@ def _run(
     conds = {key: kwargs.pop(key).to(x.device) for key in list(kwargs) if key.startswith(COND_PREFIX)}
     count = len(transformer_options.get("cond_or_uncond", (0,)))
     text_rows = 0 if c_crossattn is None else c_crossattn.shape[1]
-    call = ModelCall(conds, x.shape[0] // count, count, text_rows, x.device)
+    call = ModelCall(conds, x.shape[0] // count, count, text_rows, x.device, x.shape)
     model = executor.class_obj.diffusion_model
     model = getattr(model, "_orig_mod", model)
     with contextlib.ExitStack() as stack:

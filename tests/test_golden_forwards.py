@@ -1,4 +1,4 @@
-"""The papers' own numbers through the pack's patching on ComfyUI's model: golden cases A, B, C and D."""
+"""The papers' own numbers through the pack's patching on ComfyUI's model: golden cases A, B, C, D and E1, E2."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from slider_core.strength_projector import (
     read_projector,
     set_projector_strength,
 )
+from slider_core.vital_layers import bypass, inject_key_values
 
 STLORA = GOLDEN / "examples" / "selective_lora.pt"
 GSTLORA = GOLDEN / "examples" / "gstlora_pytorch_lora_weights.safetensors"
@@ -301,3 +302,74 @@ def offset_of_attention(scale: torch.Tensor, shift: torch.Tensor):
         return with_offset
 
     return around
+
+
+# --- E1, E2: Stable Flow's injection and bypass
+
+
+@pytest.fixture(scope="session")
+def stable_flow() -> dict[str, torch.Tensor]:
+    return {
+        **load_file(GOLDEN / "stableflow.safetensors"),
+        **load_file(GOLDEN / "stableflow_general.safetensors"),
+    }
+
+
+def batch_velocity(case: dict, data: dict[str, torch.Tensor], model) -> torch.Tensor:
+    """One cond that holds a prompt for each image."""
+    txt, y, x = (data[case["inputs"][name]["key"]] for name in ("txt", "y", "x"))
+    return velocity_of(model, x, case["sigma"][0], [[txt, {"pooled_output": y, "guidance": case["guidance"][0]}]])
+
+
+def layers_of(model, double: list[int], single: list[int]) -> list[int]:
+    depth = len(model.model.diffusion_model.double_blocks)
+    return [*double, *(depth + k for k in single)]
+
+
+@pytest.mark.parametrize("case", cases("stableflow_forward"))
+def test_injection(case, stable_flow, golden_model):
+    layers = layers_of(golden_model, case["double_blocks"], case["single_blocks"])
+    want = stable_flow[case["outputs"]["out"]]
+    out = batch_velocity(case, stable_flow, inject_key_values(golden_model, layers))
+    assert torch.allclose(out, want, **case["suggested"])
+    wrong = {
+        "single_ignored": layers_of(golden_model, case["double_blocks"], []),
+        "double_ignored": layers_of(golden_model, [], case["single_blocks"]),
+    }
+    for name in wrong.keys() & case["discrimination_max_abs"].keys():
+        out = batch_velocity(case, stable_flow, inject_key_values(golden_model, wrong[name]))
+        distance = case["discrimination_max_abs"][name]
+        assert (out - want).abs().max().item() == pytest.approx(distance, abs=1e-3), name
+
+
+def test_wrong_injections_are_told_apart(stable_flow, golden_model):
+    """Image tokens of single blocks from a fixed 512 on, and another reference: must not pass as right."""
+    case = next(c for c in CASES if c["id"] == "E1g")
+    layers = layers_of(golden_model, case["double_blocks"], case["single_blocks"])
+    want = stable_flow[case["outputs"]["out"]]
+    fixed = inject_key_values(golden_model, layers)
+    [operation] = operations_of(fixed)
+    operation.around = lambda call: type(operation).around(operation, replace(call, text_rows=512))
+    assert not torch.allclose(batch_velocity(case, stable_flow, fixed), want, **case["suggested"])
+    other = inject_key_values(golden_model, layers, reference=1)
+    assert not torch.allclose(batch_velocity(case, stable_flow, other), want, **case["suggested"])
+
+
+def test_bypass(stable_flow, golden_model):
+    case = next(c for c in CASES if c["kind"] == "layer_bypass")
+    wanted = stable_flow[case["outputs"]["out"]]
+    none = stable_flow[case["none_key"]]
+    assert torch.allclose(batch_velocity(case, stable_flow, golden_model), none, **case["suggested"])
+    for k, want in enumerate(wanted):
+        out = batch_velocity(case, stable_flow, bypass(golden_model, [k]))
+        assert torch.allclose(out, want.reshape(out.shape), **case["suggested"]), k
+    assert not torch.allclose(
+        batch_velocity(case, stable_flow, bypass(golden_model, [0])), wanted[-1].reshape(out.shape)
+    )
+
+
+def test_bypass_of_several(stable_flow, golden_model):
+    case = next(c for c in CASES if c["kind"] == "layer_bypass_multi")
+    layers = layers_of(golden_model, case["skip_double"], case["skip_single"])
+    out = batch_velocity(case, stable_flow, bypass(golden_model, layers))
+    assert torch.allclose(out, stable_flow[case["outputs"]["out"]], **case["suggested"])

@@ -5,12 +5,12 @@ from __future__ import annotations
 from comfy.model_patcher import ModelPatcher
 
 from ..errors import SliderError
-from .base import Family, Target
+from .base import Block, Family, Target
 from .flux import Flux
 
 FAMILIES: tuple[Family, ...] = (Flux(),)
 
-__all__ = ["FAMILIES", "Family", "Target", "family_of", "family_of_encoders"]
+__all__ = ["FAMILIES", "Block", "Family", "Target", "family_of", "family_of_encoders"]
 
 
 def family_of(model: ModelPatcher) -> Family:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 
@@ -12,6 +13,20 @@ class Target(NamedTuple):
     module: str
     offset: int = 0
     size: int | None = None
+
+
+class Block(NamedTuple):
+    """One of the blocks that a model runs in turn.
+
+    path: the block. passes: a forward for it that changes nothing.
+    qkv: its linear whose output begins with Q, K and V of the image's tokens, each as wide as the model.
+    text_first: whether that linear's rows begin with the text.
+    """
+
+    path: str
+    qkv: str
+    text_first: bool
+    passes: Callable[..., Any]
 
 
 class Family(ABC):
@@ -45,3 +60,11 @@ class Family(ABC):
     @abstractmethod
     def text_modulations(self, diffusion_model: Any) -> list[str]:
         """Paths of the modules that give the text stream its modulation, as (attention, mlp) with shift and scale."""
+
+    @abstractmethod
+    def blocks(self, diffusion_model: Any) -> list[Block]:
+        """All blocks in the order in which they run, which is how papers count layers."""
+
+    @abstractmethod
+    def image_tokens(self, latent: Sequence[int]) -> int:
+        """Tokens of the picture itself, without reference latents, for a latent of this shape."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import torch
 from comfy.ldm.flux.model import Flux as FluxModel
 from comfy.utils import flux_to_diffusers
 
-from .base import Family, Target
+from .base import Block, Family, Target
 
 _DEPTH = 64
+_PATCH = 2
 _TEXT_STREAM = re.compile(r"double_blocks\.\d+\.txt_(attn\.(qkv|proj)|mlp\.[02])")
 
 
@@ -34,6 +38,25 @@ class Flux(Family):
 
     def text_modulations(self, diffusion_model: Any) -> list[str]:
         return [f"double_blocks.{k}.txt_mod" for k in range(len(diffusion_model.double_blocks))]
+
+    def blocks(self, diffusion_model: Any) -> list[Block]:
+        double = [f"double_blocks.{k}" for k in range(len(diffusion_model.double_blocks))]
+        single = [f"single_blocks.{k}" for k in range(len(diffusion_model.single_blocks))]
+        return [
+            *(Block(path, f"{path}.img_attn.qkv", False, _pass_both) for path in double),
+            *(Block(path, f"{path}.linear1", True, _pass_one) for path in single),
+        ]
+
+    def image_tokens(self, latent: Sequence[int]) -> int:
+        return math.ceil(latent[-2] / _PATCH) * math.ceil(latent[-1] / _PATCH)
+
+
+def _pass_both(img: torch.Tensor, txt: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return img, txt
+
+
+def _pass_one(x: torch.Tensor, **_: Any) -> torch.Tensor:
+    return x
 
 
 @cache

@@ -1,0 +1,102 @@
+"""Vital layers: where edits of a batch take their keys and values from the source (Stable Flow, section 3).
+
+Blocks are counted as in the paper: double blocks first, then single blocks; 0 to 56 in FLUX.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from .errors import SliderError
+from .families import Block, Family, family_of
+from .module_overrides import Around, Forward, ModelCall, Operation, add_operation
+
+
+class KeyValueInjection(Operation):
+    """Operation: in some blocks, K and V of the image tokens of every image become those of the reference image.
+
+    Text tokens, reference latents and all queries keep their own. strength blends: 0 = own, 1 = the reference's.
+    """
+
+    def __init__(self, family: Family, blocks: Sequence[Block], width: int, reference: int, strength: float):
+        self.family, self.blocks, self.width = family, blocks, width
+        self.reference, self.strength = reference, strength
+
+    def around(self, call: ModelCall) -> Mapping[str, Around]:
+        if not self.reference < call.images:
+            raise SliderError(
+                f"The reference is image {self.reference} of the batch (counted from 0), but the batch has "
+                f"{call.images} image(s); expected source and edits in one batch. Choose another reference."
+            )
+        if self.strength == 0:
+            return {}
+        tokens = self.family.image_tokens(call.latent)
+        changes = {}
+        for block in self.blocks:
+            first = call.text_rows if block.text_first else 0
+            place = (slice(first, first + tokens), slice(self.width, 3 * self.width))
+            changes[block.qkv] = _injected(place, call.images, self.reference, self.strength)
+        return changes
+
+
+def inject_key_values(
+    model: ModelPatcher, layers: Sequence[int], reference: int = 0, strength: float = 1.0
+) -> ModelPatcher:
+    """A clone of `model` that renders a batch with the reference image's K and V in `layers`.
+
+    Raises SliderError for a layer that the model does not have.
+    """
+    family, diffusion_model = family_of(model), _diffusion_model(model)
+    blocks = _chosen(family.blocks(diffusion_model), layers)
+    injection = KeyValueInjection(family, blocks, family.width(diffusion_model), reference, strength)
+    return add_operation(model, injection)
+
+
+class Bypass(Operation):
+    """Operation: some blocks pass their inputs on unchanged."""
+
+    def __init__(self, blocks: Sequence[Block]):
+        self.blocks = blocks
+
+    def around(self, call: ModelCall) -> Mapping[str, Around]:
+        return {block.path: _passing(block) for block in self.blocks}
+
+
+def bypass(model: ModelPatcher, layers: Sequence[int]) -> ModelPatcher:
+    """A clone of `model` without `layers`, to find out how vital they are."""
+    return add_operation(model, Bypass(_chosen(family_of(model).blocks(_diffusion_model(model)), layers)))
+
+
+def _diffusion_model(model: ModelPatcher) -> Any:
+    diffusion_model = model.model.diffusion_model
+    return getattr(diffusion_model, "_orig_mod", diffusion_model)
+
+
+def _chosen(blocks: Sequence[Block], layers: Sequence[int]) -> list[Block]:
+    absent = [layer for layer in layers if not 0 <= layer < len(blocks)]
+    if absent:
+        raise SliderError(f"The model has no layer {absent[0]}; expected layers from 0 to {len(blocks) - 1}.")
+    return [blocks[layer] for layer in dict.fromkeys(layers)]
+
+
+def _injected(place: tuple[slice, slice], images: int, reference: int, strength: float) -> Around:
+    rows, columns = place
+
+    def around(forward: Forward) -> Forward:
+        def with_injection(x: torch.Tensor) -> torch.Tensor:
+            y = forward(x)
+            part = y.unflatten(0, (-1, images))[:, :, rows, columns]
+            part.lerp_(part[:, reference : reference + 1].clone(), strength)
+            return y
+
+        return with_injection
+
+    return around
+
+
+def _passing(block: Block) -> Around:
+    return lambda forward: block.passes
