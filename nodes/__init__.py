@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from .adapters import ApplyGSTLoRA, ApplySTLoRA, LoadAdapter
 from .projectors import ApplyProjector, LoadProjector, ProjectorStrength
 from .prompts import EncodeSubInstructions, SelectPhrase, SubInstructionStrengths
+from .stable_flow import InjectVitalLayers, SameNoise, StackPrompts
 from .sweeps import LatentForSweep, StrengthList, StrengthRange
 from .training_free import ApplyTrainingFree
 
@@ -21,6 +22,9 @@ NODES: list[type[io.ComfyNode]] = [
     ApplyProjector,
     ProjectorStrength,
     ApplyTrainingFree,
+    StackPrompts,
+    SameNoise,
+    InjectVitalLayers,
     StrengthRange,
     StrengthList,
     LatentForSweep,

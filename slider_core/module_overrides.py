@@ -40,6 +40,7 @@ class ModelCall:
     conds: our tensors of the conds in this call, first dimension images * count (images vary fastest).
     images: images in the latent batch; count: conds that share this call.
     text_rows: rows of text that the model gets. latent: shape of what it denoises.
+    sigma: its noise level. percent_to_sigma: from a share of the schedule to the noise level there.
     """
 
     conds: Mapping[str, torch.Tensor]
@@ -47,7 +48,14 @@ class ModelCall:
     count: int
     text_rows: int
     device: torch.device
-    latent: Sequence[int] = ()
+    latent: Sequence[int]
+    sigma: torch.Tensor
+    percent_to_sigma: Callable[[float], float]
+
+    def within(self, start: float, end: float) -> bool:
+        """Whether the call lies in this part of the schedule, 0 to 1."""
+        everywhere = start <= 0 and end >= 1
+        return everywhere or self.percent_to_sigma(end) <= self.sigma.item() <= self.percent_to_sigma(start)
 
 
 AttentionPatch = Callable[..., dict[str, Any]]
@@ -115,7 +123,8 @@ def _run(
     conds = {key: kwargs.pop(key).to(x.device) for key in list(kwargs) if key.startswith(COND_PREFIX)}
     count = len(transformer_options.get("cond_or_uncond", (0,)))
     text_rows = 0 if c_crossattn is None else c_crossattn.shape[1]
-    call = ModelCall(conds, x.shape[0] // count, count, text_rows, x.device, x.shape)
+    percent_to_sigma = executor.class_obj.model_sampling.percent_to_sigma
+    call = ModelCall(conds, x.shape[0] // count, count, text_rows, x.device, x.shape, t[0], percent_to_sigma)
     model = executor.class_obj.diffusion_model
     model = getattr(model, "_orig_mod", model)
     with contextlib.ExitStack() as stack:

@@ -5,6 +5,7 @@ Blocks are counted as in the paper: double blocks first, then single blocks; 0 t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,9 +23,17 @@ class KeyValueInjection(Operation):
     Text tokens, reference latents and all queries keep their own. strength blends: 0 = own, 1 = the reference's.
     """
 
-    def __init__(self, family: Family, blocks: Sequence[Block], width: int, reference: int, strength: float):
+    def __init__(
+        self,
+        family: Family,
+        blocks: Sequence[Block],
+        width: int,
+        reference: int,
+        strength: float,
+        part: tuple[float, float],
+    ):
         self.family, self.blocks, self.width = family, blocks, width
-        self.reference, self.strength = reference, strength
+        self.reference, self.strength, self.part = reference, strength, part
 
     def around(self, call: ModelCall) -> Mapping[str, Around]:
         if not self.reference < call.images:
@@ -32,7 +41,7 @@ class KeyValueInjection(Operation):
                 f"The reference is image {self.reference} of the batch (counted from 0), but the batch has "
                 f"{call.images} image(s); expected source and edits in one batch. Choose another reference."
             )
-        if self.strength == 0:
+        if self.strength == 0 or not call.within(*self.part):
             return {}
         tokens = self.family.image_tokens(call.latent)
         changes = {}
@@ -44,15 +53,23 @@ class KeyValueInjection(Operation):
 
 
 def inject_key_values(
-    model: ModelPatcher, layers: Sequence[int], reference: int = 0, strength: float = 1.0
+    model: ModelPatcher,
+    layers: Sequence[int],
+    reference: int = 0,
+    strength: float = 1.0,
+    start: float = 0.0,
+    end: float = 1.0,
 ) -> ModelPatcher:
     """A clone of `model` that renders a batch with the reference image's K and V in `layers`.
 
-    Raises SliderError for a layer that the model does not have.
+    start, end: the part of the schedule, 0 to 1, where it does so. Raises SliderError for a layer that the model does
+    not have, and for a part that ends before it starts.
     """
+    if start > end:
+        raise SliderError(f"start {start:g} lies behind end {end:g}; expected start first, both from 0 to 1.")
     family, diffusion_model = family_of(model), _diffusion_model(model)
     blocks = _chosen(family.blocks(diffusion_model), layers)
-    injection = KeyValueInjection(family, blocks, family.width(diffusion_model), reference, strength)
+    injection = KeyValueInjection(family, blocks, family.width(diffusion_model), reference, strength, (start, end))
     return add_operation(model, injection)
 
 
@@ -69,6 +86,35 @@ class Bypass(Operation):
 def bypass(model: ModelPatcher, layers: Sequence[int]) -> ModelPatcher:
     """A clone of `model` without `layers`, to find out how vital they are."""
     return add_operation(model, Bypass(_chosen(family_of(model).blocks(_diffusion_model(model)), layers)))
+
+
+LAYER_SETS = ("vital layers", "vital layers without layer 2", "all layers", "all but the vital layers")
+
+
+def layer_set(model: ModelPatcher, name: str) -> list[int]:
+    """The layers of one of LAYER_SETS for the model's family."""
+    family = family_of(model)
+    vital, every = list(family.vital_layers), list(range(len(family.blocks(_diffusion_model(model)))))
+    sets = (
+        vital,
+        [layer for layer in vital if layer != 2],
+        every,
+        [layer for layer in every if layer not in vital],
+    )
+    return sets[LAYER_SETS.index(name)]
+
+
+def parse_layers(text: str) -> list[int]:
+    """Layers such as '0, 1, 17-18'. Raises SliderError naming what is neither a number nor a range."""
+    layers: list[int] = []
+    for item in text.replace(",", " ").split():
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", item)
+        if match is None:
+            raise SliderError(f"{item!r} is no layer; expected numbers and ranges such as '0, 1, 17-18'.")
+        layers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if not layers:
+        raise SliderError("No layer is listed; expected numbers and ranges such as '0, 1, 17-18'.")
+    return layers
 
 
 def _diffusion_model(model: ModelPatcher) -> Any:

@@ -373,3 +373,15 @@ def test_bypass_of_several(stable_flow, golden_model):
     layers = layers_of(golden_model, case["skip_double"], case["skip_single"])
     out = batch_velocity(case, stable_flow, bypass(golden_model, layers))
     assert torch.allclose(out, stable_flow[case["outputs"]["out"]], **case["suggested"])
+
+
+@pytest.mark.parametrize("case", cases("stableflow_sampling"))
+def test_sampling_with_injection(case, stable_flow, golden_model):
+    """Euler steps written out, the same noise for all elements, injection at every step."""
+    txt, y, noise = (stable_flow[case["inputs"][name]["key"]] for name in ("txt", "y", "noise"))
+    text = [[txt, {"pooled_output": y, "guidance": case["guidance"][0]}]]
+    layers = layers_of(golden_model, case["double_blocks"], case["single_blocks"])
+    model, z, sigmas = inject_key_values(golden_model, layers), noise.repeat(len(txt), 1, 1, 1), case["sigmas"]
+    for k, want in enumerate(stable_flow[case["outputs"]["steps"]]):
+        z = z + (sigmas[k + 1] - sigmas[k]) * velocity_of(model, z, sigmas[k], text)
+        assert torch.allclose(z, want, **case["suggested"]), k

@@ -26,6 +26,7 @@ PROMPT = "make the cat older\nmake the wall golden"
 
 
 X = noise(1, 16, 8, 8, seed=9)
+WHERE = (torch.device("cpu"), X.shape, torch.tensor(SIGMA), float)
 
 
 def text(*strengths: object, seed: int = 1) -> list:
@@ -77,7 +78,7 @@ def test_modulation_is_scaled_in_proportion(golden_model):
     [operation] = operations_of(apply_text_modulation(golden_model))
     scale = torch.zeros(1, ROWS)
     scale[0, 2], scale[0, 3] = 1 - 0.25, 1 - 1.5
-    call = ModelCall({"edit_sliders.spans.default": scale}, 1, 1, ROWS, torch.device("cpu"))
+    call = ModelCall({"edit_sliders.spans.default": scale}, 1, 1, ROWS, *WHERE)
     assert set(operation.paths) == {f"double_blocks.{k}.txt_mod" for k in range(len(operation.paths))}
     module = golden_model.model.diffusion_model.get_submodule(operation.paths[-1])
     vec = noise(1, 256)
@@ -96,7 +97,7 @@ def test_attention_weights_are_scaled_and_normalised(golden_model):
     [operation] = operations_of(apply_attention_weights(golden_model))
     strengths = torch.ones(2, 3)
     strengths[0, 1], strengths[1, 2] = 0.3, 0.0
-    call = ModelCall({"edit_sliders.spans.default": 1 - strengths}, 2, 1, 3, torch.device("cpu"))
+    call = ModelCall({"edit_sliders.spans.default": 1 - strengths}, 2, 1, 3, *WHERE)
     q, k, v = (noise(2, 4, 9, 16, seed=seed) for seed in range(3))
     [patch] = operation.attention_patches(call)
     found = attention(q, k, v, pe=None, mask=patch(q, k, v)["attn_mask"])

@@ -1,0 +1,153 @@
+"""Nodes of Stable Flow: edits that take what is not edited from the source, without training."""
+
+from __future__ import annotations
+
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
+from comfy_api.latest import io
+
+from ..slider_core.stacked_prompts import stack_prompts
+from ..slider_core.sweep import latent_for_sweep
+from ..slider_core.vital_layers import LAYER_SETS, inject_key_values, layer_set, parse_layers
+from .types import CATEGORY
+
+LISTED = "listed below"
+
+
+class StackPrompts(io.ComfyNode):
+    """Encodes a source prompt and its edits as one batch."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EditSlidersStackPrompts",
+            display_name="Stack Prompts",
+            category=CATEGORY,
+            description="A source prompt and its edits as one conditioning: the first picture of the batch is the "
+            "source, each further one an edit. Use it with Same Noise and Inject Vital Layers.",
+            search_aliases=["stable flow", "parallel edit"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="From DualCLIPLoader, type flux."),
+                io.String.Input("source", multiline=True, default="a photo of a cat", tooltip="What the source shows."),
+                io.String.Input(
+                    "edits",
+                    multiline=True,
+                    default="a photo of a cat wearing a hat",
+                    tooltip="One edited picture per line, each described in full.",
+                ),
+                io.Float.Input(
+                    "source_guidance",
+                    default=3.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="FLUX guidance of the source. A FluxGuidance node after this one replaces both.",
+                ),
+                io.Float.Input(
+                    "edit_guidance",
+                    default=3.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="FLUX guidance of the edits.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(),
+                io.Int.Output("images", tooltip="Number of prompts, for Same Noise."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, clip: CLIP, source: str, edits: str, source_guidance: float, edit_guidance: float
+    ) -> io.NodeOutput:
+        prompts = [source.strip(), *(line.strip() for line in edits.splitlines() if line.strip())]
+        guidances = [source_guidance, *[edit_guidance] * (len(prompts) - 1)]
+        return io.NodeOutput(stack_prompts(clip, prompts, guidances), len(prompts))
+
+
+class SameNoise(io.ComfyNode):
+    """Makes a latent batch in which every picture starts from the same noise."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EditSlidersSameNoise",
+            display_name="Same Noise",
+            category=CATEGORY,
+            description="Repeats a latent and lets all copies start from the same noise.",
+            search_aliases=["repeat latent same noise", "stable flow"],
+            inputs=[
+                io.Latent.Input("latent", tooltip="One latent image."),
+                io.Int.Input("images", default=2, min=1, max=256, tooltip="Number of copies, from Stack Prompts."),
+            ],
+            outputs=[io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(cls, latent: dict, images: int) -> io.NodeOutput:
+        return io.NodeOutput(latent_for_sweep(latent, images))
+
+
+class InjectVitalLayers(io.ComfyNode):
+    """Lets the edits of a batch keep what the source shows."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EditSlidersInjectVitalLayers",
+            display_name="Inject Vital Layers",
+            category=CATEGORY,
+            description="In the layers that shape the picture most, every picture of the batch takes keys and values "
+            "from the reference picture, so that what the prompts do not change stays the same.",
+            search_aliases=["stable flow", "key value injection", "consistent edit"],
+            inputs=[
+                io.Model.Input("model", tooltip="FLUX.1 dev."),
+                io.Combo.Input(
+                    "layers",
+                    options=[*LAYER_SETS, LISTED],
+                    tooltip="The paper's vital layers; the others are its ablations: all layers keep nearly "
+                    "everything, all but the vital ones next to nothing.",
+                ),
+                io.String.Input(
+                    "list",
+                    default="0, 1, 17-18",
+                    advanced=True,
+                    tooltip="For 'listed below': layers counted from 0, double blocks first (0 to 18), then single "
+                    "blocks (19 to 56).",
+                ),
+                io.Int.Input(
+                    "reference",
+                    default=0,
+                    min=0,
+                    max=255,
+                    advanced=True,
+                    tooltip="Picture of the batch that the others take from, counted from 0.",
+                ),
+                io.Float.Input(
+                    "preservation",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    display_mode=io.NumberDisplay.slider,
+                    tooltip="0 = every picture by itself, 1 = the paper's injection; between, own and injected keys "
+                    "and values are blended.",
+                ),
+                io.Float.Input(
+                    "start", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="Share of the schedule."
+                ),
+                io.Float.Input(
+                    "end", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="Share of the schedule."
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: ModelPatcher, layers: str, list: str, reference: int, preservation: float, start: float, end: float
+    ) -> io.NodeOutput:
+        chosen = parse_layers(list) if layers == LISTED else layer_set(model, layers)
+        return io.NodeOutput(inject_key_values(model, chosen, reference, preservation, start, end))

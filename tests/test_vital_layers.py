@@ -1,0 +1,163 @@
+"""Injection and stacked prompts apart from the paper's cases: blends, parts of the schedule, whole graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from comfy.conds import CONDRegular
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from support.graphs import Graph, Link
+from support.model_calls import noise, velocity_of
+from support.outcomes import far, latents, near
+
+from slider_core.errors import SliderError
+from slider_core.vital_layers import LAYER_SETS, bypass, inject_key_values, layer_set, parse_layers
+
+SIGMA, LAYERS = 0.7, [0, 2, 4, 6]
+X = noise(1, 16, 8, 8, seed=9).repeat(3, 1, 1, 1)
+
+
+def text(guidances: tuple[float, ...] = (3.5, 3.5, 3.5), **options) -> list:
+    guidance = {"guidance": None, "model_conds": {"guidance": CONDRegular(torch.tensor(guidances))}}
+    return [[noise(3, 24, 64, seed=1), {"pooled_output": noise(3, 768, seed=2), **guidance, **options}]]
+
+
+def reference_latent(model) -> dict:
+    return {"reference_latents": [noise(1, 16, 8, 4, seed=5)], "reference_latents_method": "offset"}
+
+
+def test_preservation_blends(golden_model):
+    own = velocity_of(golden_model, X, SIGMA, text())
+    outs = [velocity_of(inject_key_values(golden_model, LAYERS, strength=s), X, SIGMA, text()) for s in (0, 0.5, 1)]
+    assert torch.equal(outs[0], own)
+    assert far(outs[1][1:], own[1:])
+    assert far(outs[2][1:], outs[1][1:])
+    for out in outs:
+        assert torch.equal(out[0], own[0])
+
+
+@pytest.mark.parametrize("reference", [0, 2])
+def test_the_reference_is_as_without(golden_model, reference):
+    own = velocity_of(golden_model, X, SIGMA, text())
+    out = velocity_of(inject_key_values(golden_model, LAYERS, reference), X, SIGMA, text())
+    for k in range(3):
+        assert torch.equal(out[k], own[k]) == (k == reference)
+
+
+def test_reference_latents_keep_their_own_keys(golden_model):
+    """With equal prompts in all elements injection changes nothing, whatever the reference latents are."""
+    model = inject_key_values(golden_model, LAYERS)
+    [[cond, options]] = text(**reference_latent(golden_model))
+    same = [[cond[:1].repeat(3, 1, 1), {**options, "pooled_output": options["pooled_output"][:1].repeat(3, 1)}]]
+    assert near(velocity_of(model, X, SIGMA, same), velocity_of(golden_model, X, SIGMA, same))
+    seen = []
+    linear = golden_model.model.diffusion_model.single_blocks[0].norm.key_norm
+    handle = linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    try:
+        velocity_of(inject_key_values(golden_model, [3]), X, SIGMA, text(**reference_latent(golden_model)))
+        velocity_of(golden_model, X, SIGMA, text(**reference_latent(golden_model)))
+    finally:
+        handle.remove()
+    changed = (seen[0] != seen[1]).any(dim=(0, 1, 3)).nonzero().flatten().tolist()
+    assert changed == list(range(24, 24 + 16))
+
+
+def test_parts_of_the_schedule(golden_model):
+    own = velocity_of(golden_model, X, SIGMA, text())
+    percent_to_sigma = golden_model.model.model_sampling.percent_to_sigma
+    middle = next(p / 100 for p in range(100) if percent_to_sigma(p / 100) < SIGMA)
+    always = velocity_of(inject_key_values(golden_model, LAYERS), X, SIGMA, text())
+    for start, end, acts in ((0, middle, True), (middle, 1, False), (middle - 0.05, middle + 0.05, True)):
+        model = inject_key_values(golden_model, LAYERS, start=start, end=end)
+        assert torch.equal(velocity_of(model, X, SIGMA, text()), always if acts else own)
+
+
+def test_each_element_has_its_own_guidance(golden_model):
+    out = velocity_of(golden_model, X, SIGMA, text((1.0, 3.0, 8.0)))
+    for k, guidance in enumerate((1.0, 3.0, 8.0)):
+        assert near(out[k], velocity_of(golden_model, X, SIGMA, text((guidance,) * 3))[k])
+    assert far(out, velocity_of(golden_model, X, SIGMA, text()))
+
+
+def test_several_conds_in_one_call(golden_model):
+    model = inject_key_values(golden_model, LAYERS)
+    other = [[noise(3, 24, 64, seed=7), text()[0][1]]]
+    both = velocity_of(model, X, SIGMA, text(), other)
+    assert near(both[:3], velocity_of(model, X, SIGMA, text()))
+    assert near(both[3:], velocity_of(model, X, SIGMA, other))
+
+
+def test_torch_compile(golden_model):
+    torch._dynamo.reset()
+    want = velocity_of(inject_key_values(golden_model, LAYERS), X, SIGMA, text())
+    model = inject_key_values(golden_model, LAYERS)
+    set_torch_compile_wrapper(model, backend="eager", dynamic=False)
+    assert near(velocity_of(model, X, SIGMA, text()), want)
+
+
+def test_layers(golden_model):
+    assert parse_layers("0, 1 17-19") == [0, 1, 17, 18, 19]
+    for bad in ("", "a", "1-", "1.5", "-3"):
+        with pytest.raises(SliderError, match="expected numbers and ranges"):
+            parse_layers(bad)
+    sets = {name: layer_set(golden_model, name) for name in LAYER_SETS}
+    assert sets["vital layers"] == [0, 1, 2, 17, 18, 25, 28, 53, 54, 56]
+    assert 2 not in sets["vital layers without layer 2"]
+    assert sets["all layers"] == list(range(7))
+    assert sets["all but the vital layers"] == [3, 4, 5, 6]
+
+
+def test_bad_input(golden_model):
+    for method in (inject_key_values, bypass):
+        with pytest.raises(SliderError, match="no layer 17; expected layers from 0 to 6"):
+            method(golden_model, [0, 17])
+    with pytest.raises(SliderError, match="expected start first"):
+        inject_key_values(golden_model, LAYERS, start=0.6, end=0.4)
+    for reference, images in ((3, 3), (1, 1)):
+        model = inject_key_values(golden_model, LAYERS, reference)
+        with pytest.raises(SliderError, match=f"reference is image {reference} .* the batch has {images}"):
+            velocity_of(model, X[:images], SIGMA, text())
+
+
+def stacked(g: Graph, preservation: float, edits: str = "a red cat\n\na dog", **more) -> Link:
+    stack = g.add(
+        "EditSlidersStackPrompts", clip=g.clip(), source="a cat", edits=edits, source_guidance=1.0, edit_guidance=3.0
+    )
+    latent = g.add("EditSlidersSameNoise", latent=g.noise(), images=[stack[0], 1])
+    inputs = {"layers": "listed below", "list": "0-3", "reference": 0, "start": 0.0, "end": 1.0, **more}
+    model = g.add("EditSlidersInjectVitalLayers", model=g.model(), preservation=preservation, **inputs)
+    return g.sample(model, stack, latent=latent)
+
+
+def test_whole_graphs(server):
+    def single(prompt: str, guidance: float):
+        def part(g: Graph) -> Link:
+            text = g.add("FluxGuidance", conditioning=g.stock_text(prompt), guidance=guidance)
+            return g.sample(g.model(), text)
+
+        return part
+
+    own, kept, source, edit = latents(
+        server, lambda g: stacked(g, 0.0), lambda g: stacked(g, 1.0), single("a cat", 1.0), single("a red cat", 3.0)
+    )
+    assert own.shape[0] == 3
+    assert near(own[:1], source)
+    assert near(own[1:2], edit)
+    assert near(kept[:1], source)
+    assert far(kept[1:], own[1:])
+
+
+@pytest.mark.parametrize(
+    ("more", "node", "message"),
+    [
+        ({"edits": " \n"}, "StackPrompts", "no edit prompt"),
+        ({"list": "0, x"}, "InjectVitalLayers", "'x' is no layer"),
+        ({"layers": "vital layers"}, "InjectVitalLayers", "no layer 17"),
+    ],
+)
+def test_bad_graphs(server, more, node, message):
+    graph = Graph()
+    graph.save(stacked(graph, 1.0, **more))
+    result = server.run(graph)
+    assert result.error["node_type"] == f"EditSliders{node}"
+    assert message in result.error["exception_message"]
