@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from .diffusion_model import diffusion_model_of
 from .errors import SliderError
 from .families import FAMILIES, Family, Target
 from .side_path import Factor, SideModel
@@ -68,8 +69,8 @@ class Adapter:
         """Raise SliderError unless every factor has its linear in `model`, of the right size."""
         if family is not self.family:
             raise SliderError(f"{self.name} is for {self.family.name}, but the model is {family.name}.")
-        diffusion_model = model.model.diffusion_model
-        modules = dict(getattr(diffusion_model, "_orig_mod", diffusion_model).named_modules())
+        diffusion_model = diffusion_model_of(model.model)
+        modules = dict(diffusion_model.named_modules())
         missing = [name for name in self.factors if not hasattr(modules.get(name), "in_features")]
         if missing:
             raise SliderError(

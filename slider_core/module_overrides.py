@@ -20,6 +20,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
+from .diffusion_model import diffusion_model_of
 from .errors import SliderError
 
 COND_PREFIX = "edit_sliders."
@@ -125,8 +126,7 @@ def _run(
     text_rows = 0 if c_crossattn is None else c_crossattn.shape[1]
     percent_to_sigma = executor.class_obj.model_sampling.percent_to_sigma
     call = ModelCall(conds, x.shape[0] // count, count, text_rows, x.device, x.shape, t[0], percent_to_sigma)
-    model = executor.class_obj.diffusion_model
-    model = getattr(model, "_orig_mod", model)
+    model = diffusion_model_of(executor.class_obj)
     with contextlib.ExitStack() as stack:
         for operation in operations:
             for path, around in operation.around(call).items():

@@ -21,6 +21,7 @@ from comfy.utils import repeat_to_batch_size
 from torch.nn.functional import linear, relu
 
 from .adapter_file import Adapter, adapter_from_tensors
+from .diffusion_model import diffusion_model_of
 from .errors import SliderError
 from .families import family_of
 from .module_overrides import COND_PREFIX, Around, Forward, ModelCall, Operation, add_operation, operations_of
@@ -199,8 +200,7 @@ def apply_projector(model: ModelPatcher, bundle: StrengthProjector) -> ModelPatc
     Raises SliderError when projector or LoRA do not fit the model, or it already has a projector.
     """
     family = family_of(model)
-    diffusion_model = model.model.diffusion_model
-    diffusion_model = getattr(diffusion_model, "_orig_mod", diffusion_model)
+    diffusion_model = diffusion_model_of(model.model)
     width, projector = family.width(diffusion_model), bundle.projector
     if projector.width != width:
         raise SliderError(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from .diffusion_model import diffusion_model_of
 from .families import family_of
 from .module_overrides import Around, Forward, ModelCall, Operation, add_operation
 from .span_strengths import DEFAULT_CHANNEL, row_strengths
@@ -29,9 +30,7 @@ class TextModulation(Operation):
 
 def apply_text_modulation(model: ModelPatcher, channel: str = DEFAULT_CHANNEL) -> ModelPatcher:
     """A clone of `model` that obeys the span strengths of its conds by their tokens' modulation, without an adapter."""
-    family = family_of(model)
-    diffusion_model = model.model.diffusion_model
-    paths = family.text_modulations(getattr(diffusion_model, "_orig_mod", diffusion_model))
+    paths = family_of(model).text_modulations(diffusion_model_of(model.model))
     return add_operation(model, TextModulation(paths, channel))
 
 

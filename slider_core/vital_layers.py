@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from .diffusion_model import diffusion_model_of
 from .errors import SliderError
 from .families import Block, Family, family_of
 from .module_overrides import Around, Forward, ModelCall, Operation, add_operation
@@ -67,7 +67,7 @@ def inject_key_values(
     """
     if start > end:
         raise SliderError(f"start {start:g} lies behind end {end:g}; expected start first, both from 0 to 1.")
-    family, diffusion_model = family_of(model), _diffusion_model(model)
+    family, diffusion_model = family_of(model), diffusion_model_of(model.model)
     blocks = _chosen(family.blocks(diffusion_model), layers)
     injection = KeyValueInjection(family, blocks, family.width(diffusion_model), reference, strength, (start, end))
     return add_operation(model, injection)
@@ -85,7 +85,7 @@ class Bypass(Operation):
 
 def bypass(model: ModelPatcher, layers: Sequence[int]) -> ModelPatcher:
     """A clone of `model` without `layers`, to find out how vital they are."""
-    return add_operation(model, Bypass(_chosen(family_of(model).blocks(_diffusion_model(model)), layers)))
+    return add_operation(model, Bypass(_chosen(family_of(model).blocks(diffusion_model_of(model.model)), layers)))
 
 
 LAYER_SETS = ("vital layers", "vital layers without layer 2", "all layers", "all but the vital layers")
@@ -94,7 +94,7 @@ LAYER_SETS = ("vital layers", "vital layers without layer 2", "all layers", "all
 def layer_set(model: ModelPatcher, name: str) -> list[int]:
     """The layers of one of LAYER_SETS for the model's family."""
     family = family_of(model)
-    vital, every = list(family.vital_layers), list(range(len(family.blocks(_diffusion_model(model)))))
+    vital, every = list(family.vital_layers), list(range(len(family.blocks(diffusion_model_of(model.model)))))
     sets = (
         vital,
         [layer for layer in vital if layer != 2],
@@ -115,11 +115,6 @@ def parse_layers(text: str) -> list[int]:
     if not layers:
         raise SliderError("No layer is listed; expected numbers and ranges such as '0, 1, 17-18'.")
     return layers
-
-
-def _diffusion_model(model: ModelPatcher) -> Any:
-    diffusion_model = model.model.diffusion_model
-    return getattr(diffusion_model, "_orig_mod", diffusion_model)
 
 
 def _chosen(blocks: Sequence[Block], layers: Sequence[int]) -> list[Block]:

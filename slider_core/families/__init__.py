@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy.model_patcher import ModelPatcher
 
+from ..diffusion_model import diffusion_model_of
 from ..errors import SliderError
 from .base import Block, Family, Target
 from .flux import Flux
@@ -15,8 +16,7 @@ __all__ = ["FAMILIES", "Block", "Family", "Target", "family_of", "family_of_enco
 
 def family_of(model: ModelPatcher) -> Family:
     """The family of a loaded model. Raises SliderError for runtimes that ignore patches and unknown architectures."""
-    inner = getattr(model.model, "diffusion_model", None)
-    inner = getattr(inner, "_orig_mod", inner)
+    inner = diffusion_model_of(model.model)
     for family in FAMILIES:
         if family.owns(inner):
             return family
