@@ -13,7 +13,9 @@ from PIL import Image
 from support.comfy_server import ComfyServer
 
 WORKFLOWS = REPO / "workflows"
-NAMES = ("single_slider", "strength_projector", "strength_sweep", "two_sub_prompt_sliders")
+NAMES = ("parallel_edit", "single_slider", "strength_projector", "strength_sweep", "two_sub_prompt_sliders")
+PICTURES = {"parallel_edit": 3, "strength_sweep": 4}
+FILES = {"parallel_edit": 4, "strength_projector": 6}
 PACK = "ComfyUI-EditSliders"
 OURS = "EditSliders"
 
@@ -38,6 +40,10 @@ def with_tiny_files(workflow: dict[str, Any]) -> dict[str, Any]:
                 values[2] = 1
             case "EditSlidersLoadAdapter" if values[0] == "slideredit_gstlora.safetensors":
                 values[0] = "gst_peft.safetensors"
+            case "EmptySD3LatentImage":
+                values[:2] = 64, 64
+            case "EditSlidersInjectVitalLayers":
+                values[:2] = "listed below", "0-3"
             case "EditSlidersLoadProjector":
                 values[1] = "projector_lora.safetensors"
             case "DualCLIPLoader":
@@ -48,9 +54,8 @@ def with_tiny_files(workflow: dict[str, Any]) -> dict[str, Any]:
 
 def without_upscaling(graph: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The graph on the small picture itself instead of on a megapixel."""
-    (scale,) = (key for key, node in graph.items() if node["class_type"] == "FluxKontextImageScale")
-    (encode,) = (node for node in graph.values() if node["class_type"] == "VAEEncode")
-    encode["inputs"]["pixels"] = graph.pop(scale)["inputs"]["image"]
+    for key in [key for key, node in graph.items() if node["class_type"] == "FluxKontextImageScale"]:
+        graph[the(graph, "VAEEncode")]["inputs"]["pixels"] = graph.pop(key)["inputs"]["image"]
     return graph
 
 
@@ -82,7 +87,7 @@ def test_a_template_opens_and_gives_a_picture_per_strength(server, view, name):
     graph = without_upscaling(view.prompt())
     result = server.run(graph)
     assert result.ok, result.error
-    assert len(result.images(the(graph, "SaveImage"))) == (4 if name == "strength_sweep" else 1)
+    assert len(result.images(the(graph, "SaveImage"))) == PICTURES.get(name, 1)
     assert view.errors == []
 
 
@@ -98,7 +103,7 @@ def test_the_stock_files_of_a_template_are_the_ones_it_tells_about(server, view,
         if isinstance(value, str) and value.endswith((".safetensors", ".pt", ".pth"))
     }
     (note,) = (node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote")
-    assert len(wanted) == (6 if name == "strength_projector" else 5)
+    assert len(wanted) == FILES.get(name, 5)
     assert [file for file in wanted if file not in note] == []
 
 

@@ -27,6 +27,7 @@ MARGIN = 24
 THUMBNAIL = 512
 OVERVIEW_WIDTH = 1800
 SUBJECTS = {  # the nodes that a thumbnail is about
+    "parallel_edit": ("EditSlidersInjectVitalLayers", "EditSlidersStackPrompts"),
     "single_slider": ("EditSlidersApplyGSTLoRA", "EditSlidersEncodeSubInstructions"),
     "two_sub_prompt_sliders": ("EditSlidersEncodeSubInstructions", "EditSlidersSubInstructionStrengths"),
     "strength_projector": ("EditSlidersEncodeSubInstructions", "EditSlidersProjectorStrength"),
