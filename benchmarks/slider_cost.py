@@ -5,7 +5,7 @@
 (a) time from a changed slider to the first model call: the side path against the stock LoRA loader with the same file;
 (b) time of a sampling step and (c) peak memory with 0, 1 and 4 active sliders, and with a strength projector, against
 the bare model.
-Random weights: 277 million parameters at 256x256 plus reference by default, FLUX.1's 12 billion at 1024x1024 plus
+Random weights: 284 million parameters at 256x256 plus reference by default, FLUX.1's 12 billion at 1024x1024 plus
 reference with --full (for GPUs). Medians of interleaved repeats.
 """
 
@@ -78,7 +78,17 @@ def main() -> None:
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     )
     print(f"machine: {name}; torch {torch.__version__}")
-    adapters = _adapters(config, device)
+    with tempfile.TemporaryDirectory() as folder:
+        _measure(config, latent, device, _adapters(config, Path(folder)), args)
+
+
+def _measure(
+    config: Mapping[str, int],
+    latent: int,
+    device: torch.device,
+    adapters: Mapping[str, Path],
+    args: argparse.Namespace,
+) -> None:
     for dtype in args.dtypes:
         model = _model(config, device, getattr(torch, dtype))
         size = sum(p.numel() for p in model.model.diffusion_model.parameters()) / 1e6
@@ -240,9 +250,8 @@ def _model(config: Mapping[str, int], device: torch.device, dtype: torch.dtype) 
     return comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
 
 
-def _adapters(config: Mapping[str, int], device: torch.device) -> dict[str, Path]:
-    """Rank 16 adapters in the authors' layouts, as files."""
-    folder = Path(tempfile.mkdtemp())
+def _adapters(config: Mapping[str, int], folder: Path) -> dict[str, Path]:
+    """Rank 16 adapters in the authors' layouts, as files in `folder`."""
     st = recipe.lora_weights(config, {"which": "stlora", "rank": RANK, "seed": 2, "gain": 0.05, "prefix": ""})
     gst = recipe.lora_weights(
         config, {"which": "full", "rank": RANK, "seed": 3, "gain": 0.05, "prefix": "transformer."}

@@ -14,6 +14,10 @@ from .types import CATEGORY
 LISTED = "listed below"
 
 
+def _guidance_input(name: str, tooltip: str) -> io.Float.Input:
+    return io.Float.Input(name, default=3.5, min=0.0, max=100.0, step=0.1, tooltip=tooltip)
+
+
 class StackPrompts(io.ComfyNode):
     """Encodes a source prompt and its edits as one batch."""
 
@@ -35,22 +39,10 @@ class StackPrompts(io.ComfyNode):
                     default="a photo of a cat wearing a hat",
                     tooltip="One edited picture per line, each described in full.",
                 ),
-                io.Float.Input(
-                    "source_guidance",
-                    default=3.5,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="FLUX guidance of the source. A FluxGuidance node after this one replaces both.",
+                _guidance_input(
+                    "source_guidance", "FLUX guidance of the source. A FluxGuidance node after this one replaces both."
                 ),
-                io.Float.Input(
-                    "edit_guidance",
-                    default=3.5,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="FLUX guidance of the edits.",
-                ),
+                _guidance_input("edit_guidance", "FLUX guidance of the edits."),
             ],
             outputs=[
                 io.Conditioning.Output(),

@@ -134,13 +134,10 @@ def _projector(name: str, parts: Mapping[str, Mapping[str, torch.Tensor]]) -> Pr
             f"{name} is incomplete: {missing} has not both weight and bias. Expected pe_extender and projector.0, "
             "projector.2 and so on, without gaps. Download it again."
         )
-    extender, *layers = ((parts[part]["weight"], parts[part]["bias"]) for part in order)
-    for part, pair in zip(order, (extender, *layers)):
-        for kind, tensor in zip(("weight", "bias"), pair):
-            if not tensor.is_floating_point() or not tensor.float().isfinite().all():
-                raise SliderError(
-                    f"{name}: {part}.{kind} ({tensor.dtype}) holds other than finite floating-point values."
-                )
+    extender, *layers = (
+        (_finite(name, f"{part}.weight", parts[part]["weight"]), _finite(name, f"{part}.bias", parts[part]["bias"]))
+        for part in order
+    )
     sizes = [f"{tuple(weight.shape)} + {tuple(bias.shape)}" for weight, bias in (extender, *layers)]
     fits = (
         all(w.ndim == 2 and b.shape == w.shape[:1] and 0 not in w.shape for w, b in (extender, *layers))
@@ -154,8 +151,15 @@ def _projector(name: str, parts: Mapping[str, Mapping[str, torch.Tensor]]) -> Pr
             f"{name}: its layers have the sizes {', '.join(sizes)}; expected (e, 2), then (n, e + pooled), "
             "(n, n) ... (2 * hidden, n). It is no strength projector of Kontinuous Kontext."
         )
-    first, *rest = ((weight.float(), bias.float()) for weight, bias in (extender, *layers))
-    return Projector(name, first, tuple(rest))
+    return Projector(name, extender, tuple(layers))
+
+
+def _finite(name: str, key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32."""
+    values = tensor.float() if tensor.is_floating_point() else None
+    if values is None or not values.isfinite().all():
+        raise SliderError(f"{name}: {key} ({tensor.dtype}) holds other than finite floating-point values.")
+    return values
 
 
 class ModulationOffset(Operation):

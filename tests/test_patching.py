@@ -7,10 +7,9 @@ import comfy.sd
 import pytest
 import torch
 from comfy.model_management import load_models_gpu
-from comfy_api.torch_helpers import set_torch_compile_wrapper
 from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
-from support.model_calls import noise, velocity_of
+from support.model_calls import compiled, noise, velocity_of
 from support.outcomes import far
 
 from slider_core.adapter_file import read_adapter
@@ -269,11 +268,6 @@ def test_torch_compile(golden_model, st, gst, when):
     def sliders(model, strength):
         return apply_gstlora(apply_stlora(model, st), gst, strength)
 
-    def compiled(model):
-        model = model.clone()
-        set_torch_compile_wrapper(model, backend="eager", dynamic=False)
-        return model
-
     base = compiled(golden_model)
     for strength in (0.3, 0.6):
         model = sliders(base, strength) if when == "compiled first" else compiled(sliders(golden_model, strength))
@@ -285,8 +279,7 @@ def test_torch_compile(golden_model, st, gst, when):
 
 def test_a_moved_slider_does_not_recompile(golden_model, st, gst):
     torch._dynamo.reset()
-    base = golden_model.clone()
-    set_torch_compile_wrapper(base, backend="eager", dynamic=False)
+    base = compiled(golden_model)
     counts = []
     for strength in (0.3, 0.6, -0.2):
         model = apply_gstlora(apply_stlora(base, st), gst, strength)

@@ -15,11 +15,10 @@ import comfy.sd
 import numpy as np
 import pytest
 import torch
-from comfy_api.torch_helpers import set_torch_compile_wrapper
 from safetensors.torch import save_file
 from support.comfy_server import PromptRefused
 from support.graphs import Graph, Link
-from support.model_calls import noise, velocity_of
+from support.model_calls import compiled, noise, velocity_of
 from support.outcomes import far, latents, near
 
 from slider_core.errors import SliderError
@@ -233,11 +232,6 @@ def test_with_a_controlnet(golden_model, bundle):
 @pytest.mark.parametrize("when", ["compiled first", "compiled last"])
 def test_torch_compile(golden_model, bundle, when):
     torch._dynamo.reset()
-
-    def compiled(model):
-        model = model.clone()
-        set_torch_compile_wrapper(model, backend="eager", dynamic=False)
-        return model
 
     first = compiled(golden_model)
     for strength in (0.2, 0.8):

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from comfy.ldm.flux.math import attention
-from comfy_api.torch_helpers import set_torch_compile_wrapper
 from support.graphs import Graph, Link
-from support.model_calls import noise, velocity_of
+from support.model_calls import compiled, noise, velocity_of
 from support.outcomes import far, latents, near
 
 from slider_core.attention_weights import apply_attention_weights
@@ -125,7 +124,7 @@ def test_refused_rather_than_ignored(golden_model):
     model = apply_attention_weights(golden_model)
     with pytest.raises(SliderError, match="below 0"):
         velocity_of(model, X, SIGMA, text(-0.2))
-    set_torch_compile_wrapper(model, backend="eager", dynamic=False)
+    model = compiled(model)
     with pytest.raises(SliderError, match=r"compiled.*Bypass the compile node"):
         velocity_of(model, X, SIGMA, text(0.2))
     assert near(velocity_of(model, X, SIGMA, text()), velocity_of(golden_model, X, SIGMA, text()))

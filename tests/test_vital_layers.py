@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from comfy.conds import CONDRegular
-from comfy_api.torch_helpers import set_torch_compile_wrapper
 from support.graphs import Graph, Link
-from support.model_calls import noise, velocity_of
+from support.model_calls import compiled, noise, velocity_of
 from support.outcomes import far, latents, near
 
 from slider_core.errors import SliderError
@@ -90,8 +89,7 @@ def test_several_conds_in_one_call(golden_model):
 def test_torch_compile(golden_model):
     torch._dynamo.reset()
     want = velocity_of(inject_key_values(golden_model, LAYERS), X, SIGMA, text())
-    model = inject_key_values(golden_model, LAYERS)
-    set_torch_compile_wrapper(model, backend="eager", dynamic=False)
+    model = compiled(inject_key_values(golden_model, LAYERS))
     assert near(velocity_of(model, X, SIGMA, text()), want)
 
 

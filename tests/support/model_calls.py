@@ -6,11 +6,19 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     """Normal numbers, always the same for a seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def compiled(model: ModelPatcher) -> ModelPatcher:
+    """A clone under torch.compile, without the slow code generation."""
+    model = model.clone()
+    set_torch_compile_wrapper(model, backend="eager", dynamic=False)
+    return model
 
 
 def velocity_of(model: ModelPatcher, x: torch.Tensor, sigma: float, *conditionings: list) -> torch.Tensor:
