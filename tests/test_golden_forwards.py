@@ -1,13 +1,15 @@
-"""The papers' own numbers through the pack's patching on ComfyUI's model: golden cases A, B, C, D and E1, E2."""
+"""The papers' own numbers through the pack's patching on ComfyUI's model: golden cases A to E."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from comfy.conds import CONDRegular
 from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
 from support.model_calls import velocity_of
@@ -15,6 +17,7 @@ from support.model_calls import velocity_of
 from slider_core import strength_projector
 from slider_core.adapter_file import read_adapter
 from slider_core.global_lora import apply_gstlora
+from slider_core.inversion import FOLLOWS, FREE, PUBLISHED, InverseEuler, edit_from_trajectory, invert
 from slider_core.module_overrides import add_operation, operations_of
 from slider_core.selective_lora import apply_stlora
 from slider_core.span_strengths import Span, attach_spans, set_strengths
@@ -385,3 +388,74 @@ def test_sampling_with_injection(case, stable_flow, golden_model):
     for k, want in enumerate(stable_flow[case["outputs"]["steps"]]):
         z = z + (sigmas[k + 1] - sigmas[k]) * velocity_of(model, z, sigmas[k], text)
         assert torch.allclose(z, want, **case["suggested"]), k
+
+
+# --- E4, E5: inversion, and editing what was inverted
+
+
+def text_of(case: dict, data: dict[str, torch.Tensor], rows: int, guidance: list[float]) -> list:
+    txt, y = (data[case["inputs"][name]["key"]][:rows] for name in ("txt", "y"))
+    per_picture = {"guidance": None, "model_conds": {"guidance": CONDRegular(torch.tensor(guidance))}}
+    return [[txt, {"pooled_output": y, **per_picture}]]
+
+
+@pytest.fixture(scope="session")
+def inverted(stable_flow, golden_model):
+    case = next(c for c in CASES if c["id"] == "E4")
+    sigmas, clean = torch.tensor(case["sigmas"]), stable_flow[case["inputs"]["clean"]["key"]]
+
+    def run(**more):
+        latent = golden_model.model.latent_format.process_out(clean)
+        text = text_of(case, stable_flow, 1, case["guidance"])
+        return invert(golden_model, text, latent, sigmas, "a", **{"nudging": case["nudging"], **more})
+
+    return run
+
+
+def test_inversion(stable_flow, inverted, golden_model):
+    case = next(c for c in CASES if c["id"] == "E4")
+    want = stable_flow[case["outputs"]["inverted"]].reshape(-1, 16, 12, 8)
+    trajectory = inverted()
+    assert torch.allclose(trajectory.latents[:-1].flip(0), want, **case["suggested"])
+    nudged = case["nudging"] * stable_flow[case["inputs"]["clean"]["key"]]
+    assert torch.allclose(trajectory.latents[-1:], nudged, **case["suggested"])
+    assert trajectory.sigmas.tolist() == torch.tensor(case["sigmas"]).tolist()
+    not_nudged = inverted(nudging=1.0).latents[:-1].flip(0)
+    distance = case["discrimination_max_abs"]["no_nudging"]
+    assert (not_nudged - want).abs().max().item() == pytest.approx(distance, abs=1e-3)
+    assert not torch.allclose(inverted(refinements=1).latents[:-1].flip(0), want, **case["suggested"])
+
+
+def test_the_velocity_at_the_source_sigma_is_told_apart(stable_flow, inverted, monkeypatch):
+    """Inversion with the velocity of the noise level that a step starts from: must not pass as right."""
+
+    def from_the_start(self, model_wrap, sigmas, extra_args, callback, noise, latent_image, *_):
+        x = latent_image * self.nudging
+        self.latents = [x]
+        for sigma, following in itertools.pairwise(sigmas):
+            at = sigma.clamp(min=1e-3)
+            x = x + (following - sigma) * (x - model_wrap(x, at.expand(len(x)), **extra_args)) / at
+            self.latents.append(x)
+        return x
+
+    case = next(c for c in CASES if c["id"] == "E4")
+    want = stable_flow[case["outputs"]["inverted"]].reshape(-1, 16, 12, 8)
+    monkeypatch.setattr(InverseEuler, "sample", from_the_start)
+    assert not torch.allclose(inverted().latents[:-1].flip(0), want, **case["suggested"])
+
+
+@pytest.mark.parametrize(("kind", "source"), [("stableflow_edit", PUBLISHED), ("stableflow_edit_aligned", FOLLOWS)])
+def test_edit_from_a_trajectory(kind, source, stable_flow, inverted, golden_model):
+    [case] = [c for c in CASES if c["kind"] == kind]
+    layers = layers_of(golden_model, case["double_blocks"], case["single_blocks"])
+    model, steps = inject_key_values(golden_model, layers), []
+    text = text_of(case, stable_flow, 3, [float(g) for g in case["guidance"]])
+    trajectory = inverted()
+    edit_from_trajectory(model, text, trajectory, source, lambda k, denoised, x, n: steps.append(x.clone()))
+    wanted = stable_flow[case["outputs"]["steps"]]
+    for k, (out, want) in enumerate(zip(steps, wanted, strict=True)):
+        assert torch.allclose(out, want, **case["suggested"]), k
+    other = FOLLOWS if source == PUBLISHED else PUBLISHED
+    for wrong in (other, FREE):
+        out = edit_from_trajectory(model, text, trajectory, wrong)
+        assert not torch.allclose(golden_model.model.latent_format.process_in(out), wanted[-1], **case["suggested"])

@@ -35,12 +35,14 @@ class Family(ABC):
     name: as users know it.
     text_encoders: ComfyUI's attribute names of the encoders in its CLIP.
     vital_layers: as found for the family's model, for its number of blocks; empty if nobody has looked.
+    identity: a small parameter of the diffusion model whose values tell models of the family apart.
     text_rows: the encoder whose tokens are the rows of the model's text, in order from row 0.
     """
 
     name: str
     text_encoders: frozenset[str]
     text_rows: str
+    identity: str
     vital_layers: tuple[int, ...] = ()
 
     @abstractmethod

@@ -23,6 +23,7 @@ class Flux(Family):
     name = "FLUX.1"
     text_encoders = frozenset({"clip_l", "t5xxl"})
     text_rows = "t5xxl"
+    identity = "img_in.bias"
     vital_layers = (0, 1, 2, 17, 18, 25, 28, 53, 54, 56)  # Stable Flow, section 3, for FLUX.1-dev
 
     def owns(self, diffusion_model: object) -> bool:

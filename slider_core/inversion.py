@@ -1,0 +1,187 @@
+"""Real pictures: nudged inversion, and edits that start from it (Stable Flow, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.model_sampling import CONST
+from comfy.samplers import CFGGuider, Sampler
+
+from .errors import SliderError
+from .model_identity import identity_of
+from .span_strengths import Conditioning
+from .trajectory import Trajectory, check_sigmas
+
+NUDGING = 1.15
+
+FOLLOWS = "follows the trajectory"
+PUBLISHED = "as in the published code"
+FREE = "is left alone"
+SOURCE_MODES = (FOLLOWS, PUBLISHED, FREE)
+
+OnStep = Callable[[int, torch.Tensor, torch.Tensor, int], None]
+"""(step from 0, predicted picture, latents, number of steps), called after each step."""
+
+
+def invert(
+    model: ModelPatcher,
+    conditioning: Conditioning,
+    latent: torch.Tensor,
+    sigmas: torch.Tensor,
+    prompt: str,
+    nudging: float = NUDGING,
+    refinements: int = 0,
+    on_step: OnStep | None = None,
+) -> Trajectory:
+    """Run a picture backwards to noise, and keep every latent on the way.
+
+    latent: (1, channels, height, width) as an autoencoder gives it. sigmas: noise levels falling to 0. conditioning:
+    the source prompt, at guidance 1; prompt: its words. refinements: times that each step is repeated with the
+    velocity at its own result (0 = the paper); each costs a model evaluation per step. on_step: see OnStep.
+    Raises SliderError for a batch, a model or noise levels that are not those of flow matching.
+    """
+    if latent.shape[0] != 1:
+        raise SliderError(f"The latent has {latent.shape[0]} pictures; expected one to invert.")
+    check_flow_matching(model)
+    check_sigmas(sigmas)
+    if not latent.any():
+        raise SliderError("The latent is empty; expected a picture, encoded by VAEEncode.")
+    sampler = InverseEuler(nudging, refinements)
+    run(model, conditioning, sampler, sigmas.flip(0), latent, on_step)
+    text, options = conditioning[0]
+    return Trajectory(
+        latents=torch.cat(sampler.latents[::-1]),
+        sigmas=sigmas.cpu(),
+        text=text[:1].cpu(),
+        pooled=options["pooled_output"][:1].cpu(),
+        prompt=prompt,
+        nudging=nudging,
+        refinements=refinements,
+        model=identity_of(model),
+    )
+
+
+def edit_from_trajectory(
+    model: ModelPatcher,
+    conditioning: Conditioning,
+    trajectory: Trajectory,
+    source: str = FOLLOWS,
+    on_step: OnStep | None = None,
+) -> torch.Tensor:
+    """Render a batch of prompts from the noise that a picture was inverted to: (prompts, channels, height, width).
+
+    conditioning: one cond with a prompt per picture. source: what becomes of the first picture after each step. It
+    takes the trajectory's latent of the same noise level; or that two steps earlier, as in the published code; or is
+    left alone (when the source is not in the batch).
+    Raises SliderError for a trajectory of another model, and for a batch of one that would only hold the source.
+    """
+    trajectory.check_model(model)
+    check_flow_matching(model)
+    pictures = conditioning[0][0].shape[0]
+    if source != FREE:
+        if pictures < 2:
+            raise SliderError(
+                f"The batch is one prompt, which would be the source itself; expected the source and at least one "
+                f"edit. For a source outside of the batch choose {FREE!r}."
+            )
+        trajectory.check_source(conditioning)
+    empty = torch.zeros(pictures, *trajectory.latents.shape[1:])
+    return run(model, conditioning, EulerFromTrajectory(trajectory, source), trajectory.sigmas, empty, on_step)
+
+
+class InverseEuler(Sampler):
+    """From picture to noise. sigmas rise; the velocity is taken at the noise level that a step leads to."""
+
+    def __init__(self, nudging: float, refinements: int):
+        self.nudging, self.refinements = nudging, refinements
+        self.latents: list[torch.Tensor] = []
+
+    def sample(
+        self,
+        model_wrap: Any,
+        sigmas: torch.Tensor,
+        extra_args: dict[str, Any],
+        callback: OnStep | None,
+        noise: torch.Tensor,
+        latent_image: torch.Tensor,
+        denoise_mask: object = None,
+        disable_pbar: bool = False,
+    ) -> torch.Tensor:
+        x = latent_image * self.nudging
+        self.latents = [x.cpu()]
+        steps = len(sigmas) - 1
+        for step in range(steps):
+            sigma, following = sigmas[step], sigmas[step + 1]
+            estimate = x
+            for _ in range(1 + self.refinements):
+                denoised = model_wrap(estimate, following.expand(len(x)), **extra_args)
+                estimate = x + (following - sigma) * (estimate - denoised) / following
+            x = estimate
+            self.latents.append(x.cpu())
+            if callback is not None:
+                callback(step, denoised, x, steps)
+        return x
+
+
+class EulerFromTrajectory(Sampler):
+    """From the end of a trajectory to a batch of pictures."""
+
+    def __init__(self, trajectory: Trajectory, source: str):
+        self.trajectory, self.source = trajectory, source
+
+    def sample(
+        self,
+        model_wrap: Any,
+        sigmas: torch.Tensor,
+        extra_args: dict[str, Any],
+        callback: OnStep | None,
+        noise: torch.Tensor,
+        latent_image: torch.Tensor,
+        denoise_mask: object = None,
+        disable_pbar: bool = False,
+    ) -> torch.Tensor:
+        latents = self.trajectory.latents.to(noise)
+        steps = len(sigmas) - 1
+        x = latents[:1].repeat(len(noise), 1, 1, 1)
+        for step in range(steps):
+            denoised = model_wrap(x, sigmas[step].expand(len(x)), **extra_args)
+            x = x + (sigmas[step + 1] - sigmas[step]) * (x - denoised) / sigmas[step]
+            if self.source == FOLLOWS:
+                x[0] = latents[step + 1]
+            elif self.source == PUBLISHED:
+                x[0] = latents[_published_entry(step, steps)]
+            if callback is not None:
+                callback(step, denoised, x, steps)
+        return x
+
+
+def _published_entry(step: int, steps: int) -> int:
+    """Stable Flow's code takes entry -step of its list, which runs from the least noisy latent to noise."""
+    return steps - 1 if step == 0 else step - 1
+
+
+def check_flow_matching(model: ModelPatcher) -> None:
+    """Raise SliderError for a model whose velocity is not noise minus picture."""
+    sampling = model.get_model_object("model_sampling")
+    if not isinstance(sampling, CONST):
+        raise SliderError(
+            f"The model samples by {type(sampling).__name__}, which is not flow matching; expected a FLUX.1 model "
+            "without nodes that change that."
+        )
+
+
+def run(
+    model: ModelPatcher,
+    conditioning: Conditioning,
+    sampler: Sampler,
+    sigmas: torch.Tensor,
+    latent: torch.Tensor,
+    on_step: OnStep | None,
+) -> torch.Tensor:
+    """Let a sampler run over the model with nothing but this conditioning, from no noise."""
+    guider = CFGGuider(model)
+    guider.set_conds(conditioning, conditioning)
+    return guider.sample(torch.zeros_like(latent), latent, sampler, sigmas, callback=on_step, disable_pbar=True)

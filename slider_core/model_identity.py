@@ -1,0 +1,43 @@
+"""Which model something was made with, so that it is not used with another one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from .diffusion_model import diffusion_model_of
+from .errors import SliderError
+from .families import family_of
+
+
+class ModelIdentity(NamedTuple):
+    """A model's family and the values of one small parameter. LoRAs do not change it, other precisions hardly do."""
+
+    family: str
+    values: torch.Tensor
+
+    def check(self, model: ModelPatcher, what: str) -> None:
+        """Raise SliderError unless `model` is this one. what: what was made with it, for the message."""
+        other = identity_of(model)
+        if other.family != self.family or other.values.shape != self.values.shape:
+            raise SliderError(
+                f"{what} was made with another model ({self.family}, {len(self.values)} wide; this one is "
+                f"{other.family}, {len(other.values)} wide). Load that model, or make it anew with this one."
+            )
+        coarser = max(torch.finfo(identity.values.dtype).eps for identity in (self, other))
+        one, two = self.values.float(), other.values.float()
+        if (one - two).norm() > coarser * one.norm():
+            raise SliderError(
+                f"{what} was made with another {self.family} model than this one. Load that model, or make it anew "
+                "with this one."
+            )
+
+
+def identity_of(model: ModelPatcher) -> ModelIdentity:
+    """The identity of a loaded model. Raises SliderError for a model of no known family."""
+    family = family_of(model)
+    values = comfy.utils.get_attr(diffusion_model_of(model.model), family.identity)
+    return ModelIdentity(family.name, values.detach().to("cpu", copy=True))
