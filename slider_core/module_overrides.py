@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -34,6 +34,17 @@ Around = Callable[[Forward], Forward]
 recompiles for every new functools.partial or lambda default, but not for new closures of the same code."""
 
 
+class ModelInputs(NamedTuple):
+    """What a model is called with, as core gives it to a wrapper; the operations' conds are among the further ones."""
+
+    x: torch.Tensor
+    t: torch.Tensor
+    c_concat: torch.Tensor | None
+    c_crossattn: torch.Tensor | None
+    control: Any
+    further: Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class ModelCall:
     """What one model call is about.
@@ -41,7 +52,9 @@ class ModelCall:
     conds: our tensors of the conds in this call, first dimension images * count (images vary fastest).
     images: images in the latent batch; count: conds that share this call.
     text_rows: rows of text that the model gets. latent: shape of what it denoises.
+    dtype: in which it computes.
     sigma: its noise level. percent_to_sigma: from a share of the schedule to the noise level there.
+    inputs: what it is called with. run: calls the model itself, with other operations and inputs of one cond.
     """
 
     conds: Mapping[str, torch.Tensor]
@@ -49,9 +62,12 @@ class ModelCall:
     count: int
     text_rows: int
     device: torch.device
+    dtype: torch.dtype
     latent: Sequence[int]
     sigma: torch.Tensor
     percent_to_sigma: Callable[[float], float]
+    inputs: ModelInputs
+    run: Callable[[tuple[Operation, ...], ModelInputs], torch.Tensor]
 
     def within(self, start: float, end: float) -> bool:
         """Whether the call lies in this part of the schedule, 0 to 1."""
@@ -121,18 +137,41 @@ def _run(
     transformer_options: Mapping[str, Any] = MappingProxyType({}),
     **kwargs: Any,
 ) -> torch.Tensor:
-    conds = {key: kwargs.pop(key).to(x.device) for key in list(kwargs) if key.startswith(COND_PREFIX)}
+    inputs = ModelInputs(x, t, c_concat, c_crossattn, control, kwargs)
+    conds = {key: value.to(x.device) for key, value in kwargs.items() if key.startswith(COND_PREFIX)}
+    others = {key: value for key, value in kwargs.items() if key not in conds}
     count = len(transformer_options.get("cond_or_uncond", (0,)))
-    text_rows = 0 if c_crossattn is None else c_crossattn.shape[1]
-    percent_to_sigma = executor.class_obj.model_sampling.percent_to_sigma
-    call = ModelCall(conds, x.shape[0] // count, count, text_rows, x.device, x.shape, t[0], percent_to_sigma)
-    model = diffusion_model_of(executor.class_obj)
+    base = executor.class_obj
+    call = ModelCall(
+        conds=conds,
+        images=x.shape[0] // count,
+        count=count,
+        text_rows=0 if c_crossattn is None else c_crossattn.shape[1],
+        device=x.device,
+        dtype=base.get_dtype_inference(),
+        latent=x.shape,
+        sigma=t[0],
+        percent_to_sigma=base.model_sampling.percent_to_sigma,
+        inputs=inputs,
+        run=partial(_run_alone, executor, transformer_options),
+    )
+    changes = [operation.around(call) for operation in operations]
+    for operation in operations:
+        transformer_options = _with_attention_patches(transformer_options, operation.attention_patches(call))
+    model = diffusion_model_of(base)
     with contextlib.ExitStack() as stack:
-        for operation in operations:
-            for path, around in operation.around(call).items():
+        for change in changes:
+            for path, around in change.items():
                 stack.enter_context(_overridden(model.get_submodule(path), around))
-            transformer_options = _with_attention_patches(transformer_options, operation.attention_patches(call))
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **others)
+
+
+def _run_alone(
+    executor: Any, transformer_options: Mapping[str, Any], operations: tuple[Operation, ...], inputs: ModelInputs
+) -> torch.Tensor:
+    one_cond = {key: transformer_options[key][:1] for key in ("cond_or_uncond", "uuids") if key in transformer_options}
+    options = {**transformer_options, **one_cond}
+    return _run(operations, executor, *inputs[:-1], options, **inputs.further)
 
 
 def _with_attention_patches(options: Mapping[str, Any], patches: Sequence[AttentionPatch]) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from comfy.model_patcher import ModelPatcher
 from .diffusion_model import diffusion_model_of
 from .errors import SliderError
 from .families import Block, Family, family_of
+from .fitting_samplers import refuse_noise_adding_samplers
 from .module_overrides import Around, Forward, ModelCall, Operation, add_operation
 
 
@@ -21,6 +22,7 @@ class KeyValueInjection(Operation):
     """Operation: in some blocks, K and V of the image tokens of every image become those of the reference image.
 
     Text tokens, reference latents and all queries keep their own. strength blends: 0 = own, 1 = the reference's.
+    chained: the first image has no reference, every other one the image before it.
     """
 
     def __init__(
@@ -31,15 +33,21 @@ class KeyValueInjection(Operation):
         reference: int,
         strength: float,
         part: tuple[float, float],
+        chained: bool,
     ):
         self.family, self.blocks, self.width = family, blocks, width
-        self.reference, self.strength, self.part = reference, strength, part
+        self.reference, self.strength, self.part, self.chained = reference, strength, part, chained
 
     def around(self, call: ModelCall) -> Mapping[str, Around]:
+        if call.images < 2:
+            raise SliderError(
+                "The batch has one image; expected source and edits in one batch, from Stack Prompts and Same Noise. "
+                "For a source outside of the batch use Inject Remembered Source."
+            )
         if not self.reference < call.images:
             raise SliderError(
                 f"The reference is image {self.reference} of the batch (counted from 0), but the batch has "
-                f"{call.images} image(s); expected source and edits in one batch. Choose another reference."
+                f"{call.images} images. Choose another reference."
             )
         if self.strength == 0 or not call.within(*self.part):
             return {}
@@ -48,7 +56,7 @@ class KeyValueInjection(Operation):
         for block in self.blocks:
             first = call.text_rows if block.text_first else 0
             place = (slice(first, first + tokens), slice(self.width, 3 * self.width))
-            changes[block.qkv] = _injected(place, call.images, self.reference, self.strength)
+            changes[block.qkv] = _injected(place, call.images, None if self.chained else self.reference, self.strength)
         return changes
 
 
@@ -59,18 +67,21 @@ def inject_key_values(
     strength: float = 1.0,
     start: float = 0.0,
     end: float = 1.0,
+    chained: bool = False,
 ) -> ModelPatcher:
     """A clone of `model` that renders a batch with the reference image's K and V in `layers`.
 
-    start, end: the part of the schedule, 0 to 1, where it does so. Raises SliderError for a layer that the model does
-    not have, and for a part that ends before it starts.
+    start, end: the part of the schedule, 0 to 1, where it does so. chained: every image takes them from the one before
+    it, whatever the reference (a chain of edits, section 4.4). Raises SliderError for a layer that the model does not
+    have, and for a part that ends before it starts; when sampling, for a batch of one and samplers that add noise.
     """
-    if start > end:
-        raise SliderError(f"start {start:g} lies behind end {end:g}; expected start first, both from 0 to 1.")
-    family, diffusion_model = family_of(model), diffusion_model_of(model.model)
-    blocks = _chosen(family.blocks(diffusion_model), layers)
-    injection = KeyValueInjection(family, blocks, family.width(diffusion_model), reference, strength, (start, end))
-    return add_operation(model, injection)
+    check_part(start, end)
+    family, width = family_of(model), family_of(model).width(diffusion_model_of(model.model))
+    blocks = chosen_blocks(model, layers)
+    injection = KeyValueInjection(family, blocks, width, reference, strength, (start, end), chained)
+    patched = add_operation(model, injection)
+    refuse_noise_adding_samplers(patched)
+    return patched
 
 
 class Bypass(Operation):
@@ -85,7 +96,7 @@ class Bypass(Operation):
 
 def bypass(model: ModelPatcher, layers: Sequence[int]) -> ModelPatcher:
     """A clone of `model` without `layers`, to find out how vital they are."""
-    return add_operation(model, Bypass(_chosen(family_of(model).blocks(diffusion_model_of(model.model)), layers)))
+    return add_operation(model, Bypass(chosen_blocks(model, layers)))
 
 
 LAYER_SETS = ("vital layers", "vital layers without layer 2", "all layers", "all but the vital layers")
@@ -117,21 +128,32 @@ def parse_layers(text: str) -> list[int]:
     return layers
 
 
-def _chosen(blocks: Sequence[Block], layers: Sequence[int]) -> list[Block]:
+def chosen_blocks(model: ModelPatcher, layers: Sequence[int]) -> list[Block]:
+    """The blocks of some layers, each once. Raises SliderError for a layer that the model does not have."""
+    blocks = family_of(model).blocks(diffusion_model_of(model.model))
     absent = [layer for layer in layers if not 0 <= layer < len(blocks)]
     if absent:
         raise SliderError(f"The model has no layer {absent[0]}; expected layers from 0 to {len(blocks) - 1}.")
     return [blocks[layer] for layer in dict.fromkeys(layers)]
 
 
-def _injected(place: tuple[slice, slice], images: int, reference: int, strength: float) -> Around:
+def check_part(start: float, end: float) -> None:
+    """Raise SliderError for a part of the schedule that ends before it starts."""
+    if start > end:
+        raise SliderError(f"start {start:g} lies behind end {end:g}; expected start first, both from 0 to 1.")
+
+
+def _injected(place: tuple[slice, slice], images: int, reference: int | None, strength: float) -> Around:
     rows, columns = place
 
     def around(forward: Forward) -> Forward:
         def with_injection(x: torch.Tensor) -> torch.Tensor:
             y = forward(x)
             part = y.unflatten(0, (-1, images))[:, :, rows, columns]
-            part.lerp_(part[:, reference : reference + 1].clone(), strength)
+            if reference is None:
+                part[:, 1:].lerp_(part[:, :-1].clone(), strength)
+            else:
+                part.lerp_(part[:, reference : reference + 1].clone(), strength)
             return y
 
         return with_injection

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import comfy.sample
+import comfy.samplers
 import pytest
 import torch
 from comfy.conds import CONDRegular
@@ -41,6 +43,41 @@ def test_the_reference_is_as_without(golden_model, reference):
     out = velocity_of(inject_key_values(golden_model, LAYERS, reference), X, SIGMA, text())
     for k in range(3):
         assert torch.equal(out[k], own[k]) == (k == reference)
+
+
+def test_a_chain_takes_from_the_picture_before(golden_model):
+    """What each picture receives, seen at the layer's own output: K and V of the one before, as that computed them."""
+    out = velocity_of(inject_key_values(golden_model, LAYERS, chained=True), X, SIGMA, text())
+    of_first = velocity_of(inject_key_values(golden_model, LAYERS), X, SIGMA, text())
+    assert near(out[:2], of_first[:2])
+    assert far(out[2], of_first[2])
+    seen = []
+    linear = golden_model.model.diffusion_model.double_blocks[0].img_attn.norm.key_norm
+    handle = linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    try:
+        for chained in (None, True):
+            model = inject_key_values(golden_model, [0], chained=True) if chained else golden_model
+            velocity_of(model, torch.cat([noise(1, 16, 8, 8, seed=k) for k in range(3)]), SIGMA, text())
+    finally:
+        handle.remove()
+    own, chained = seen
+    assert torch.equal(chained, own[[0, 0, 1]])
+
+
+def test_samplers_that_add_noise_are_refused(golden_model):
+    """All of ComfyUI's: those under which equal pictures with equal noise come out unequal, and no others."""
+    same, start = [[*text()[0]]], X[:2]
+    [[cond, options]] = same
+    same = [[cond[:1], {"pooled_output": options["pooled_output"][:1], "guidance": 3.5}]]
+    injected = inject_key_values(golden_model, [0])
+    for name in comfy.samplers.SAMPLER_NAMES:
+        inputs = (start, 2, 1.0, name, "simple", same, same, torch.zeros_like(start))
+        out = comfy.sample.sample(golden_model, *inputs, disable_pbar=True, seed=0)
+        if near(out[0], out[1]):
+            comfy.sample.sample(injected, *inputs, disable_pbar=True, seed=0)
+        else:
+            with pytest.raises(SliderError, match=r"adds new noise at every step.*euler, ddim"):
+                comfy.sample.sample(injected, *inputs, disable_pbar=True, seed=0)
 
 
 def test_reference_latents_keep_their_own_keys(golden_model):
@@ -111,10 +148,10 @@ def test_bad_input(golden_model):
             method(golden_model, [0, 17])
     with pytest.raises(SliderError, match="expected start first"):
         inject_key_values(golden_model, LAYERS, start=0.6, end=0.4)
-    for reference, images in ((3, 3), (1, 1)):
-        model = inject_key_values(golden_model, LAYERS, reference)
-        with pytest.raises(SliderError, match=f"reference is image {reference} .* the batch has {images}"):
-            velocity_of(model, X[:images], SIGMA, text())
+    with pytest.raises(SliderError, match=r"reference is image 3 .* the batch has 3"):
+        velocity_of(inject_key_values(golden_model, LAYERS, 3), X, SIGMA, text())
+    with pytest.raises(SliderError, match=r"The batch has one image; expected source and edits in one batch"):
+        velocity_of(inject_key_values(golden_model, LAYERS), X[:1], SIGMA, text())
 
 
 def stacked(g: Graph, preservation: float, edits: str = "a red cat\n\na dog", **more) -> Link:

@@ -1,0 +1,345 @@
+"""Keys and values of a source, computed once and injected into every later edit (Stable Flow's injection, cached).
+
+Where they do not fit into memory, the source is computed again beside each model call of an edit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.samplers import Sampler
+
+from .diffusion_model import diffusion_model_of
+from .errors import SliderError
+from .families import family_of
+from .fitting_samplers import ONE_CALL_PER_STEP
+from .inversion import OnStep, check_flow_matching, run
+from .model_identity import ModelIdentity, identity_of
+from .module_overrides import Around, Forward, ModelCall, ModelInputs, Operation, add_operation, operations_of
+from .span_strengths import Conditioning
+from .trajectory import Trajectory
+from .vital_layers import check_part, chosen_blocks
+
+_SHARE_OF_FREE_MEMORY = 0.5
+_SAME_SIGMA = 1e-4
+
+
+@dataclass
+class _Moment:
+    """One model call of the source. key_values: (layers, tokens, 2 * width), or None where they are not kept."""
+
+    sigma: float
+    inputs: ModelInputs
+    key_values: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class ReferenceCache:
+    """What a source leaves behind for its edits.
+
+    how: the schedule that edits have to follow, in words. latent: (channels, height, width).
+    kept: whether the keys and values are in memory; needed: bytes that they take.
+    """
+
+    how: str
+    layers: tuple[int, ...]
+    model: ModelIdentity
+    operations: tuple[Operation, ...]
+    latent: tuple[int, ...]
+    needed: int
+    moments: list[_Moment] = field(default_factory=list)
+
+    @property
+    def kept(self) -> bool:
+        return all(moment.key_values is not None for moment in self.moments)
+
+    def at(self, sigma: float) -> _Moment:
+        """The source's call at a noise level. Raises SliderError when there was none."""
+        nearest = min(self.moments, key=lambda moment: abs(moment.sigma - sigma))
+        if abs(nearest.sigma - sigma) > _SAME_SIGMA:
+            raise SliderError(
+                f"The source was not computed at noise level {sigma:.4f}, the nearest is {nearest.sigma:.4f}. "
+                f"Sample edits with the same schedule as the source ({self.how}) and one of the samplers "
+                f"{', '.join(ONE_CALL_PER_STEP)}."
+            )
+        return nearest
+
+    def describe(self) -> str:
+        """What is kept, for the user."""
+        size = f"{len(self.moments)} steps x {len(self.layers)} layers: {_gigabytes(self.needed)}"
+        if self.kept:
+            return f"{size} of keys and values in RAM. An edit costs one generation."
+        return (
+            f"{size} of keys and values, too much for the memory. The source is computed again with every edit, which "
+            "costs two generations. Choose fewer layers, fewer steps or a smaller picture, or raise the limit."
+        )
+
+
+def memory_needed(model: ModelPatcher, layers: Sequence[int], latent: Sequence[int], steps: int) -> int:
+    """Bytes of the keys and values of a source of this latent shape."""
+    family = family_of(model)
+    width = family.width(diffusion_model_of(model.model))
+    values = steps * len(set(layers)) * family.image_tokens(latent) * 2 * width
+    return values * model.model.get_dtype_inference().itemsize
+
+
+def remember_sampling(
+    model: ModelPatcher,
+    conditioning: Conditioning,
+    latent: torch.Tensor,
+    layers: Sequence[int],
+    seed: int,
+    steps: int,
+    sampler: str,
+    scheduler: str,
+    limit: float = 0.0,
+    on_step: OnStep | None = None,
+) -> tuple[ReferenceCache, torch.Tensor]:
+    """Sample a source from noise, as KSampler does at cfg 1; what its edits need, and its latent.
+
+    latent: (1, channels, height, width), empty. sampler: one of ONE_CALL_PER_STEP. limit: GB of memory that
+    may be used, 0 for half of what is free. Raises SliderError for a batch, for other samplers and for absent layers.
+    """
+    if sampler not in ONE_CALL_PER_STEP:
+        raise SliderError(
+            f"The sampler {sampler!r} calls the model several times per step or adds noise of its own; expected one "
+            f"of {', '.join(ONE_CALL_PER_STEP)}."
+        )
+    check_flow_matching(model)
+    how = f"{steps} steps, scheduler {scheduler}"
+    recorder = _Recorder(model, layers, latent.shape, steps, how, limit)
+    noise = comfy.sample.prepare_noise(latent, seed)
+    samples = comfy.sample.sample(
+        recorder.model,
+        noise,
+        steps,
+        1.0,
+        sampler,
+        scheduler,
+        conditioning,
+        conditioning,
+        latent,
+        callback=on_step,
+        disable_pbar=True,
+        seed=seed,
+    )
+    return recorder.cache, samples
+
+
+def remember_trajectory(
+    model: ModelPatcher,
+    trajectory: Trajectory,
+    layers: Sequence[int],
+    limit: float = 0.0,
+    on_step: OnStep | None = None,
+) -> ReferenceCache:
+    """What edits from a trajectory need, so that the source need not be in their batch. limit: as remember_sampling.
+
+    Raises SliderError for a trajectory of another model and for absent layers.
+    """
+    trajectory.check_model(model)
+    check_flow_matching(model)
+    latent = trajectory.latents[:1]
+    how = f"the trajectory's {trajectory.steps} steps"
+    recorder = _Recorder(model, layers, latent.shape, trajectory.steps, how, limit)
+    visits = _Visits(trajectory)
+    run(recorder.model, trajectory.conditioning(), visits, trajectory.sigmas, torch.zeros_like(latent), on_step)
+    return recorder.cache
+
+
+def inject_cached(
+    model: ModelPatcher, cache: ReferenceCache, strength: float = 1.0, start: float = 0.0, end: float = 1.0
+) -> ModelPatcher:
+    """A clone of `model` that renders every picture with the cached source's K and V.
+
+    strength, start, end: as in vital_layers.inject_key_values. Raises SliderError for a cache of another model.
+    """
+    cache.model.check(model, "The remembered source")
+    check_part(start, end)
+    return add_operation(model, _CachedInjection(_Places(model, cache.layers), cache, strength, (start, end)))
+
+
+class _Recorder:
+    """A model that notes its calls in `cache`, which is complete once it has been sampled."""
+
+    def __init__(
+        self, model: ModelPatcher, layers: Sequence[int], latent: Sequence[int], steps: int, how: str, limit: float
+    ):
+        if latent[0] != 1:
+            raise SliderError(f"The latent has {latent[0]} pictures; expected one, the source.")
+        needed = memory_needed(model, layers, latent, steps)
+        free = comfy.model_management.get_free_memory(torch.device("cpu"))
+        allowed = min(limit * 1e9, free) if limit else _SHARE_OF_FREE_MEMORY * free
+        self.cache = ReferenceCache(
+            how, tuple(layers), identity_of(model), operations_of(model), tuple(latent[1:]), needed
+        )
+        self.model = add_operation(model, _Recording(_Places(model, layers), self.cache, keep=needed <= allowed))
+
+
+class _Places:
+    """Where some layers compute K and V of the image's tokens."""
+
+    def __init__(self, model: ModelPatcher, layers: Sequence[int]):
+        self.family, self.blocks = family_of(model), chosen_blocks(model, layers)
+        self.width = self.family.width(diffusion_model_of(model.model))
+
+    def room(self, call: ModelCall, device: torch.device, pinned: bool = False) -> torch.Tensor:
+        """Memory for them in one call: (layers, tokens, 2 * width)."""
+        shape = len(self.blocks), self.family.image_tokens(call.latent), 2 * self.width
+        return torch.empty(shape, dtype=call.dtype, device=device, pin_memory=pinned)
+
+    def wrapped(
+        self, call: ModelCall, key_values: torch.Tensor, change: Callable[[torch.Tensor, torch.Tensor], None]
+    ) -> Mapping[str, Around]:
+        """Lets `change` see, in each layer, the part of its output that is K and V, and the layer's key_values."""
+        tokens, columns = self.family.image_tokens(call.latent), slice(self.width, 3 * self.width)
+        wraps = {}
+        for block, of_block in zip(self.blocks, key_values):
+            first = call.text_rows if block.text_first else 0
+            wraps[block.qkv] = _wrapped((slice(first, first + tokens), columns), of_block, change)
+        return wraps
+
+
+def _wrapped(
+    place: tuple[slice, slice], key_values: torch.Tensor, change: Callable[[torch.Tensor, torch.Tensor], None]
+) -> Around:
+    rows, columns = place
+
+    def around(forward: Forward) -> Forward:
+        def with_change(x: torch.Tensor) -> torch.Tensor:
+            y = forward(x)
+            change(y[:, rows, columns], key_values)
+            return y
+
+        return with_change
+
+    return around
+
+
+def _keep(part: torch.Tensor, key_values: torch.Tensor) -> None:
+    key_values.copy_(part[0], non_blocking=True)
+
+
+class _Recording(Operation):
+    """Operation: notes every call of a source, with K and V while memory lasts."""
+
+    def __init__(self, places: _Places, cache: ReferenceCache, keep: bool):
+        self.places, self.cache, self.keep = places, cache, keep
+
+    def around(self, call: ModelCall) -> Mapping[str, Around]:
+        if call.images * call.count != 1:
+            raise SliderError("The source has several conditionings or pictures; expected one of each.")
+        if call.inputs.control is not None:
+            raise SliderError("The source has a ControlNet, whose effect cannot be kept. Take it off the source.")
+        moments = self.cache.moments
+        known = moments[-1].inputs if moments else None
+        moment = _Moment(call.sigma.item(), _moved(call.inputs, torch.device("cpu"), known), None)
+        moments.append(moment)
+        if self.keep:
+            try:
+                moment.key_values = self.places.room(call, torch.device("cpu"), pinned=call.device.type == "cuda")
+            except (RuntimeError, MemoryError):
+                self.keep = False
+                for earlier in moments:
+                    earlier.key_values = None
+        return {} if moment.key_values is None else self.places.wrapped(call, moment.key_values, _keep)
+
+
+class _Capture(Operation):
+    """Operation: writes K and V into memory that is there already."""
+
+    def __init__(self, places: _Places):
+        self.places = places
+        self.key_values: torch.Tensor | None = None
+
+    def around(self, call: ModelCall) -> Mapping[str, Around]:
+        self.key_values = self.places.room(call, call.device)
+        return self.places.wrapped(call, self.key_values, _keep)
+
+
+class _CachedInjection(Operation):
+    """Operation: K and V of the image tokens of every picture become those of a cached source."""
+
+    def __init__(self, places: _Places, cache: ReferenceCache, strength: float, part: tuple[float, float]):
+        self.places, self.cache, self.strength, self.part = places, cache, strength, part
+
+    def around(self, call: ModelCall) -> Mapping[str, Around]:
+        if tuple(call.latent[1:]) != self.cache.latent:
+            raise SliderError(
+                f"The remembered source has a latent of {_size(self.cache.latent)}, this picture one of "
+                f"{_size(call.latent[1:])}; expected the same size. Use one latent for both."
+            )
+        moment = self.cache.at(call.sigma.item())
+        if self.strength == 0 or not call.within(*self.part):
+            return {}
+        key_values = moment.key_values
+        if key_values is None:
+            key_values = self._computed_again(call, moment)
+        strength = self.strength
+
+        def blend(part: torch.Tensor, source: torch.Tensor) -> None:
+            part.lerp_(source.to(part, non_blocking=True), strength)
+
+        return self.places.wrapped(call, key_values, blend)
+
+    def _computed_again(self, call: ModelCall, moment: _Moment) -> torch.Tensor:
+        capture = _Capture(self.places)
+        call.run((*self.cache.operations, capture), _moved(moment.inputs, call.device))
+        assert capture.key_values is not None
+        return capture.key_values
+
+
+class _Visits(Sampler):
+    """Calls the model once at every noise level of a trajectory, with the latent that lies there."""
+
+    def __init__(self, trajectory: Trajectory):
+        self.trajectory = trajectory
+
+    def sample(
+        self,
+        model_wrap: Any,
+        sigmas: torch.Tensor,
+        extra_args: dict[str, Any],
+        callback: OnStep | None,
+        noise: torch.Tensor,
+        latent_image: torch.Tensor,
+        denoise_mask: object = None,
+        disable_pbar: bool = False,
+    ) -> torch.Tensor:
+        steps = len(sigmas) - 1
+        for step in range(steps):
+            x = self.trajectory.latents[step : step + 1].to(noise)
+            denoised = model_wrap(x, sigmas[step].expand(1), **extra_args)
+            if callback is not None:
+                callback(step, denoised, x, steps)
+        return noise
+
+
+def _moved(value: Any, device: torch.device, known: Any = None) -> Any:
+    """A copy on a device, of tensors in any nesting; those that `known`, of the same nesting, has too are taken."""
+    if isinstance(value, torch.Tensor):
+        if isinstance(known, torch.Tensor) and known.shape == value.shape and torch.equal(known, value.to(known)):
+            return known
+        return value.to(device, copy=True)
+    if isinstance(value, Mapping):
+        known = known or {}
+        return {key: _moved(item, device, known.get(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        known = known if known is not None and len(known) == len(value) else [None] * len(value)
+        items = [_moved(item, device, other) for item, other in zip(value, known)]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def _size(latent: Sequence[int]) -> str:
+    return f"{latent[-1]} x {latent[-2]}"
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,218 @@
+"""Trajectories apart from the paper's cases: how exact they are, their files, and what does not fit them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import replace
+
+import comfy.sd
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from support.model_calls import compiled, noise, velocity_of
+from support.outcomes import far, near
+from support.stable_flow import LATENT, photo, sigmas_of, source_text, stacked_text
+
+from slider_core.errors import SliderError
+from slider_core.inversion import FOLLOWS, FREE, PUBLISHED, edit_from_trajectory, invert
+from slider_core.trajectory import Trajectory, load_trajectory, save_trajectory
+from slider_core.vital_layers import inject_key_values
+
+PROMPT = "a “photo” of a cat 🐈"
+
+
+def inverted(model, steps: int = 4, prompt: str = PROMPT, **more) -> Trajectory:
+    return invert(model, source_text(guidance=1.0), photo(model), sigmas_of(model, steps), prompt, **more)
+
+
+@pytest.fixture(scope="module")
+def trajectory(golden_model) -> Trajectory:
+    return inverted(golden_model)
+
+
+def regeneration_error(model, **more) -> float:
+    """Of sampling forwards again, against the nudged picture: relative, in the model's own scaling."""
+    trajectory = inverted(model, **more)
+    out = edit_from_trajectory(model, source_text(guidance=1.0), trajectory, FREE)
+    picture = trajectory.latents[-1:]
+    return float((model.model.latent_format.process_in(out) - picture).norm() / picture.norm())
+
+
+def test_refinements_make_it_exact(golden_model):
+    errors = [regeneration_error(golden_model, steps=15, refinements=n) for n in range(4)]
+    for coarse, fine in itertools.pairwise(errors):
+        assert fine < 0.4 * coarse
+    assert errors[3] < 0.01 < 0.1 < errors[0]
+
+
+def test_a_refined_step_is_an_exact_inverse(golden_model):
+    """After enough refinements each latent is what one Euler step forwards comes back from."""
+    trajectory = inverted(golden_model, refinements=40)
+    for k in range(trajectory.steps):
+        z, (sigma, following) = trajectory.latents[k : k + 1], trajectory.sigmas[k : k + 2].tolist()
+        back = z + (following - sigma) * velocity_of(golden_model, z, sigma, source_text(guidance=1.0))
+        assert near(back, trajectory.latents[k + 1 : k + 2])
+
+
+def test_a_batch_of_prompts_uses_the_first(golden_model, trajectory):
+    stacked = invert(golden_model, stacked_text((1.0, 1.0, 1.0)), photo(golden_model), trajectory.sigmas, PROMPT)
+    assert near(stacked.latents, trajectory.latents)
+
+
+def test_the_source_follows(golden_model, trajectory):
+    model, text = inject_key_values(golden_model, [0, 4]), stacked_text((1.0, 3.0, 3.0))
+    outs = {mode: edit_from_trajectory(model, text, trajectory, mode) for mode in (FOLLOWS, PUBLISHED, FREE)}
+    picture = golden_model.model.latent_format.process_out(trajectory.latents[-1:])
+    assert near(outs[FOLLOWS][:1], picture)
+    assert far(outs[FREE][:1], picture)
+    assert far(outs[FOLLOWS][1:], outs[PUBLISHED][1:])
+    assert far(outs[FOLLOWS][1:], outs[FREE][1:])
+
+
+def test_torch_compile(golden_model, trajectory):
+    torch._dynamo.reset()
+    assert near(inverted(compiled(golden_model)).latents, trajectory.latents)
+
+
+def test_progress(golden_model):
+    seen = []
+    inverted(golden_model, steps=3, refinements=2, on_step=lambda k, x0, x, n: seen.append((k, n, tuple(x0.shape))))
+    assert seen == [(0, 3, LATENT), (1, 3, LATENT), (2, 3, LATENT)]
+
+
+def test_files(trajectory, golden_model, tmp_path):
+    path = tmp_path / "cat.safetensors"
+    save_trajectory(trajectory, path)
+    again = load_trajectory(path)
+    for name in ("latents", "sigmas", "text", "pooled"):
+        assert torch.equal(getattr(again, name), getattr(trajectory, name))
+    for name in ("prompt", "nudging", "refinements"):
+        assert getattr(again, name) == getattr(trajectory, name)
+    again.check_model(golden_model)
+    text = stacked_text((1.0, 3.0, 3.0))
+    assert torch.equal(
+        edit_from_trajectory(golden_model, text, again), edit_from_trajectory(golden_model, text, trajectory)
+    )
+    assert os.listdir(tmp_path) == ["cat.safetensors"]
+    assert PROMPT in again.describe()
+    assert "4 steps, 64 x 64 pixels" in again.describe()
+
+
+def test_a_file_that_cannot_be_written(trajectory, tmp_path, monkeypatch):
+    path = tmp_path / "cat.safetensors"
+    save_trajectory(trajectory, path)
+    whole = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(SliderError, match=r"cannot be written .*No space left on device.* Make room"):
+        save_trajectory(inverted_otherwise(trajectory), path)
+    assert path.read_bytes() == whole
+    assert os.listdir(tmp_path) == ["cat.safetensors"]
+    with pytest.raises(SliderError, match="cannot be written"):
+        save_trajectory(trajectory, tmp_path / "nowhere" / "cat.safetensors")
+
+
+def inverted_otherwise(trajectory: Trajectory) -> Trajectory:
+    return replace(trajectory, latents=trajectory.latents + 1)
+
+
+def changed(path, **changes) -> None:
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        header = dict(file.metadata())
+    for key, value in changes.items():
+        place = tensors if isinstance(value, torch.Tensor) or key in tensors else header
+        if value is None:
+            del place[key]
+        else:
+            place[key] = value
+    save_file(tensors, path, header)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "other"}, "its header says 'other'"),
+        ({"format": None}, "its header says 'nothing'"),
+        ({"latents": None}, "no usable 'latents'"),
+        ({"text": torch.zeros(3)}, "no usable 'text'; expected 3 dimensions"),
+        ({"sigmas": torch.tensor([1, 0])}, "no usable 'sigmas'"),
+        ({"sigmas": torch.tensor([1.0, 0.5, 0.0])}, "5 latents for 3 noise levels"),
+        ({"latents": torch.full((5, 16, 8, 8), torch.nan)}, "numbers that are none"),
+        ({"sigmas": torch.tensor([1.0, 0.5, 0.6, 0.1, 0.0])}, "noise levels .* expected at least two that fall"),
+        ({"nudging": "much"}, "does not tell how it was made"),
+        ({"prompt": None}, "does not tell how it was made"),
+    ],
+)
+def test_damaged_files(trajectory, tmp_path, changes, message):
+    path = tmp_path / "cat.safetensors"
+    save_trajectory(trajectory, path)
+    changed(path, **changes)
+    with pytest.raises(SliderError, match=message):
+        load_trajectory(path)
+
+
+def test_cut_off_files(trajectory, tmp_path):
+    path = tmp_path / "cat.safetensors"
+    save_trajectory(trajectory, path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(SliderError, match="cannot be read as a trajectory"):
+        load_trajectory(path)
+
+
+def other_model(recipe, config):
+    return comfy.sd.load_diffusion_model_state_dict(recipe.flux_weights(config), model_options={"dtype": torch.float32})
+
+
+def test_other_models(golden_model, recipe, manifest, trajectory):
+    config = manifest["model"]
+    for other in ({"seed": 99}, {"hidden": 128}):
+        with pytest.raises(SliderError, match=r"The trajectory was made with another"):
+            edit_from_trajectory(other_model(recipe, config | other), stacked_text(), trajectory)
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        rounded = {key: value.to(dtype) for key, value in recipe.flux_weights(config).items()}
+        trajectory.check_model(comfy.sd.load_diffusion_model_state_dict(rounded, model_options={"dtype": dtype}))
+
+
+def test_bad_input(golden_model, trajectory):
+    text, picture, sigmas = source_text(), photo(golden_model), sigmas_of(golden_model)
+    bad = [
+        (picture.repeat(2, 1, 1, 1), sigmas, "The latent has 2 pictures"),
+        (torch.zeros(LATENT), sigmas, "The latent is empty"),
+        (picture, torch.tensor([14.6, 7.0, 0.0]), r"begin with 14\.6, 7, 0; expected .* flow matching"),
+        (picture, sigmas[:-1], "expected at least two that fall from at most 1 to 0"),
+        (picture, sigmas.flip(0), "fall from at most 1 to 0"),
+        (picture, sigmas[:0], "expected at least two"),
+    ]
+    for latent, levels, message in bad:
+        with pytest.raises(SliderError, match=message):
+            invert(golden_model, text, latent, levels, PROMPT)
+    with pytest.raises(SliderError, match=r"The batch is one prompt, .* choose 'is left alone'"):
+        edit_from_trajectory(golden_model, source_text(), trajectory)
+    [[cond, options]] = stacked_text()
+    with pytest.raises(SliderError, match=r"The source prompt is not what the picture was inverted with \('a “photo”"):
+        edit_from_trajectory(golden_model, [[cond.flip(0), options]], trajectory)
+    with pytest.raises(SliderError, match=r"is \(20, 64\) here, but was \(24, 64\)"):
+        edit_from_trajectory(golden_model, [[cond[:, :20], options]], trajectory)
+
+
+def test_a_model_that_is_not_flow_matching(golden_model, trajectory):
+    other = golden_model.clone()
+    other.add_object_patch("model_sampling", comfy.model_sampling.EPS())
+    with pytest.raises(SliderError, match="samples by EPS, which is not flow matching"):
+        invert(other, source_text(), photo(golden_model), trajectory.sigmas, PROMPT)
+    with pytest.raises(SliderError, match="not flow matching"):
+        edit_from_trajectory(other, stacked_text(), trajectory)
+
+
+def test_nothing_stays_on_the_model(golden_model):
+    x = noise(*LATENT, seed=4)
+    before = velocity_of(golden_model, x, 0.5, source_text())
+    trajectory = inverted(golden_model)
+    edit_from_trajectory(inject_key_values(golden_model, [0]), stacked_text(), trajectory)
+    assert torch.equal(velocity_of(golden_model, x, 0.5, source_text()), before)
