@@ -138,19 +138,22 @@ def download_comfyui(staging: Path, log: Path) -> Path:
 
 
 def find_venv(cache: Path, comfyui: Path) -> Path:
-    """The python of an environment with ComfyUI's requirements and the tools, built first if need be."""
-    requirements = comfyui / "requirements.txt"
-    wanted = "\n".join([sys.version, requirements.read_text(encoding="utf-8"), *TORCH, *TOOLS])
-    venv = cache / f"venv-{hashlib.sha256(wanted.encode()).hexdigest()[:12]}"
-    ready, log = venv / ".ready", cache / "setup.log"
-    if not ready.is_file():
+    """The python of an environment with ComfyUI's requirements, the pack's and the tools, built first if need be."""
+    requirements, own = comfyui / "requirements.txt", ROOT / "requirements.txt"
+    base = "\n".join([sys.version, requirements.read_text(encoding="utf-8"), *TORCH])
+    added = "\n".join([own.read_text(encoding="utf-8"), *TOOLS])
+    venv = cache / f"venv-{hashlib.sha256(base.encode()).hexdigest()[:12]}"
+    has_base, has_added, log = venv / ".base", venv / ".added", cache / "setup.log"
+    if not has_base.is_file():
         say(f"environment: building {venv}, about 6 GB and some minutes; details in {log}")
         shutil.rmtree(venv, ignore_errors=True)
         python = make_venv(venv, log)
         pip(python, ["install", *TORCH], "torch", log)
         pip(python, ["install", "-r", str(requirements)], "ComfyUI's requirements", log)
-        pip(python, ["install", *TOOLS], "test tools", log)
-        ready.touch()
+        has_base.touch()
+    if not has_added.is_file() or has_added.read_text(encoding="utf-8") != added:
+        pip(venv_python(venv), ["install", "-r", str(own), *TOOLS], "the pack's requirements and test tools", log)
+        has_added.write_text(added, encoding="utf-8")
     say(f"environment: {venv}")
     return venv_python(venv)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .adapters import ApplyGSTLoRA, ApplySTLoRA, LoadAdapter
+from .layer_views import FindVitalLayers, ViewAttention
+from .photographs import EditFromTrajectory, InvertPhotograph, LoadTrajectory, SaveTrajectory
 from .projectors import ApplyProjector, LoadProjector, ProjectorStrength
 from .prompts import EncodeSubInstructions, SelectPhrase, SubInstructionStrengths
+from .remembered_sources import InjectRememberedSource, RememberSource, RememberTrajectory
 from .stable_flow import InjectVitalLayers, SameNoise, StackPrompts
 from .sweeps import LatentForSweep, StrengthList, StrengthRange
 from .training_free import ApplyTrainingFree
@@ -25,6 +28,15 @@ NODES: list[type[io.ComfyNode]] = [
     StackPrompts,
     SameNoise,
     InjectVitalLayers,
+    InvertPhotograph,
+    EditFromTrajectory,
+    SaveTrajectory,
+    LoadTrajectory,
+    RememberSource,
+    RememberTrajectory,
+    InjectRememberedSource,
+    FindVitalLayers,
+    ViewAttention,
     StrengthRange,
     StrengthList,
     LatentForSweep,

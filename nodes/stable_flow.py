@@ -6,12 +6,11 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from comfy_api.latest import io
 
-from ..slider_core.stacked_prompts import stack_prompts
+from ..slider_core.stacked_prompts import prompts_of, stack_prompts
 from ..slider_core.sweep import latent_for_sweep
-from ..slider_core.vital_layers import LAYER_SETS, inject_key_values, layer_set, parse_layers
+from ..slider_core.vital_layers import inject_key_values
+from .layer_choice import chosen_layers, layer_inputs, part_inputs, preservation_input
 from .types import CATEGORY
-
-LISTED = "listed below"
 
 
 def _guidance_input(name: str, tooltip: str) -> io.Float.Input:
@@ -54,7 +53,7 @@ class StackPrompts(io.ComfyNode):
     def execute(
         cls, clip: CLIP, source: str, edits: str, source_guidance: float, edit_guidance: float
     ) -> io.NodeOutput:
-        prompts = [source.strip(), *(line.strip() for line in edits.splitlines() if line.strip())]
+        prompts = [source.strip(), *prompts_of(edits)]
         guidances = [source_guidance, *[edit_guidance] * (len(prompts) - 1)]
         return io.NodeOutput(stack_prompts(clip, prompts, guidances), len(prompts))
 
@@ -96,19 +95,7 @@ class InjectVitalLayers(io.ComfyNode):
             search_aliases=["stable flow", "key value injection", "consistent edit"],
             inputs=[
                 io.Model.Input("model", tooltip="FLUX.1 dev."),
-                io.Combo.Input(
-                    "layers",
-                    options=[*LAYER_SETS, LISTED],
-                    tooltip="The paper's vital layers; the others are its ablations: all layers keep nearly "
-                    "everything, all but the vital ones next to nothing.",
-                ),
-                io.String.Input(
-                    "list",
-                    default="0, 1, 17-18",
-                    advanced=True,
-                    tooltip="For 'listed below': layers counted from 0, double blocks first (0 to 18), then single "
-                    "blocks (19 to 56).",
-                ),
+                *layer_inputs(),
                 io.Int.Input(
                     "reference",
                     default=0,
@@ -117,21 +104,15 @@ class InjectVitalLayers(io.ComfyNode):
                     advanced=True,
                     tooltip="Picture of the batch that the others take from, counted from 0.",
                 ),
-                io.Float.Input(
-                    "preservation",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    display_mode=io.NumberDisplay.slider,
-                    tooltip="0 = every picture by itself, 1 = the paper's injection; between, own and injected keys "
-                    "and values are blended.",
-                ),
-                io.Float.Input(
-                    "start", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="Share of the schedule."
-                ),
-                io.Float.Input(
-                    "end", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="Share of the schedule."
+                preservation_input(),
+                *part_inputs(),
+                io.Boolean.Input(
+                    "chain",
+                    default=False,
+                    advanced=True,
+                    optional=True,
+                    tooltip="Every picture takes from the one before it instead of from the reference: a chain of "
+                    "edits, each on top of the last.",
                 ),
             ],
             outputs=[io.Model.Output()],
@@ -139,7 +120,15 @@ class InjectVitalLayers(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: ModelPatcher, layers: str, list: str, reference: int, preservation: float, start: float, end: float
+        cls,
+        model: ModelPatcher,
+        layers: str,
+        list: str,
+        reference: int,
+        preservation: float,
+        start: float,
+        end: float,
+        chain: bool = False,
     ) -> io.NodeOutput:
-        chosen = parse_layers(list) if layers == LISTED else layer_set(model, layers)
-        return io.NodeOutput(inject_key_values(model, chosen, reference, preservation, start, end))
+        chosen = chosen_layers(model, layers, list)
+        return io.NodeOutput(inject_key_values(model, chosen, reference, preservation, start, end, chain))

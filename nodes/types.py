@@ -14,6 +14,8 @@ CATEGORY = "edit sliders"
 SliderAdapter = io.Custom("SLIDER_ADAPTER")
 Projector = io.Custom("SLIDER_PROJECTOR")
 Strengths = io.Custom("SLIDER_STRENGTHS")
+TrajectoryIO = io.Custom("SLIDER_TRAJECTORY")
+RememberedSource = io.Custom("SLIDER_REMEMBERED_SOURCE")
 
 STRENGTH_TOOLTIP = (
     "0 = source, 1 = full edit, above 1 exaggerated, below 0 reversed. "

@@ -20,7 +20,6 @@ NUDGING = 1.15
 FOLLOWS = "follows the trajectory"
 PUBLISHED = "as in the published code"
 FREE = "is left alone"
-SOURCE_MODES = (FOLLOWS, PUBLISHED, FREE)
 
 OnStep = Callable[[int, torch.Tensor, torch.Tensor, int], None]
 """(step from 0, predicted picture, latents, number of steps), called after each step."""

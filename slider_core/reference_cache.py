@@ -89,6 +89,20 @@ def memory_needed(model: ModelPatcher, layers: Sequence[int], latent: Sequence[i
     return values * model.model.get_dtype_inference().itemsize
 
 
+def describe_need(
+    model: ModelPatcher, layers: Sequence[int], latent: Sequence[int], steps: int, limit: float = 0.0
+) -> str:
+    """What remembering will take of memory, for the user to see before it does. limit: as in remember_sampling."""
+    needed, allowed = memory_needed(model, layers, latent, steps), _allowed(limit)
+    found = f"The source takes {_gigabytes(needed)} of RAM ({_gigabytes(allowed)} may be used)"
+    return f"{found}." if needed <= allowed else f"{found}: too much, it will be computed again with every edit."
+
+
+def _allowed(limit: float) -> int:
+    free = comfy.model_management.get_free_memory(torch.device("cpu"))
+    return int(min(limit * 1e9, free) if limit else _SHARE_OF_FREE_MEMORY * free)
+
+
 def remember_sampling(
     model: ModelPatcher,
     conditioning: Conditioning,
@@ -174,12 +188,11 @@ class _Recorder:
         if latent[0] != 1:
             raise SliderError(f"The latent has {latent[0]} pictures; expected one, the source.")
         needed = memory_needed(model, layers, latent, steps)
-        free = comfy.model_management.get_free_memory(torch.device("cpu"))
-        allowed = min(limit * 1e9, free) if limit else _SHARE_OF_FREE_MEMORY * free
+        keep = needed <= _allowed(limit)
         self.cache = ReferenceCache(
             how, tuple(layers), identity_of(model), operations_of(model), tuple(latent[1:]), needed
         )
-        self.model = add_operation(model, _Recording(_Places(model, layers), self.cache, keep=needed <= allowed))
+        self.model = add_operation(model, _Recording(_Places(model, layers), self.cache, keep))
 
 
 class _Places:

@@ -104,8 +104,7 @@ LAYER_SETS = ("vital layers", "vital layers without layer 2", "all layers", "all
 
 def layer_set(model: ModelPatcher, name: str) -> list[int]:
     """The layers of one of LAYER_SETS for the model's family."""
-    family = family_of(model)
-    vital, every = list(family.vital_layers), list(range(len(family.blocks(diffusion_model_of(model.model)))))
+    vital, every = list(family_of(model).vital_layers), list(range(layer_count(model)))
     sets = (
         vital,
         [layer for layer in vital if layer != 2],
@@ -113,6 +112,11 @@ def layer_set(model: ModelPatcher, name: str) -> list[int]:
         [layer for layer in every if layer not in vital],
     )
     return sets[LAYER_SETS.index(name)]
+
+
+def layer_count(model: ModelPatcher) -> int:
+    """Number of the model's layers."""
+    return len(family_of(model).blocks(diffusion_model_of(model.model)))
 
 
 def parse_layers(text: str) -> list[int]:

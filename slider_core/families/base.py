@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import torch
 
 
 class Target(NamedTuple):
@@ -70,5 +72,20 @@ class Family(ABC):
         """All blocks in the order in which they run, which is how papers count layers."""
 
     @abstractmethod
+    def image_grid(self, latent: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of the tokens of the picture itself, without reference latents, for a latent's shape."""
+
     def image_tokens(self, latent: Sequence[int]) -> int:
-        """Tokens of the picture itself, without reference latents, for a latent of this shape."""
+        """Their number."""
+        rows, columns = self.image_grid(latent)
+        return rows * columns
+
+    @abstractmethod
+    def layer_of(self, options: Mapping[str, Any], diffusion_model: Any) -> int:
+        """The layer, counted as in `blocks`, that ComfyUI's extra_options for an attention patch tell of."""
+
+    @abstractmethod
+    def with_positions(
+        self, queries: torch.Tensor, keys: torch.Tensor, positions: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys (batch, heads, tokens, width) of an attention patch, text first, as attention sees them."""

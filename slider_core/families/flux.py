@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
+from comfy.ldm.flux.math import apply_rope
 from comfy.ldm.flux.model import Flux as FluxModel
 from comfy.utils import flux_to_diffusers
 
@@ -49,8 +50,17 @@ class Flux(Family):
             *(Block(path, f"{path}.linear1", True, _pass_one) for path in single),
         ]
 
-    def image_tokens(self, latent: Sequence[int]) -> int:
-        return math.ceil(latent[-2] / _PATCH) * math.ceil(latent[-1] / _PATCH)
+    def image_grid(self, latent: Sequence[int]) -> tuple[int, int]:
+        return math.ceil(latent[-2] / _PATCH), math.ceil(latent[-1] / _PATCH)
+
+    def layer_of(self, options: Mapping[str, Any], diffusion_model: Any) -> int:
+        before = len(diffusion_model.double_blocks) if options["block_type"] == "single" else 0
+        return before + options["block_index"]
+
+    def with_positions(
+        self, queries: torch.Tensor, keys: torch.Tensor, positions: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return apply_rope(queries, keys, positions)
 
 
 def _pass_both(img: torch.Tensor, txt: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -297,3 +297,12 @@ def _zero_blocks(layers: Iterable[int]) -> Tensors:
     convolutions = [f"{layer}.conv.{i}" for layer in layers for i in (0, 2, 4)]
     weights = {f"{name}.weight": torch.zeros(64, 64, 3, 3) for name in convolutions}
     return weights | {f"{name}.bias": torch.zeros(64) for name in convolutions}
+
+
+def tiny_vae() -> Any:
+    """The autoencoder as VAELoader makes it of 'taef1', a comfy.sd.VAE."""
+    import comfy.sd
+
+    sd = {f"taesd_encoder.{key}": value for key, value in _encoder().items()}
+    sd |= {f"taesd_decoder.{key}": value for key, value in _decoder().items()}
+    return comfy.sd.VAE(sd=sd | {"vae_scale": torch.tensor(0.3611), "vae_shift": torch.tensor(0.1159)})

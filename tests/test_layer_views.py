@@ -1,0 +1,247 @@
+"""The layer analyser finds what matters; the attention view shows what softmax gives; both leave the model alone."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import comfy.sample
+import comfy.sd
+import pytest
+import torch
+from comfy.clip_vision import ClipVisionModel
+from support.model_calls import compiled, noise, velocity_of
+from support.outcomes import near
+from support.stable_flow import LATENT, ROWS, edit_text, source_text, stacked_text
+from support.tiny_models import tiny_vae
+
+from slider_core.attention_view import PointAttention, view_attention
+from slider_core.errors import SliderError
+from slider_core.layer_analysis import LayerScores, latent_features, picture_features, scores_of
+from slider_core.plots import attention_plot, layer_plot
+
+EMPTY = torch.zeros(LATENT)
+
+
+def model_that_needs(layer: int, recipe, manifest):
+    """The golden model with what every block adds made small, but that of one."""
+    weights = recipe.flux_weights(manifest["model"])
+    depth = manifest["model"]["depth"]
+    kept = f"double_blocks.{layer}." if layer < depth else f"single_blocks.{layer - depth}."
+    for key in weights:
+        if key.endswith(("attn.proj.weight", "mlp.2.weight", "linear2.weight")) and not key.startswith(kept):
+            weights[key] *= 0.05
+    return comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": torch.float32})
+
+
+def vision(kind: str) -> ClipVisionModel:
+    """A tiny vision model with random weights."""
+    config = {
+        "model_type": kind,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "image_size": 28,
+        "patch_size": 14,
+        "num_channels": 3,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "layerscale_value": 1.0,
+        "use_swiglu_ffn": False,
+    }
+    if kind == "clip_vision_model":
+        config["projection_dim"] = 16
+    model = ClipVisionModel(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.model.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def analysed(model, file, features=latent_features, prompts=None, seeds=(3,), **more) -> LayerScores:
+    prompts = prompts or {"one": source_text(), "two": edit_text(1)}
+    return scores_of(model, prompts, seeds, EMPTY, 2, features, file, {"compared by": "test"}, **more)
+
+
+@pytest.mark.parametrize("layer", [1, 5])
+@pytest.mark.parametrize("kind", [None, "clip_vision_model", "dinov2", "siglip_vision_model"])
+def test_the_important_layer_is_found(recipe, manifest, tmp_path, layer, kind):
+    features = picture_features(tiny_vae(), vision(kind)) if kind else latent_features
+    scores = analysed(model_that_needs(layer, recipe, manifest), tmp_path / "s", features)
+    assert scores.most_vital(1) == [layer]
+    others = [scores.vitality(k) for k in range(7) if k != layer]
+    assert scores.vitality(layer) > 2 * max(others)
+    assert scores.above((scores.vitality(layer) + max(others)) / 2) == [layer]
+
+
+def test_scores_are_similarities_with_bypassed_layers(golden_model, tmp_path):
+    """One score computed by hand, with the layer's block replaced through ComfyUI's own patch."""
+    scores = analysed(golden_model, tmp_path / "s", prompts={"one": source_text()})
+    without = golden_model.clone()
+    without.set_model_patch_replace(lambda args, extra: {"img": args["img"]}, "dit", "single_block", 2)
+
+    def sampled(model) -> torch.Tensor:
+        start = comfy.sample.prepare_noise(EMPTY, 3)
+        text = source_text()
+        return comfy.sample.sample(
+            model, start, 2, 1.0, "euler", "simple", text, text, EMPTY, disable_pbar=True, seed=3
+        )
+
+    want = torch.cosine_similarity(sampled(golden_model).flatten(), sampled(without).flatten(), dim=0)
+    assert scores.similarity(5) == pytest.approx(float(want), abs=1e-5)
+    assert scores.vitality(5) == pytest.approx(1 - float(want), abs=1e-5)
+
+
+def test_what_is_chosen_and_written(golden_model, tmp_path):
+    scores = analysed(golden_model, tmp_path / "s", seeds=(3, 4))
+    order = sorted(range(7), key=scores.vitality, reverse=True)
+    assert scores.most_vital(3) == sorted(order[:3])
+    assert scores.above(scores.vitality(order[2])) == sorted(order[:3])
+    [file] = tmp_path.iterdir()
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert content == json.loads(scores.as_json())
+    assert list(content["vitality"]) == [str(k) for k in range(7)]
+    assert set(content["similarities"]["0"]) == {"one (3)", "one (4)", "two (3)", "two (4)"}
+
+
+class Stop(Exception):
+    pass
+
+
+def test_an_interrupted_run_goes_on(golden_model, tmp_path):
+    whole, renders = analysed(golden_model, tmp_path / "whole"), []
+
+    def stop_after_11(done: int, total: int, latent: torch.Tensor) -> None:
+        renders.append((done, total))
+        if done == 11:
+            raise Stop
+
+    with pytest.raises(Stop):
+        analysed(golden_model, tmp_path / "cut", on_picture=stop_after_11)
+    assert renders == [(k, 16) for k in range(1, 12)]
+    again = []
+    resumed = analysed(golden_model, tmp_path / "cut", on_picture=lambda *counts: again.append(counts[:2]))
+    assert again == [(k, 16) for k in range(10, 17)]
+    assert resumed.similarities == whole.similarities
+    analysed(golden_model, tmp_path / "cut", on_picture=lambda *_: pytest.fail("all pictures were there"))
+
+
+def test_other_settings_and_damaged_files_start_anew(golden_model, tmp_path):
+    analysed(golden_model, tmp_path / "s")
+    [file] = tmp_path.iterdir()
+    rendered = []
+    analysed(golden_model, tmp_path / "s", seeds=(8,), on_picture=lambda *_: rendered.append(1))
+    assert len(rendered) == 16
+    assert len(list(tmp_path.iterdir())) == 2
+    for damage in ("", "{}", "[]", '{"similarities": {"a": {}}}', file.read_text()[:300]):
+        file.write_text(damage)
+        rendered.clear()
+        analysed(golden_model, tmp_path / "s", on_picture=lambda *_: rendered.append(1))
+        assert len(rendered) == 16
+
+
+def test_bad_input(golden_model, tmp_path):
+    with pytest.raises(SliderError, match="There is no prompt"):
+        scores_of(golden_model, {}, [1], EMPTY, 2, latent_features, tmp_path / "s", {})
+    (tmp_path / "file").touch()
+    with pytest.raises(SliderError, match=r"scores cannot be written to .* Make room"):
+        analysed(golden_model, tmp_path / "file" / "s")
+    scores = LayerScores({}, {0: {"a": 0.9}, 1: {"a": 0.5}})
+    for count in (0, 3):
+        with pytest.raises(SliderError, match=f"{count} layers were asked for; expected 1 to 2"):
+            scores.most_vital(count)
+    with pytest.raises(SliderError, match=r"No layer has a vitality of 0\.6; the highest is 0\.5000"):
+        scores.above(0.6)
+
+
+def test_layer_plot():
+    scores = LayerScores({"compared by": "a test"}, {k: {"a": 1 - 0.1 * k} for k in range(7)})
+    plot, other = layer_plot(scores, [5, 6]), layer_plot(scores, [1])
+    assert plot.shape == (1, 500, 1100, 3)
+    assert 0 <= float(plot.min()) < 0.5 < float(plot.max()) <= 1
+    assert not torch.equal(plot, other)
+
+
+# --- attention of a point
+
+
+def viewed(model, text=None, latent=EMPTY, picture: int = 0, point=(0.3, 0.9), steps: int = 2):
+    start = comfy.sample.prepare_noise(EMPTY, 3).repeat(latent.shape[0], 1, 1, 1)
+    return view_attention(model, text or source_text(), latent, start, 3, steps, picture, point)
+
+
+def test_attention_is_what_softmax_gives(golden_model, monkeypatch):
+    """The same numbers from the q and k that reach ComfyUI's attention function itself."""
+    seen = []
+    import comfy.ldm.flux.math as flux_math
+
+    real = flux_math.optimized_attention
+
+    def attention(q, k, v, heads, **options):
+        seen.append((q, k))
+        return real(q, k, v, heads, **options)
+
+    monkeypatch.setattr(flux_math, "optimized_attention", attention)
+    found, _ = viewed(golden_model, steps=1)
+    token = ROWS + 3 * 4 + 1  # 4 x 4 tokens, .9 down and .3 across
+    assert list(found.maps) == list(range(7))
+    for layer, (q, k) in enumerate(seen):
+        scores = torch.einsum("hd,hnd->hn", q[0, :, token], k[0]) / math.sqrt(q.shape[-1])
+        want = scores.softmax(-1).mean(0)
+        assert found.text[layer] == pytest.approx(float(want[:ROWS].sum()), abs=1e-5)
+        assert torch.allclose(found.maps[layer].flatten(), want[ROWS:], atol=1e-5)
+
+
+def test_shares(golden_model):
+    found, samples = viewed(golden_model)
+    assert samples.shape == LATENT
+    for layer in range(7):
+        assert found.text[layer] + float(found.maps[layer].sum()) == pytest.approx(1, abs=1e-5)
+    assert found.share_of_text([1, 4]) == pytest.approx((found.text[1] + found.text[4]) / 2)
+    assert found.share_of_image([1, 4]) == pytest.approx(1 - found.share_of_text([1, 4]), abs=1e-5)
+    reference = {"reference_latents": [noise(1, 16, 8, 4, seed=5)], "reference_latents_method": "offset"}
+    with_reference, _ = viewed(golden_model, source_text(**reference))
+    assert with_reference.text[0] + float(with_reference.maps[0].sum()) < 0.99
+    assert with_reference.maps[0].shape == (4, 4)
+
+
+def test_a_picture_of_a_batch(golden_model):
+    batch, samples = viewed(golden_model, stacked_text(), EMPTY.repeat(3, 1, 1, 1), picture=2)
+    alone, one = viewed(golden_model, edit_text(2))
+    assert near(samples[2:], one)
+    for layer in range(7):
+        assert torch.allclose(batch.maps[layer], alone.maps[layer], atol=1e-4)
+
+
+def test_viewing_changes_nothing(golden_model):
+    start, text = comfy.sample.prepare_noise(EMPTY, 3), source_text()
+    inputs = (start, 2, 1.0, "euler", "simple", text, text, EMPTY)
+    before = comfy.sample.sample(golden_model, *inputs, disable_pbar=True, seed=3)
+    _, samples = viewed(golden_model)
+    assert torch.equal(samples, before)
+    assert torch.equal(comfy.sample.sample(golden_model, *inputs, disable_pbar=True, seed=3), before)
+
+
+def test_what_cannot_be_viewed(golden_model):
+    with pytest.raises(SliderError, match="no picture 1 in a batch of 1; expected 0 to 0"):
+        viewed(golden_model, picture=1)
+    with pytest.raises(SliderError, match=r"compiled \(torch.compile\)"):
+        viewed(compiled(golden_model))
+
+
+def test_attention_plot():
+    seen = PointAttention({k: 0.1 * k for k in range(7)}, {k: torch.rand(4, 4) / 16 for k in range(7)}, 1)
+    picture = torch.rand(64, 64, 3)
+    outs = [attention_plot(seen, picture, (0.3, 0.9), vital) for vital in ([1, 2], [6], list(range(7)))]
+    for out in outs:
+        assert out.shape == (1, 800, 1200, 3)
+    assert not torch.equal(outs[0], outs[1])
+
+
+def test_nothing_stays_on_the_model(golden_model, tmp_path):
+    x = noise(*LATENT, seed=4)
+    before = velocity_of(golden_model, x, 0.5, source_text())
+    analysed(golden_model, tmp_path / "s")
+    assert torch.equal(velocity_of(golden_model, x, 0.5, source_text()), before)
