@@ -185,7 +185,7 @@ def test_whole_graphs(server):
 @pytest.mark.parametrize(
     ("more", "node", "message"),
     [
-        ({"edits": " \n"}, "StackPrompts", "no edit prompt"),
+        ({"edits": " \n"}, "StackPrompts", "There is no prompt"),
         ({"list": "0, x"}, "InjectVitalLayers", "'x' is no layer"),
         ({"layers": "vital layers"}, "InjectVitalLayers", "no layer 17"),
     ],
