@@ -3,7 +3,7 @@
 
     python run.py demo            draw a strip of edits at several strengths
     python run.py test [...]      lint, type check and tests; arguments go to pytest
-    python run.py benchmark [...] measure what sliders cost on this machine; --help lists the options
+    python run.py benchmark [...] measure costs on this machine; --help lists the options
 
 A ComfyUI and a virtual environment of its own are kept in a cache folder: EDITSLIDERS_CACHE if set, else the user's.
 COMFYUI_PATH names a ComfyUI checkout to use instead of the one that would be downloaded.
@@ -81,7 +81,8 @@ def test(python: Path, comfyui: Path, args: Sequence[str]) -> int:
 
 
 def benchmark(python: Path, comfyui: Path, args: Sequence[str]) -> int:
-    return step("benchmark", [python, "benchmarks/slider_cost.py", *args], comfyui)
+    scripts = ("slider_cost", "remembered_source_cost")
+    return max(step(name, [python, f"benchmarks/{name}.py", *args], comfyui) for name in scripts)
 
 
 def step(name: str, command: Sequence[str | Path], comfyui: Path) -> int:

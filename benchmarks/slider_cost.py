@@ -11,11 +11,8 @@ reference with --full (for GPUs). Medians of interleaved repeats.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -28,35 +25,22 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [os.environ["COMFYUI_PATH"], str(ROOT / "tests")]
-sys.path.append(str(ROOT))
+from random_flux import FULL, SMALL, TEXT_ROWS, Model, models, options, recipe, synchronise, text  # isort: skip
 
-import comfy.cli_args  # noqa: E402
+import comfy.sample
+import comfy.sd
+import comfy.utils
+import psutil
+from comfy.patcher_extension import WrappersMP
+from safetensors.torch import save_file
 
-comfy.cli_args.args.cpu = not torch.cuda.is_available()
+from slider_core.adapter_file import read_adapter
+from slider_core.global_lora import apply_gstlora
+from slider_core.selective_lora import apply_stlora
+from slider_core.span_strengths import Span, attach_spans, set_strengths
+from slider_core.strength_projector import apply_projector, read_projector, set_projector_strength
 
-import comfy.model_management  # noqa: E402
-import comfy.sample  # noqa: E402
-import comfy.sd  # noqa: E402
-import comfy.utils  # noqa: E402
-import psutil  # noqa: E402
-from comfy.patcher_extension import WrappersMP  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from support.tiny_models import recipe  # noqa: E402
-
-from slider_core.adapter_file import read_adapter  # noqa: E402
-from slider_core.global_lora import apply_gstlora  # noqa: E402
-from slider_core.selective_lora import apply_stlora  # noqa: E402
-from slider_core.span_strengths import Span, attach_spans, set_strengths  # noqa: E402
-from slider_core.strength_projector import apply_projector, read_projector, set_projector_strength  # noqa: E402
-
-COMMON = {"latent_channels": 16, "vec_in_dim": 768, "seed": 1}
-SMALL = COMMON | {"hidden": 1024, "depth": 4, "depth_single_blocks": 8, "context_in_dim": 512}
-FULL = COMMON | {"hidden": 3072, "depth": 19, "depth_single_blocks": 38, "context_in_dim": 4096}
 RANK = 16
-TEXT_ROWS = 512
-Model = Any
 
 
 class FirstCall(Exception):
@@ -64,43 +48,11 @@ class FirstCall(Exception):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="FLUX.1's own size, 1024x1024; needs about 30 GB on a GPU")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--dtypes", nargs="+", default=["bfloat16", "float8_e4m3fn"] if torch.cuda.is_available() else ["float32"]
-    )
-    args = parser.parse_args()
-    config, latent = (FULL, 128) if args.full else (SMALL, 32)
-    device = comfy.model_management.get_torch_device()
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
-    )
-    print(f"machine: {name}; torch {torch.__version__}")
+    args = options(__doc__)
     with tempfile.TemporaryDirectory() as folder:
-        _measure(config, latent, device, _adapters(config, Path(folder)), args)
-
-
-def _measure(
-    config: Mapping[str, int],
-    latent: int,
-    device: torch.device,
-    adapters: Mapping[str, Path],
-    args: argparse.Namespace,
-) -> None:
-    for dtype in args.dtypes:
-        model = _model(config, device, getattr(torch, dtype))
-        size = sum(p.numel() for p in model.model.diffusion_model.parameters()) / 1e6
-        print(
-            f"\nmodel: FLUX.1 layout, {size:.0f} million random parameters, {dtype}; "
-            f"{latent * 8}x{latent * 8} + reference"
-        )
-        with torch.inference_mode():
+        adapters = _adapters(FULL if args.full else SMALL, Path(folder))
+        for model, latent in models(args):
             _report(_Bench(model, adapters, latent, args.steps), args.repeats)
-        del model
-        gc.collect()
-        comfy.model_management.unload_all_models()
 
 
 class _Bench:
@@ -110,10 +62,8 @@ class _Bench:
         self.projector = read_projector(adapters["projector"], adapters["gst"])
         self.latent = torch.zeros(1, 16, latent, latent)
         self.noise = torch.randn(self.latent.shape, generator=torch.Generator().manual_seed(0))
-        width = model.model.model_config.unet_config["context_in_dim"]
-        options = {"pooled_output": torch.randn(1, 768), "guidance": 2.5, "reference_latents": [self.noise]}
         spans = [Span(str(k), tuple(range(8 * k, 8 * k + 8))) for k in range(4)]
-        self.text = attach_spans([[torch.randn(1, TEXT_ROWS, width), options]], TEXT_ROWS, spans)
+        self.text = attach_spans(text(model, reference_latents=[self.noise]), TEXT_ROWS, spans)
 
     def slid(self, *strengths: float) -> list:
         return set_strengths(self.text, {str(k): v for k, v in enumerate((*strengths, 1.0, 1.0, 1.0, 1.0)[:4])})
@@ -147,12 +97,12 @@ class _Bench:
 
     def to_first_call(self, change: Callable[[float], tuple[Model, list]], strength: float) -> float:
         """Seconds from a changed slider until the model is called."""
-        _synchronise()
+        synchronise()
         start = time.perf_counter()
         model, text = change(strength)
         with contextlib.suppress(FirstCall):
             self.sample(model, text, 1)
-        _synchronise()
+        synchronise()
         return time.perf_counter() - start
 
 
@@ -188,10 +138,10 @@ def _report(bench: _Bench, repeats: int) -> None:
             model, text = variant()
             bench.sample(model, text, 1)
             with _peak_memory() as peak:
-                _synchronise()
+                synchronise()
                 start = time.perf_counter()
                 bench.sample(model, text, bench.steps)
-                _synchronise()
+                synchronise()
             if repeat:
                 times[name].append((time.perf_counter() - start) / bench.steps)
                 peaks[name].append(peak[0])
@@ -207,11 +157,6 @@ def _report(bench: _Bench, repeats: int) -> None:
 
 def _stop(executor: Any, *args: Any, **kwargs: Any) -> None:
     raise FirstCall
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 @contextlib.contextmanager
@@ -237,17 +182,6 @@ def _peak_memory() -> Iterator[list[float]]:
     finally:
         done.set()
         watcher.join()
-
-
-def _model(config: Mapping[str, int], device: torch.device, dtype: torch.dtype) -> Model:
-    generator = torch.Generator(device).manual_seed(1)
-    weights = {}
-    for name, shape in recipe.flux_shapes(config).items():
-        values = torch.randn(
-            shape, generator=generator, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16
-        )
-        weights[name] = (values * 0.02 + (1.0 if name.endswith(".scale") else 0.0)).to(dtype)
-    return comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
 
 
 def _adapters(config: Mapping[str, int], folder: Path) -> dict[str, Path]:

@@ -15,7 +15,7 @@ from comfy_api.latest import io
 from ..slider_core.attention_view import view_attention
 from ..slider_core.errors import SliderError
 from ..slider_core.layer_analysis import latent_features, picture_features, scores_of
-from ..slider_core.plots import attention_plot, layer_plot
+from ..slider_core.plots import attention_plot, check_plots, layer_plot
 from ..slider_core.span_strengths import Conditioning
 from ..slider_core.stacked_prompts import prompts_of, stack_prompts
 from .layer_choice import chosen_layers, layer_inputs
@@ -43,7 +43,14 @@ class FindVitalLayers(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="From DualCLIPLoader, type flux."),
                 io.Latent.Input("latent", tooltip="One empty latent: the size of the pictures."),
                 io.String.Input("prompts", multiline=True, default=PROMPTS, tooltip="One per line. The paper used 64."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, tooltip="The first one."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFF,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="The first one.",
+                ),
                 io.Int.Input("seeds", default=1, min=1, max=64, tooltip="Pictures per prompt."),
                 io.Int.Input("steps", default=15, min=1, max=1000, tooltip="Of every picture. The paper: 15."),
                 io.Float.Input("guidance", default=3.5, min=0.0, max=100.0, step=0.1, tooltip="The paper: 3.5."),
@@ -99,6 +106,7 @@ class FindVitalLayers(io.ComfyNode):
         vae: VAE | None = None,
         clip_vision: ClipVisionModel | None = None,
     ) -> io.NodeOutput:
+        check_plots()
         features, compared_by = latent_features, "the latent itself"
         if clip_vision is not None:
             if vae is None:
@@ -137,7 +145,14 @@ class ViewAttention(io.ComfyNode):
                 io.Conditioning.Input("conditioning", tooltip="A prompt, or several from Stack Prompts."),
                 io.Latent.Input("latent", tooltip="An empty latent, or several from Same Noise."),
                 io.Vae.Input("vae", tooltip="To show the picture."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Of the noise."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Of the noise.",
+                ),
                 io.Int.Input("steps", default=15, min=1, max=1000, tooltip="The attention is their mean."),
                 io.Int.Input("picture", default=0, min=0, max=255, tooltip="Of the batch, counted from 0."),
                 io.Float.Input(
@@ -181,6 +196,7 @@ class ViewAttention(io.ComfyNode):
         layers: str,
         list: str,
     ) -> io.NodeOutput:
+        check_plots()
         vital, empty, point = chosen_layers(model, layers, list), latent["samples"], (across, down)
         noise = comfy.sample.prepare_noise(empty, seed, latent.get("batch_index"))
         attention, samples = view_attention(

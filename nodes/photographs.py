@@ -58,7 +58,8 @@ class InvertPhotograph(io.ComfyNode):
                     "steps again.",
                 ),
             ],
-            outputs=[TrajectoryIO.Output("trajectory")],
+            outputs=[TrajectoryIO.Output("trajectory", tooltip="For Edit from Trajectory.")],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -174,7 +175,8 @@ class LoadTrajectory(io.ComfyNode):
                     tooltip="Files that end in .trajectory.safetensors. Press R in the page to see new ones.",
                 )
             ],
-            outputs=[TrajectoryIO.Output("trajectory")],
+            outputs=[TrajectoryIO.Output("trajectory", tooltip="For Edit from Trajectory.")],
+            has_intermediate_output=True,
         )
 
     @classmethod

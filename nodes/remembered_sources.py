@@ -78,6 +78,7 @@ class RememberSource(io.ComfyNode):
                 io.Latent.Output(tooltip="The source itself."),
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -123,6 +124,7 @@ class RememberTrajectory(io.ComfyNode):
             ],
             outputs=[RememberedSource.Output("remembered", tooltip="For Inject Remembered Source.")],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,13 +63,17 @@ def attention_plot(
     return _image(figure)
 
 
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
+def check_plots() -> None:
+    """Raise SliderError where nothing can be drawn; to be called before long work."""
+    if importlib.util.find_spec("matplotlib") is None:
         raise SliderError(
             "Plots need matplotlib, which is not installed. Install the pack's requirements.txt into ComfyUI's Python."
-        ) from error
+        )
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
 
 

@@ -13,9 +13,21 @@ from PIL import Image
 from support.comfy_server import ComfyServer
 
 WORKFLOWS = REPO / "workflows"
-NAMES = ("parallel_edit", "single_slider", "strength_projector", "strength_sweep", "two_sub_prompt_sliders")
-PICTURES = {"parallel_edit": 3, "strength_sweep": 4}
-FILES = {"parallel_edit": 4, "strength_projector": 6}
+PICTURES = {  # how many each template makes
+    "consistent_style": 4,
+    "incremental_editing": 4,
+    "layer_analysis": 1,
+    "parallel_edit": 3,
+    "photograph_edit": 3,
+    "remembered_source": 1,
+    "single_slider": 1,
+    "strength_projector": 1,
+    "strength_sweep": 4,
+    "text_editing": 4,
+    "two_sub_prompt_sliders": 1,
+}
+NAMES = tuple(PICTURES)
+FILES = {"single_slider": 5, "strength_projector": 6, "strength_sweep": 5, "two_sub_prompt_sliders": 5}
 PACK = "ComfyUI-EditSliders"
 OURS = "EditSliders"
 
@@ -42,8 +54,16 @@ def with_tiny_files(workflow: dict[str, Any]) -> dict[str, Any]:
                 values[0] = "gst_peft.safetensors"
             case "EmptySD3LatentImage":
                 values[:2] = 64, 64
-            case "EditSlidersInjectVitalLayers":
+            case "EditSlidersInjectVitalLayers" | "EditSlidersRememberSource":
                 values[:2] = "listed below", "0-3"
+                values[4:5] = [1] if node["type"] == "EditSlidersRememberSource" else values[4:5]
+            case "BasicScheduler":
+                values[1] = 2
+            case "EditSlidersFindVitalLayers":
+                values[4] = 1
+                values[7] = 2
+            case "EditSlidersViewAttention":
+                values[2] = 1
             case "EditSlidersLoadProjector":
                 values[1] = "projector_lora.safetensors"
             case "DualCLIPLoader":
@@ -87,7 +107,7 @@ def test_a_template_opens_and_gives_a_picture_per_strength(server, view, name):
     graph = without_upscaling(view.prompt())
     result = server.run(graph)
     assert result.ok, result.error
-    assert len(result.images(the(graph, "SaveImage"))) == PICTURES.get(name, 1)
+    assert len(result.images(the(graph, "SaveImage"))) == PICTURES[name]
     assert view.errors == []
 
 
@@ -103,7 +123,7 @@ def test_the_stock_files_of_a_template_are_the_ones_it_tells_about(server, view,
         if isinstance(value, str) and value.endswith((".safetensors", ".pt", ".pth"))
     }
     (note,) = (node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote")
-    assert len(wanted) == FILES.get(name, 5)
+    assert len(wanted) == FILES.get(name, 4)
     assert [file for file in wanted if file not in note] == []
 
 
@@ -133,6 +153,21 @@ def test_nodes_show_the_adapter_and_the_sub_instructions_after_a_run(server, vie
     graph = view.prompt()
     assert set(graph[the(graph, "EditSlidersLoadAdapter")]["inputs"]) == {"adapter_name"}
     assert view.saved_values("EditSlidersLoadAdapter") == ["selective_lora.pt"]
+
+
+def test_nodes_show_what_was_inverted_and_what_is_remembered(server, view):
+    for name, shown in (
+        ("photograph_edit", "nudging 1.15, refinements 0"),
+        ("remembered_source", "of keys and values in RAM"),
+    ):
+        workflow = with_tiny_files(template(server, name))
+        for node in workflow["nodes"]:
+            if node["type"] == "FluxKontextImageScale":
+                node["mode"] = 4  # bypassed
+        view.open(workflow)
+        view.run()
+        view.wait_until_shown(shown)
+    assert view.errors == []
 
 
 def test_every_node_has_a_help_page_that_names_its_inputs(server):

@@ -6,7 +6,12 @@ const NODES = [
   'EditSlidersLoadAdapter',
   'EditSlidersLoadProjector',
   'EditSlidersEncodeSubInstructions',
-  'EditSlidersProjectorStrength'
+  'EditSlidersProjectorStrength',
+  'EditSlidersInvertPhotograph',
+  'EditSlidersSaveTrajectory',
+  'EditSlidersLoadTrajectory',
+  'EditSlidersRememberSource',
+  'EditSlidersRememberTrajectory'
 ]
 const MIN_HEIGHT = 80
 

@@ -27,11 +27,17 @@ MARGIN = 24
 THUMBNAIL = 512
 OVERVIEW_WIDTH = 1800
 SUBJECTS = {  # the nodes that a thumbnail is about
+    "consistent_style": ("EditSlidersStackPrompts",),
+    "incremental_editing": ("EditSlidersInjectVitalLayers", "EditSlidersStackPrompts"),
+    "layer_analysis": ("EditSlidersFindVitalLayers",),
     "parallel_edit": ("EditSlidersInjectVitalLayers", "EditSlidersStackPrompts"),
+    "photograph_edit": ("EditSlidersInvertPhotograph", "EditSlidersEditFromTrajectory"),
+    "remembered_source": ("EditSlidersRememberSource", "EditSlidersInjectRememberedSource"),
     "single_slider": ("EditSlidersApplyGSTLoRA", "EditSlidersEncodeSubInstructions"),
     "two_sub_prompt_sliders": ("EditSlidersEncodeSubInstructions", "EditSlidersSubInstructionStrengths"),
     "strength_projector": ("EditSlidersEncodeSubInstructions", "EditSlidersProjectorStrength"),
     "strength_sweep": ("EditSlidersStrengthRange", "EditSlidersSubInstructionStrengths"),
+    "text_editing": ("EditSlidersStackPrompts",),
 }
 BOUNDS = """types => {
     const nodes = app.graph.nodes.filter(node => !types.length || types.includes(node.type))

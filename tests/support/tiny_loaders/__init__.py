@@ -1,4 +1,4 @@
-"""Nodes that only tests, the demo and benchmarks need: tiny text encoders, and latents bit for bit."""
+"""Nodes that only tests, the demo and benchmarks need: tiny text encoders, latents bit for bit, golden inputs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import comfy.utils
 import folder_paths
 import numpy as np
 from comfy_api.latest import ComfyExtension, io
+
+from .golden import GOLDEN_NODES
 
 CLIP_L_CONFIG = {"num_hidden_layers": 2, "intermediate_size": 256}
 T5_CONFIG = {"d_model": 64, "d_ff": 128, "num_heads": 1, "num_layers": 2}
@@ -60,7 +62,7 @@ class TinyTestSaveLatent(io.ComfyNode):
 
 class TinyTestNodes(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [TinyTestTextEncoders, TinyTestSaveLatent]
+        return [TinyTestTextEncoders, TinyTestSaveLatent, *GOLDEN_NODES]
 
 
 async def comfy_entrypoint() -> TinyTestNodes:

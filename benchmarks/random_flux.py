@@ -1,0 +1,85 @@
+"""What benchmarks share: ComfyUI on the path, models with random weights in FLUX.1's layout, the options."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [os.environ["COMFYUI_PATH"], str(ROOT / "tests")]
+sys.path.append(str(ROOT))
+
+import comfy.cli_args  # noqa: E402
+
+comfy.cli_args.args.cpu = not torch.cuda.is_available()
+
+import comfy.model_management  # noqa: E402
+import comfy.sd  # noqa: E402
+from support.tiny_models import recipe  # noqa: E402
+
+COMMON = {"latent_channels": 16, "vec_in_dim": 768, "seed": 1}
+SMALL = COMMON | {"hidden": 1024, "depth": 4, "depth_single_blocks": 8, "context_in_dim": 512}
+FULL = COMMON | {"hidden": 3072, "depth": 19, "depth_single_blocks": 38, "context_in_dim": 4096}
+TEXT_ROWS = 512
+Model = Any
+
+
+def options(description: str | None) -> argparse.Namespace:
+    """The command line: full, steps, repeats, dtypes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="FLUX.1's own size, 1024x1024; needs about 30 GB on a GPU")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["bfloat16", "float8_e4m3fn"] if torch.cuda.is_available() else ["float32"]
+    )
+    return parser.parse_args()
+
+
+def models(args: argparse.Namespace) -> Iterator[tuple[Model, int]]:
+    """A model per dtype, one at a time, and the size of its latent; says what they are."""
+    config, latent = (FULL, 128) if args.full else (SMALL, 32)
+    device = comfy.model_management.get_torch_device()
+    cores = f"{platform.machine()}, {os.cpu_count()} cores"
+    print(
+        f"machine: {torch.cuda.get_device_name(device) if device.type == 'cuda' else cores}; torch {torch.__version__}"
+    )
+    for dtype in args.dtypes:
+        model = _model(config, device, getattr(torch, dtype))
+        size = sum(p.numel() for p in model.model.diffusion_model.parameters()) / 1e6
+        print(f"\nmodel: FLUX.1 layout, {size:.0f} million random parameters, {dtype}; {latent * 8}x{latent * 8}")
+        with torch.inference_mode():
+            yield model, latent
+        del model
+        gc.collect()
+        comfy.model_management.unload_all_models()
+
+
+def text(model: Model, **more: Any) -> list:
+    """A random prompt for the model."""
+    width = model.model.model_config.unet_config["context_in_dim"]
+    return [[torch.randn(1, TEXT_ROWS, width), {"pooled_output": torch.randn(1, 768), "guidance": 2.5, **more}]]
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _model(config: Mapping[str, int], device: torch.device, dtype: torch.dtype) -> Model:
+    generator = torch.Generator(device).manual_seed(1)
+    weights = {}
+    for name, shape in recipe.flux_shapes(config).items():
+        values = torch.randn(
+            shape, generator=generator, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16
+        )
+        weights[name] = (values * 0.02 + (1.0 if name.endswith(".scale") else 0.0)).to(dtype)
+    return comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})

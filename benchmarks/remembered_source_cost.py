@@ -1,0 +1,69 @@
+"""What one more edit of a source costs, as ratios measured in one run on this machine.
+
+    python run.py benchmark [--full] [--steps N] [--repeats N]
+
+An edit with a remembered source, kept or computed again, against source and edit rendered in one batch (Stable Flow's
+way), and against an edit by itself. Random weights as in the other benchmarks, the vital layers' share of all layers.
+Medians of interleaved repeats.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from random_flux import Model, models, options, synchronise, text  # isort: skip
+
+import comfy.sample
+import comfy.samplers
+
+from slider_core.reference_cache import inject_cached, remember_sampling
+from slider_core.vital_layers import inject_key_values, layer_count
+
+SHARE = 10 / 57
+
+
+def main() -> None:
+    args = options(__doc__)
+    for model, latent in models(args):
+        _report(model, torch.zeros(1, 16, latent, latent), args.steps, args.repeats)
+
+
+def _report(model: Model, empty: torch.Tensor, steps: int, repeats: int) -> None:
+    count = layer_count(model)
+    layers = [round(k * count / round(SHARE * count)) for k in range(round(SHARE * count))]
+    source, edit = text(model), text(model)
+    both = [[torch.cat([source[0][0], edit[0][0]]), {**edit[0][1], "pooled_output": torch.randn(2, 768)}]]
+    kept, again = (
+        remember_sampling(model, source, empty, layers, 0, steps, "euler", "simple", limit)[0] for limit in (0.0, 1e-9)
+    )
+    print(f"layers {layers}; remembered source: {kept.describe()}")
+    variants = {
+        "source and edit in one batch": (inject_key_values(model, layers), both, 2),
+        "remembered, kept": (inject_cached(model, kept), edit, 1),
+        "remembered, computed again": (inject_cached(model, again), edit, 1),
+        "edit by itself": (model, edit, 1),
+    }
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for repeat in range(repeats + 1):
+        for name, (patched, conditioning, pictures) in variants.items():
+            latent = empty.repeat(pictures, 1, 1, 1)
+            inputs = (torch.randn_like(empty).repeat(pictures, 1, 1, 1), steps, 1.0, "euler", "simple")
+            synchronise()
+            start = time.perf_counter()
+            comfy.sample.sample(patched, *inputs, conditioning, conditioning, latent, disable_pbar=True, seed=0)
+            synchronise()
+            if repeat:
+                times[name].append((time.perf_counter() - start) / steps)
+    [batch, *_] = times.values()
+    print(f"\ntime against source and edit in one batch, {steps} steps, median of {repeats}")
+    for name, measured in times.items():
+        ratios = [a / b for a, b in zip(measured, batch)]
+        median, low, high = statistics.median(ratios), min(ratios), max(ratios)
+        print(f"    {name:28} x {median:.3f} ({low:.3f} to {high:.3f})    {statistics.median(measured):8.3f} s a step")
+
+
+if __name__ == "__main__":
+    main()
