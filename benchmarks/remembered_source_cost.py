@@ -36,8 +36,10 @@ def _report(model: Model, empty: torch.Tensor, steps: int, repeats: int) -> None
     layers = [round(k * count / round(SHARE * count)) for k in range(round(SHARE * count))]
     source, edit = text(model), text(model)
     both = [[torch.cat([source[0][0], edit[0][0]]), {**edit[0][1], "pooled_output": torch.randn(2, 768)}]]
+    noise = torch.randn_like(empty)
     kept, again = (
-        remember_sampling(model, source, empty, layers, 0, steps, "euler", "simple", limit)[0] for limit in (0.0, 1e-9)
+        remember_sampling(model, source, empty, noise, layers, 0, steps, "euler", "simple", limit)[0]
+        for limit in (0.0, 1e-9)
     )
     print(f"layers {layers}; remembered source: {kept.describe()}")
     variants = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import comfy.sample
 import folder_paths
 import torch
 from comfy.clip_vision import ClipVisionModel
@@ -14,10 +13,12 @@ from comfy_api.latest import io
 
 from ..slider_core.attention_view import view_attention
 from ..slider_core.errors import SliderError
-from ..slider_core.layer_analysis import latent_features, picture_features, scores_of
+from ..slider_core.layer_analysis import check_count, latent_features, picture_features, scores_of
 from ..slider_core.plots import attention_plot, check_plots, layer_plot
 from ..slider_core.span_strengths import Conditioning
 from ..slider_core.stacked_prompts import prompts_of, stack_prompts
+from ..slider_core.vital_layers import layer_count
+from .latents import fitting_latent, noise_for
 from .layer_choice import chosen_layers, layer_inputs
 from .progress import previews, previews_of_pictures
 from .types import CATEGORY
@@ -73,7 +74,7 @@ class FindVitalLayers(io.ComfyNode):
                     tooltip="Where in the output folder the scores are kept while it runs. Other settings get another "
                     "file.",
                 ),
-                io.Vae.Input("vae", optional=True, tooltip="To compare pictures instead of latents."),
+                io.Vae.Input("vae", optional=True, tooltip="Decodes the pictures for clip_vision."),
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
@@ -107,6 +108,8 @@ class FindVitalLayers(io.ComfyNode):
         clip_vision: ClipVisionModel | None = None,
     ) -> io.NodeOutput:
         check_plots()
+        if choose == MOST_VITAL:
+            check_count(count, layer_count(model))
         features, compared_by = latent_features, "the latent itself"
         if clip_vision is not None:
             if vae is None:
@@ -117,10 +120,11 @@ class FindVitalLayers(io.ComfyNode):
             model,
             {words: stack_prompts(clip, [words], [guidance]) for words in prompts_of(prompts)},
             range(seed, seed + seeds),
-            latent["samples"],
+            fitting_latent(model, latent),
             steps,
             features,
-            Path(folder) / name,
+            Path(folder),
+            name,
             {"guidance": guidance, "compared by": compared_by},
             previews_of_pictures(model),
         )
@@ -197,8 +201,8 @@ class ViewAttention(io.ComfyNode):
         list: str,
     ) -> io.NodeOutput:
         check_plots()
-        vital, empty, point = chosen_layers(model, layers, list), latent["samples"], (across, down)
-        noise = comfy.sample.prepare_noise(empty, seed, latent.get("batch_index"))
+        vital, point = chosen_layers(model, layers, list), (across, down)
+        empty, noise = fitting_latent(model, latent), noise_for(model, latent, seed)
         attention, samples = view_attention(
             model, conditioning, empty, noise, seed, steps, picture, point, previews(model, steps)
         )

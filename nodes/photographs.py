@@ -11,6 +11,7 @@ from comfy.sd import CLIP
 from comfy_api.latest import io, ui
 
 from ..slider_core.inversion import FOLLOWS, FREE, NUDGING, PUBLISHED, edit_from_trajectory, invert
+from ..slider_core.reference_cache import check_remembers
 from ..slider_core.stacked_prompts import prompts_of, stack_prompts
 from ..slider_core.trajectory import Trajectory, load_trajectory, save_trajectory
 from .files import TRAJECTORY, trajectory_fingerprint, trajectory_names, trajectory_path
@@ -121,6 +122,8 @@ class EditFromTrajectory(io.ComfyNode):
         cls, model: ModelPatcher, clip: CLIP, trajectory: Trajectory, edits: str, edit_guidance: float, source: str
     ) -> io.NodeOutput:
         alone = source == REMEMBERED
+        if alone:
+            check_remembers(model, trajectory)
         prompts = prompts_of(edits)
         guidances = [edit_guidance] * len(prompts)
         if not alone:

@@ -26,7 +26,7 @@ def previews_of_pictures(model: ModelPatcher) -> OnPicture:
     bar = comfy.utils.ProgressBar(1)
 
     def on_picture(done: int, total: int, latent: torch.Tensor) -> None:
-        shown = model.model.latent_format.process_in(latent)
+        shown = model.model.latent_format.process_in(latent).to(model.load_device)
         bar.update_absolute(done, total, previewer and previewer.decode_latent_to_preview_image("JPEG", shown))
 
     return on_picture

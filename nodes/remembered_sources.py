@@ -16,6 +16,7 @@ from ..slider_core.reference_cache import (
 )
 from ..slider_core.span_strengths import Conditioning
 from ..slider_core.trajectory import Trajectory
+from .latents import fitting_latent, noise_for
 from .layer_choice import chosen_layers, layer_inputs, part_inputs, preservation_input
 from .progress import previews, say
 from .types import CATEGORY, RememberedSource, TrajectoryIO
@@ -95,11 +96,12 @@ class RememberSource(io.ComfyNode):
         scheduler: str,
         memory_limit: float,
     ) -> io.NodeOutput:
-        chosen, empty = chosen_layers(model, layers, list), latent["samples"]
+        chosen, empty = chosen_layers(model, layers, list), fitting_latent(model, latent)
         say(cls, describe_need(model, chosen, empty.shape, steps, memory_limit))
         on_step = previews(model, steps)
+        noise = noise_for(model, latent, seed)
         cache, samples = remember_sampling(
-            model, conditioning, empty, chosen, seed, steps, sampler_name, scheduler, memory_limit, on_step
+            model, conditioning, empty, noise, chosen, seed, steps, sampler_name, scheduler, memory_limit, on_step
         )
         return io.NodeOutput(cache, {"samples": samples}, ui=ui.PreviewText(cache.describe()))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.model_sampling import CONST
@@ -46,8 +47,14 @@ def invert(
         raise SliderError(f"The latent has {latent.shape[0]} pictures; expected one to invert.")
     check_flow_matching(model)
     check_sigmas(sigmas)
-    if not latent.any():
-        raise SliderError("The latent is empty; expected a picture, encoded by VAEEncode.")
+    channels = model.get_model_object("latent_format").latent_channels
+    if latent.ndim != 4 or latent.shape[1] != channels or not latent.isfinite().all() or not latent.any():
+        raise SliderError(
+            f"The latent {tuple(latent.shape)} is empty, holds numbers that are none, or is no picture for this model; "
+            f"expected {channels} channels, encoded by VAEEncode with the model's own VAE."
+        )
+    if conditioning[0][1].get("pooled_output") is None:
+        raise SliderError("The source prompt has no pooled vector; expected one, from FLUX.1's text encoders.")
     sampler = InverseEuler(nudging, refinements)
     run(model, conditioning, sampler, sigmas.flip(0), latent, on_step)
     text, options = conditioning[0]
@@ -183,4 +190,5 @@ def run(
     """Let a sampler run over the model with nothing but this conditioning, from no noise."""
     guider = CFGGuider(model)
     guider.set_conds(conditioning, conditioning)
-    return guider.sample(torch.zeros_like(latent), latent, sampler, sigmas, callback=on_step, disable_pbar=True)
+    samples = guider.sample(torch.zeros_like(latent), latent, sampler, sigmas, callback=on_step, disable_pbar=True)
+    return samples.to(comfy.model_management.intermediate_device(), comfy.model_management.intermediate_dtype())

@@ -23,6 +23,9 @@ from .vital_layers import bypass, layer_count
 
 FORMAT = "edit-sliders layer scores 1"
 
+_SAMPLE = 32
+_ROUNDING = 0.02
+
 Features = Callable[[torch.Tensor], torch.Tensor]
 """Latent (1, channels, height, width) -> a vector that is alike for pictures that look alike."""
 
@@ -35,10 +38,13 @@ class LayerScores:
     """Similarities of pictures with and without a layer.
 
     settings: what they depend on. similarities: layer -> picture -> cosine similarity, 1 = the layer does nothing.
+    samples: picture -> some numbers of what the whole model made, by which other models, LoRAs, text encoders or
+    vision models are noticed.
     """
 
     settings: Mapping[str, Any]
     similarities: dict[int, dict[str, float]] = field(default_factory=dict)
+    samples: dict[str, list[float]] = field(default_factory=dict)
 
     def similarity(self, layer: int) -> float:
         """Mean over the pictures so far."""
@@ -51,10 +57,7 @@ class LayerScores:
 
     def most_vital(self, count: int) -> list[int]:
         """The `count` layers without which the pictures change most, in their order in the model."""
-        if not 1 <= count <= len(self.similarities):
-            raise SliderError(
-                f"{count} layers were asked for; expected 1 to {len(self.similarities)}, as many as the model has."
-            )
+        check_count(count, len(self.similarities))
         return sorted(sorted(self.similarities, key=self.vitality, reverse=True)[:count])
 
     def above(self, threshold: float) -> list[int]:
@@ -69,7 +72,13 @@ class LayerScores:
         layers = {str(layer): self.similarities[layer] for layer in sorted(self.similarities)}
         vitality = {layer: round(self.vitality(int(layer)), 6) for layer in layers}
         content = {"format": FORMAT, "settings": self.settings, "vitality": vitality, "similarities": layers}
-        return json.dumps(content, indent=1, ensure_ascii=False)
+        return json.dumps({**content, "samples": self.samples}, indent=1, ensure_ascii=False)
+
+
+def check_count(count: int, layers: int) -> None:
+    """Raise SliderError unless so many of the model's layers can be chosen."""
+    if not 1 <= count <= layers:
+        raise SliderError(f"{count} layers were asked for; expected 1 to {layers}, as many as the model has.")
 
 
 def latent_features(latent: torch.Tensor) -> torch.Tensor:
@@ -95,16 +104,18 @@ def scores_of(
     latent: torch.Tensor,
     steps: int,
     features: Features,
-    file: Path,
+    folder: Path,
+    name: str,
     more_settings: Mapping[str, Any],
     on_picture: OnPicture | None = None,
 ) -> LayerScores:
     """Bypass each layer in turn over prompts and seeds, and compare with the whole model's picture.
 
-    prompts: words -> conditioning. latent: (1, channels, height, width), empty. file: scores so far are kept there
-    after every picture, under a name that tells the settings apart, so that an interrupted run goes on from them;
+    prompts: words -> conditioning. latent: (1, channels, height, width), empty. folder, name: scores so far are
+    kept there after every picture, with a suffix that tells the settings apart, so that an interrupted run goes on;
     more_settings: what else the features depend on. Renders 1 + number of layers pictures per prompt and seed, with
-    ComfyUI's euler and simple. Raises SliderError without prompts, and when the file cannot be written.
+    ComfyUI's euler and simple. Where all is there already, the first picture is rendered still, to see that nothing
+    else has changed. Raises SliderError without prompts, and when the file cannot be written.
     """
     if not prompts:
         raise SliderError("There is no prompt; expected at least one, one per line.")
@@ -116,37 +127,51 @@ def scores_of(
         "steps": steps,
         **more_settings,
     }
-    file = file.with_name(f"{file.name}_{_digest(settings)}.json")
-    scores = _resumed(file, settings)
-    layers = range(layer_count(model))
-    total, rendered = len(prompts) * len(seeds) * (1 + len(layers)), 0
-    for words, conditioning in prompts.items():
-        for seed in seeds:
-            picture = f"{words} ({seed})"
-            missing = [layer for layer in layers if picture not in scores.similarities.get(layer, {})]
-            rendered += len(layers) - len(missing)
-            if not missing:
-                rendered += 1
-                continue
+    file = folder / f"{name}_{_digest(settings)}.json"
+    scores, layers = _resumed(file, settings), range(layer_count(model))
+    pictures = [(words, seed) for words in prompts for seed in seeds]
+    rendered = 0
 
-            def render(
-                patched: ModelPatcher, conditioning: Conditioning = conditioning, seed: int = seed
-            ) -> torch.Tensor:
-                nonlocal rendered
-                noise = comfy.sample.prepare_noise(latent, seed)
-                inputs = (noise, steps, 1.0, "euler", "simple", conditioning, conditioning, latent)
-                samples = comfy.sample.sample(patched, *inputs, disable_pbar=True, seed=seed)
-                rendered += 1
-                if on_picture is not None:
-                    on_picture(rendered, total, samples)
-                return features(samples)
+    def render(patched: ModelPatcher, words: str, seed: int) -> torch.Tensor:
+        nonlocal rendered
+        noise = comfy.sample.prepare_noise(latent, seed)
+        inputs = (noise, steps, 1.0, "euler", "simple", prompts[words], prompts[words], latent)
+        samples = comfy.sample.sample(patched, *inputs, disable_pbar=True, seed=seed)
+        rendered += 1
+        if on_picture is not None:
+            on_picture(rendered, len(pictures) * (1 + len(layers)), samples)
+        return features(samples)
 
-            whole = render(model)
-            for layer in missing:
-                similarity = torch.cosine_similarity(whole, render(bypass(model, [layer])), dim=0).item()
+    for words, seed in pictures:
+        picture = f"{words} ({seed})"
+        known = [layer for layer in layers if picture in scores.similarities.get(layer, {})]
+        if len(known) == len(layers) and (words, seed) != pictures[0]:
+            rendered += 1 + len(layers)
+            continue
+        whole = render(model, words, seed)
+        if not _same_sample(scores.samples.get(picture), whole):
+            scores, known = LayerScores(settings), []
+        scores.samples[picture] = _sample(whole)
+        rendered += len(known)
+        for layer in layers:
+            if layer not in known:
+                without = render(bypass(model, [layer]), words, seed)
+                similarity = torch.cosine_similarity(whole, without, dim=0).item()
                 scores.similarities.setdefault(layer, {})[picture] = similarity
                 _write(file, scores)
     return scores
+
+
+def _sample(features: torch.Tensor) -> list[float]:
+    return features[torch.linspace(0, len(features) - 1, min(len(features), _SAMPLE)).long()].tolist()
+
+
+def _same_sample(known: list[float] | None, features: torch.Tensor) -> bool:
+    """Whether these are the features that the numbers were taken of, up to the rounding of a GPU."""
+    if known is None:
+        return True
+    one, two = torch.tensor(known), torch.tensor(_sample(features))
+    return one.shape == two.shape and bool((one - two).norm() <= _ROUNDING * two.norm())
 
 
 def _fingerprint(model: ModelPatcher) -> str:
@@ -166,10 +191,11 @@ def _resumed(file: Path, settings: Mapping[str, Any]) -> LayerScores:
             int(layer): {str(picture): float(value) for picture, value in pictures.items()}
             for layer, pictures in content["similarities"].items()
         }
+        samples = {str(picture): [float(value) for value in values] for picture, values in content["samples"].items()}
         known = content["format"] == FORMAT and content["settings"] == settings
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         known = False
-    return LayerScores(settings, similarities if known else {})
+    return LayerScores(settings, similarities, samples) if known else LayerScores(settings)
 
 
 def _write(file: Path, scores: LayerScores) -> None:

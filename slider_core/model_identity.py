@@ -12,24 +12,27 @@ from .diffusion_model import diffusion_model_of
 from .errors import SliderError
 from .families import family_of
 
+_DIFFERING = 0.05
+"""Share of values that rounding may change between two precisions of one model."""
+
 
 class ModelIdentity(NamedTuple):
-    """A model's family and the values of one small parameter. LoRAs do not change it, other precisions hardly do."""
+    """A model's family and the values of one small parameter, without LoRAs."""
 
     family: str
     values: torch.Tensor
 
     def check(self, model: ModelPatcher, what: str) -> None:
-        """Raise SliderError unless `model` is this one. what: what was made with it, for the message."""
+        """Raise SliderError unless `model` is this one, in whatever precision. what: what was made with it."""
         other = identity_of(model)
         if other.family != self.family or other.values.shape != self.values.shape:
             raise SliderError(
                 f"{what} was made with another model ({self.family}, {len(self.values)} wide; this one is "
                 f"{other.family}, {len(other.values)} wide). Load that model, or make it anew with this one."
             )
-        coarser = max(torch.finfo(identity.values.dtype).eps for identity in (self, other))
-        one, two = self.values.float(), other.values.float()
-        if (one - two).norm() > coarser * one.norm():
+        coarser = max(self.values.dtype, other.values.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        one, two = (values.to(coarser).float() for values in (self.values, other.values))
+        if (one != two).float().mean() > _DIFFERING:
             raise SliderError(
                 f"{what} was made with another {self.family} model than this one. Load that model, or make it anew "
                 "with this one."
@@ -39,5 +42,6 @@ class ModelIdentity(NamedTuple):
 def identity_of(model: ModelPatcher) -> ModelIdentity:
     """The identity of a loaded model. Raises SliderError for a model of no known family."""
     family = family_of(model)
-    values = comfy.utils.get_attr(diffusion_model_of(model.model), family.identity)
+    unpatched = model.backup.get(f"diffusion_model.{family.identity}")
+    values = unpatched.weight if unpatched else comfy.utils.get_attr(diffusion_model_of(model.model), family.identity)
     return ModelIdentity(family.name, values.detach().to("cpu", copy=True))

@@ -35,13 +35,17 @@ recompiles for every new functools.partial or lambda default, but not for new cl
 
 
 class ModelInputs(NamedTuple):
-    """What a model is called with, as core gives it to a wrapper; the operations' conds are among the further ones."""
+    """What a model is called with, as core gives it to a wrapper; the operations' conds are among the further ones.
+
+    options: transformer_options, with all that other nodes put there.
+    """
 
     x: torch.Tensor
     t: torch.Tensor
     c_concat: torch.Tensor | None
     c_crossattn: torch.Tensor | None
     control: Any
+    options: Mapping[str, Any]
     further: Mapping[str, Any]
 
 
@@ -52,9 +56,9 @@ class ModelCall:
     conds: our tensors of the conds in this call, first dimension images * count (images vary fastest).
     images: images in the latent batch; count: conds that share this call.
     text_rows: rows of text that the model gets. latent: shape of what it denoises.
-    dtype: in which it computes.
+    dtype: in which it computes. weights: tells differently patched weights apart.
     sigma: its noise level. percent_to_sigma: from a share of the schedule to the noise level there.
-    inputs: what it is called with. run: calls the model itself, with other operations and inputs of one cond.
+    inputs: what it is called with. run: calls the model itself, with other operations and inputs.
     """
 
     conds: Mapping[str, torch.Tensor]
@@ -63,6 +67,7 @@ class ModelCall:
     text_rows: int
     device: torch.device
     dtype: torch.dtype
+    weights: object
     latent: Sequence[int]
     sigma: torch.Tensor
     percent_to_sigma: Callable[[float], float]
@@ -137,7 +142,7 @@ def _run(
     transformer_options: Mapping[str, Any] = MappingProxyType({}),
     **kwargs: Any,
 ) -> torch.Tensor:
-    inputs = ModelInputs(x, t, c_concat, c_crossattn, control, kwargs)
+    inputs = ModelInputs(x, t, c_concat, c_crossattn, control, transformer_options, kwargs)
     conds = {key: value.to(x.device) for key, value in kwargs.items() if key.startswith(COND_PREFIX)}
     others = {key: value for key, value in kwargs.items() if key not in conds}
     count = len(transformer_options.get("cond_or_uncond", (0,)))
@@ -149,11 +154,12 @@ def _run(
         text_rows=0 if c_crossattn is None else c_crossattn.shape[1],
         device=x.device,
         dtype=base.get_dtype_inference(),
+        weights=base.current_weight_patches_uuid,
         latent=x.shape,
         sigma=t[0],
         percent_to_sigma=base.model_sampling.percent_to_sigma,
         inputs=inputs,
-        run=partial(_run_alone, executor, transformer_options),
+        run=partial(_run_again, executor),
     )
     changes = [operation.around(call) for operation in operations]
     for operation in operations:
@@ -166,12 +172,8 @@ def _run(
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **others)
 
 
-def _run_alone(
-    executor: Any, transformer_options: Mapping[str, Any], operations: tuple[Operation, ...], inputs: ModelInputs
-) -> torch.Tensor:
-    one_cond = {key: transformer_options[key][:1] for key in ("cond_or_uncond", "uuids") if key in transformer_options}
-    options = {**transformer_options, **one_cond}
-    return _run(operations, executor, *inputs[:-1], options, **inputs.further)
+def _run_again(executor: Any, operations: tuple[Operation, ...], inputs: ModelInputs) -> torch.Tensor:
+    return _run(operations, executor, *inputs[:-1], **inputs.further)
 
 
 def _with_attention_patches(options: Mapping[str, Any], patches: Sequence[AttentionPatch]) -> Mapping[str, Any]:

@@ -5,9 +5,9 @@ Where they do not fit into memory, the source is computed again beside each mode
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.model_management
 import comfy.sample
@@ -18,7 +18,7 @@ from comfy.samplers import Sampler
 from .diffusion_model import diffusion_model_of
 from .errors import SliderError
 from .families import family_of
-from .fitting_samplers import ONE_CALL_PER_STEP
+from .fitting_samplers import ONE_CALL_PER_STEP, refuse_noise_adding_samplers
 from .inversion import OnStep, check_flow_matching, run
 from .model_identity import ModelIdentity, identity_of
 from .module_overrides import Around, Forward, ModelCall, ModelInputs, Operation, add_operation, operations_of
@@ -30,33 +30,35 @@ _SHARE_OF_FREE_MEMORY = 0.5
 _SAME_SIGMA = 1e-4
 
 
-@dataclass
-class _Moment:
+class _Moment(NamedTuple):
     """One model call of the source. key_values: (layers, tokens, 2 * width), or None where they are not kept."""
 
     sigma: float
     inputs: ModelInputs
+    weights: object
     key_values: torch.Tensor | None
 
 
-@dataclass(frozen=True)
-class ReferenceCache:
-    """What a source leaves behind for its edits.
+class ReferenceCache(NamedTuple):
+    """What a source leaves behind for its edits. A tuple, so that ComfyUI's cache sees how much memory it holds.
 
     how: the schedule that edits have to follow, in words. latent: (channels, height, width).
-    kept: whether the keys and values are in memory; needed: bytes that they take.
+    needed: bytes that its keys and values take. start: the noise of its trajectory, if it has one.
     """
 
     how: str
+    steps: int
     layers: tuple[int, ...]
     model: ModelIdentity
     operations: tuple[Operation, ...]
     latent: tuple[int, ...]
     needed: int
-    moments: list[_Moment] = field(default_factory=list)
+    start: torch.Tensor | None
+    moments: list[_Moment]
 
     @property
     def kept(self) -> bool:
+        """Whether keys and values are in memory."""
         return all(moment.key_values is not None for moment in self.moments)
 
     def at(self, sigma: float) -> _Moment:
@@ -72,7 +74,7 @@ class ReferenceCache:
 
     def describe(self) -> str:
         """What is kept, for the user."""
-        size = f"{len(self.moments)} steps x {len(self.layers)} layers: {_gigabytes(self.needed)}"
+        size = f"{self.steps} steps x {len(self.layers)} layers: {_gigabytes(self.needed)}"
         if self.kept:
             return f"{size} of keys and values in RAM. An edit costs one generation."
         return (
@@ -107,6 +109,7 @@ def remember_sampling(
     model: ModelPatcher,
     conditioning: Conditioning,
     latent: torch.Tensor,
+    noise: torch.Tensor,
     layers: Sequence[int],
     seed: int,
     steps: int,
@@ -117,8 +120,10 @@ def remember_sampling(
 ) -> tuple[ReferenceCache, torch.Tensor]:
     """Sample a source from noise, as KSampler does at cfg 1; what its edits need, and its latent.
 
-    latent: (1, channels, height, width), empty. sampler: one of ONE_CALL_PER_STEP. limit: GB of memory that
-    may be used, 0 for half of what is free. Raises SliderError for a batch, for other samplers and for absent layers.
+    latent: (1, channels, height, width), empty; noise: as large. sampler: one of ONE_CALL_PER_STEP. limit: GB of memory
+    that may be used, 0 for half of what is free.
+    Raises SliderError for a batch, other samplers, absent layers, and where nodes on the model or the conditioning keep
+    some of its keys and values from being computed.
     """
     if sampler not in ONE_CALL_PER_STEP:
         raise SliderError(
@@ -128,7 +133,6 @@ def remember_sampling(
     check_flow_matching(model)
     how = f"{steps} steps, scheduler {scheduler}"
     recorder = _Recorder(model, layers, latent.shape, steps, how, limit)
-    noise = comfy.sample.prepare_noise(latent, seed)
     samples = comfy.sample.sample(
         recorder.model,
         noise,
@@ -143,7 +147,7 @@ def remember_sampling(
         disable_pbar=True,
         seed=seed,
     )
-    return recorder.cache, samples
+    return recorder.finished(), samples
 
 
 def remember_trajectory(
@@ -161,10 +165,10 @@ def remember_trajectory(
     check_flow_matching(model)
     latent = trajectory.latents[:1]
     how = f"the trajectory's {trajectory.steps} steps"
-    recorder = _Recorder(model, layers, latent.shape, trajectory.steps, how, limit)
+    recorder = _Recorder(model, layers, latent.shape, trajectory.steps, how, limit, latent)
     visits = _Visits(trajectory)
     run(recorder.model, trajectory.conditioning(), visits, trajectory.sigmas, torch.zeros_like(latent), on_step)
-    return recorder.cache
+    return recorder.finished()
 
 
 def inject_cached(
@@ -172,27 +176,87 @@ def inject_cached(
 ) -> ModelPatcher:
     """A clone of `model` that renders every picture with the cached source's K and V.
 
-    strength, start, end: as in vital_layers.inject_key_values. Raises SliderError for a cache of another model.
+    strength, start, end: as in vital_layers.inject_key_values. Raises SliderError for a cache of another model; when
+    sampling, for another size or schedule, and samplers that add noise.
     """
     cache.model.check(model, "The remembered source")
     check_part(start, end)
-    return add_operation(model, _CachedInjection(_Places(model, cache.layers), cache, strength, (start, end)))
+    patched = add_operation(model, _CachedInjection(_Places(model, cache.layers), cache, strength, (start, end)))
+    refuse_noise_adding_samplers(patched)
+    return patched
+
+
+def check_remembers(model: ModelPatcher, trajectory: Trajectory) -> None:
+    """Raise SliderError unless `model` injects what was remembered of this trajectory."""
+    caches = [operation.cache for operation in operations_of(model) if isinstance(operation, _CachedInjection)]
+    if not caches:
+        raise SliderError(
+            "The model remembers no source; expected one from 'Inject Remembered Source'. Connect it, or let the "
+            "source be in the batch."
+        )
+    start = trajectory.latents[0]
+    if not any(cache.start is not None and torch.equal(cache.start[0], start) for cache in caches):
+        raise SliderError(
+            "The model remembers another source than this trajectory. Use one trajectory for 'Remember Trajectory' and "
+            "'Edit from Trajectory'."
+        )
 
 
 class _Recorder:
-    """A model that notes its calls in `cache`, which is complete once it has been sampled."""
+    """A model that notes its calls; once it has been sampled, they are finished()."""
 
     def __init__(
-        self, model: ModelPatcher, layers: Sequence[int], latent: Sequence[int], steps: int, how: str, limit: float
+        self,
+        model: ModelPatcher,
+        layers: Sequence[int],
+        latent: Sequence[int],
+        steps: int,
+        how: str,
+        limit: float,
+        start: torch.Tensor | None = None,
     ):
         if latent[0] != 1:
             raise SliderError(f"The latent has {latent[0]} pictures; expected one, the source.")
-        needed = memory_needed(model, layers, latent, steps)
-        keep = needed <= _allowed(limit)
+        places, needed = _Places(model, layers), memory_needed(model, layers, latent, steps)
+        identity, operations = identity_of(model), operations_of(model)
         self.cache = ReferenceCache(
-            how, tuple(layers), identity_of(model), operations_of(model), tuple(latent[1:]), needed
+            how, steps, tuple(layers), identity, operations, tuple(latent[1:]), needed, start, []
         )
-        self.model = add_operation(model, _Recording(_Places(model, layers), self.cache, keep))
+        self.model = add_operation(model, _Recording(places, self.cache, keep=needed <= _allowed(limit)))
+
+    def finished(self) -> ReferenceCache:
+        """The cache, complete. Raises SliderError when something kept the model from computing all of it."""
+        moments = self.cache.moments
+        if len(moments) != self.cache.steps:
+            raise SliderError(
+                f"The source was computed in {len(moments)} model calls; expected one in each of its "
+                f"{self.cache.steps} steps. Take time ranges off its conditioning."
+            )
+        if self.cache.kept:
+            for moment in moments:
+                _check_written(moment.key_values)
+            moments[:] = [moment._replace(key_values=_pinned(moment.key_values)) for moment in moments]
+        return self.cache
+
+
+_NOT_WRITTEN = float("nan")
+
+
+def _check_written(key_values: torch.Tensor | None) -> None:
+    if key_values is None or key_values[:, 0, 0].isnan().any():
+        raise SliderError(
+            "Some layers of the source were not computed in a step, or gave no numbers: a node on its model skips them "
+            "(EasyCache, layer skipping). Take it off the source's model, or do not choose those layers."
+        )
+
+
+def _pinned(key_values: torch.Tensor | None) -> torch.Tensor | None:
+    """The same in memory that a GPU reads faster, for as long as it is used, where ComfyUI allows that."""
+    if key_values is None or not comfy.model_management.pin_memory(key_values):
+        return key_values
+    used = key_values.view_as(key_values)
+    weakref.finalize(used, comfy.model_management.unpin_memory, key_values)
+    return used
 
 
 class _Places:
@@ -202,10 +266,12 @@ class _Places:
         self.family, self.blocks = family_of(model), chosen_blocks(model, layers)
         self.width = self.family.width(diffusion_model_of(model.model))
 
-    def room(self, call: ModelCall, device: torch.device, pinned: bool = False) -> torch.Tensor:
-        """Memory for them in one call: (layers, tokens, 2 * width)."""
+    def room(self, call: ModelCall, device: torch.device) -> torch.Tensor:
+        """Memory for them in one call: (layers, tokens, 2 * width), each layer marked as not written."""
         shape = len(self.blocks), self.family.image_tokens(call.latent), 2 * self.width
-        return torch.empty(shape, dtype=call.dtype, device=device, pin_memory=pinned)
+        room = torch.empty(shape, dtype=call.dtype, device=device)
+        room[:, 0, 0] = _NOT_WRITTEN
+        return room
 
     def wrapped(
         self, call: ModelCall, key_values: torch.Tensor, change: Callable[[torch.Tensor, torch.Tensor], None]
@@ -236,7 +302,7 @@ def _wrapped(
 
 
 def _keep(part: torch.Tensor, key_values: torch.Tensor) -> None:
-    key_values.copy_(part[0], non_blocking=True)
+    key_values.copy_(part[0])
 
 
 class _Recording(Operation):
@@ -247,21 +313,28 @@ class _Recording(Operation):
 
     def around(self, call: ModelCall) -> Mapping[str, Around]:
         if call.images * call.count != 1:
-            raise SliderError("The source has several conditionings or pictures; expected one of each.")
+            raise SliderError(
+                "The source has several conditionings or pictures, or a node on its model computes the negative prompt "
+                "too (SAG, for example); expected one conditioning and one picture."
+            )
+        if tuple(call.latent[1:]) != self.cache.latent:
+            raise SliderError(
+                f"The source's conditioning covers {_size(call.latent[1:])} of a latent of {_size(self.cache.latent)}; "
+                "expected all of it. Take the area off the conditioning."
+            )
         if call.inputs.control is not None:
             raise SliderError("The source has a ControlNet, whose effect cannot be kept. Take it off the source.")
-        moments = self.cache.moments
-        known = moments[-1].inputs if moments else None
-        moment = _Moment(call.sigma.item(), _moved(call.inputs, torch.device("cpu"), known), None)
-        moments.append(moment)
+        moments, key_values = self.cache.moments, None
         if self.keep:
             try:
-                moment.key_values = self.places.room(call, torch.device("cpu"), pinned=call.device.type == "cuda")
+                key_values = self.places.room(call, torch.device("cpu"))
             except (RuntimeError, MemoryError):
                 self.keep = False
-                for earlier in moments:
-                    earlier.key_values = None
-        return {} if moment.key_values is None else self.places.wrapped(call, moment.key_values, _keep)
+                moments[:] = [moment._replace(key_values=None) for moment in moments]
+        known = moments[-1].inputs if moments else None
+        inputs = _moved(call.inputs, torch.device("cpu"), known)
+        moments.append(_Moment(call.sigma.item(), inputs, call.weights, key_values))
+        return {} if key_values is None else self.places.wrapped(call, key_values, _keep)
 
 
 class _Capture(Operation):
@@ -294,16 +367,22 @@ class _CachedInjection(Operation):
         key_values = moment.key_values
         if key_values is None:
             key_values = self._computed_again(call, moment)
-        strength = self.strength
+        strength, soon = self.strength, comfy.model_management.device_supports_non_blocking(call.device)
 
         def blend(part: torch.Tensor, source: torch.Tensor) -> None:
-            part.lerp_(source.to(part, non_blocking=True), strength)
+            part.lerp_(source.to(part, non_blocking=soon), strength)
 
         return self.places.wrapped(call, key_values, blend)
 
     def _computed_again(self, call: ModelCall, moment: _Moment) -> torch.Tensor:
+        if call.weights != moment.weights:
+            raise SliderError(
+                "There is too little memory to keep the source, and it cannot be computed again because this model has "
+                "other LoRAs than the source's. Give both the same (from one LoRA node), or raise memory_limit."
+            )
         capture = _Capture(self.places)
         call.run((*self.cache.operations, capture), _moved(moment.inputs, call.device))
+        _check_written(capture.key_values)
         assert capture.key_values is not None
         return capture.key_values
 
@@ -334,18 +413,23 @@ class _Visits(Sampler):
         return noise
 
 
-def _moved(value: Any, device: torch.device, known: Any = None) -> Any:
-    """A copy on a device, of tensors in any nesting; those that `known`, of the same nesting, has too are taken."""
+def _moved(inputs: ModelInputs, device: torch.device, known: ModelInputs | None = None) -> ModelInputs:
+    """A copy on a device; tensors that `known` has too are taken from there. The options stay as they are."""
+    moved = _moved_value(inputs._replace(options={}), device, known)
+    return moved._replace(options=inputs.options)
+
+
+def _moved_value(value: Any, device: torch.device, known: Any) -> Any:
     if isinstance(value, torch.Tensor):
         if isinstance(known, torch.Tensor) and known.shape == value.shape and torch.equal(known, value.to(known)):
             return known
         return value.to(device, copy=True)
     if isinstance(value, Mapping):
         known = known or {}
-        return {key: _moved(item, device, known.get(key)) for key, item in value.items()}
+        return {key: _moved_value(item, device, known.get(key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         known = known if known is not None and len(known) == len(value) else [None] * len(value)
-        items = [_moved(item, device, other) for item, other in zip(value, known)]
+        items = [_moved_value(item, device, other) for item, other in zip(value, known)]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 

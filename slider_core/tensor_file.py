@@ -25,6 +25,8 @@ def read_tensors(path: str | Path, wanted: str) -> TensorFile:
     wanted: what the file should be, for messages. Raises SliderError when it cannot be read or holds anything else.
     """
     name = Path(path).name
+    if not Path(path).is_file():
+        raise SliderError(f"{name} is not there any more; expected {wanted}. Choose another file.")
     try:
         tensors, header = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     except Exception as error:

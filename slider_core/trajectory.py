@@ -114,13 +114,15 @@ def load_trajectory(path: str | Path) -> Trajectory:
     if header.get("format") != FORMAT:
         raise SliderError(f"{name} is not {_WANTED}; its header says {header.get('format', 'nothing')!r}.")
     for key, dimensions in _TENSORS.items():
-        if key not in tensors or tensors[key].ndim != dimensions or not tensors[key].is_floating_point():
-            raise SliderError(f"{name} has no usable {key!r}; expected {dimensions} dimensions. Invert anew.")
-    latents, sigmas = tensors["latents"], tensors["sigmas"]
-    if len(latents) != len(sigmas) or len(sigmas) < 2 or not latents.isfinite().all():
+        if key not in tensors or tensors[key].ndim != dimensions or not _numbers(tensors[key]):
+            raise SliderError(
+                f"{name} has no usable {key!r}; expected {dimensions} dimensions of finite numbers. Invert anew."
+            )
+    latents, sigmas, text, pooled = (tensors[key] for key in ("latents", "sigmas", "text", "pooled"))
+    if len(latents) != len(sigmas) or len(text) != 1 or len(pooled) != 1:
         raise SliderError(
-            f"{name} holds {len(latents)} latents for {len(sigmas)} noise levels, or numbers that are none; expected "
-            "a finite latent for each. Invert anew."
+            f"{name} holds {len(latents)} latents for {len(sigmas)} noise levels, and {len(text)} prompts; expected a "
+            "latent for each, and one prompt. Invert anew."
         )
     check_sigmas(sigmas)
     try:
@@ -129,7 +131,11 @@ def load_trajectory(path: str | Path) -> Trajectory:
     except (KeyError, ValueError) as error:
         raise SliderError(f"{name} does not tell how it was made ({error}). Invert anew.") from error
     identity = ModelIdentity(family, tensors["model"])
-    return Trajectory(latents, sigmas, tensors["text"], tensors["pooled"], prompt, nudging, refinements, identity)
+    return Trajectory(latents, sigmas, text, pooled, prompt, nudging, refinements, identity)
+
+
+def _numbers(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.float().isfinite().all())
 
 
 def check_sigmas(sigmas: torch.Tensor) -> None:

@@ -126,7 +126,10 @@ def parse_layers(text: str) -> list[int]:
         match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", item)
         if match is None:
             raise SliderError(f"{item!r} is no layer; expected numbers and ranges such as '0, 1, 17-18'.")
-        layers += range(int(match[1]), int(match[2] or match[1]) + 1)
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise SliderError(f"{item!r} runs backwards; expected the lower layer first, such as '{last}-{first}'.")
+        layers += range(first, last + 1)
     if not layers:
         raise SliderError("No layer is listed; expected numbers and ranges such as '0, 1, 17-18'.")
     return layers

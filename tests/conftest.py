@@ -71,3 +71,12 @@ def golden_model(recipe: ModuleType, manifest: dict):
 
     weights = recipe.flux_weights(manifest["model"])
     return comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": torch.float32})
+
+
+@pytest.fixture
+def unpatched_afterwards() -> Iterator[None]:
+    """For tests that let ComfyUI load LoRAs into the golden model."""
+    import comfy.model_management
+
+    yield
+    comfy.model_management.unload_all_models()

@@ -174,9 +174,11 @@ def test_unreadable_files(tmp_path):
     cut_pt.write_bytes(STLORA.read_bytes()[:5000])
     for name in ("empty.safetensors", "empty.pt"):
         (tmp_path / name).touch()
-    for bad in (cut, cut_pt, tmp_path / "empty.safetensors", tmp_path / "empty.pt", tmp_path / "absent.pt"):
+    for bad in (cut, cut_pt, tmp_path / "empty.safetensors", tmp_path / "empty.pt"):
         with pytest.raises(SliderError, match=f"{bad.name} cannot be read as an adapter"):
             read_adapter(bad)
+    with pytest.raises(SliderError, match=r"absent\.pt is not there any more; expected an adapter"):
+        read_adapter(tmp_path / "absent.pt")
     for content in ([1, 2], {}, torch.zeros(2), {"a": 1, "b": 2}):
         torch.save(content, tmp_path / "odd.pt")
         with pytest.raises(SliderError, match=r"odd\.pt"):

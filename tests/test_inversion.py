@@ -59,6 +59,9 @@ def test_a_refined_step_is_an_exact_inverse(golden_model):
 def test_a_batch_of_prompts_uses_the_first(golden_model, trajectory):
     stacked = invert(golden_model, stacked_text((1.0, 1.0, 1.0)), photo(golden_model), trajectory.sigmas, PROMPT)
     assert near(stacked.latents, trajectory.latents)
+    assert torch.equal(stacked.text, trajectory.text)
+    assert torch.equal(stacked.pooled, trajectory.pooled)
+    assert len(stacked.text) == len(stacked.pooled) == 1
 
 
 def test_the_source_follows(golden_model, trajectory):
@@ -143,7 +146,9 @@ def changed(path, **changes) -> None:
         ({"text": torch.zeros(3)}, "no usable 'text'; expected 3 dimensions"),
         ({"sigmas": torch.tensor([1, 0])}, "no usable 'sigmas'"),
         ({"sigmas": torch.tensor([1.0, 0.5, 0.0])}, "5 latents for 3 noise levels"),
-        ({"latents": torch.full((5, 16, 8, 8), torch.nan)}, "numbers that are none"),
+        ({"latents": torch.full((5, 16, 8, 8), torch.nan)}, "no usable 'latents'; expected 4 dimensions of finite"),
+        ({"pooled": torch.full((1, 768), torch.inf)}, "no usable 'pooled'"),
+        ({"text": torch.zeros(2, 24, 64)}, "2 prompts; expected a latent for each, and one prompt"),
         ({"sigmas": torch.tensor([1.0, 0.5, 0.6, 0.1, 0.0])}, "noise levels .* expected at least two that fall"),
         ({"nudging": "much"}, "does not tell how it was made"),
         ({"prompt": None}, "does not tell how it was made"),
@@ -163,6 +168,9 @@ def test_cut_off_files(trajectory, tmp_path):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(SliderError, match="cannot be read as a trajectory"):
         load_trajectory(path)
+    path.unlink()
+    with pytest.raises(SliderError, match="is not there any more"):
+        load_trajectory(path)
 
 
 def other_model(recipe, config):
@@ -179,11 +187,26 @@ def test_other_models(golden_model, recipe, manifest, trajectory):
         trajectory.check_model(comfy.sd.load_diffusion_model_state_dict(rounded, model_options={"dtype": dtype}))
 
 
+@pytest.mark.usefixtures("unpatched_afterwards")
+def test_a_lora_does_not_make_another_model(golden_model):
+    """Not even one on the parameter by which models are told apart, whether it is loaded or not."""
+    patched, key = golden_model.clone(), "diffusion_model.img_in.bias"
+    patched.add_patches({key: ("diff", (noise(256, seed=3),))})
+    made = inverted(patched)
+    for model in (golden_model, patched, golden_model):
+        made.check_model(model)
+        inverted(model, steps=1)
+        made.check_model(patched)
+
+
 def test_bad_input(golden_model, trajectory):
     text, picture, sigmas = source_text(), photo(golden_model), sigmas_of(golden_model)
     bad = [
         (picture.repeat(2, 1, 1, 1), sigmas, "The latent has 2 pictures"),
-        (torch.zeros(LATENT), sigmas, "The latent is empty"),
+        (torch.zeros(LATENT), sigmas, "is empty, holds numbers that are none, .* expected 16 channels"),
+        (picture[:, :4], sigmas, r"The latent \(1, 4, 8, 8\) .* expected 16 channels"),
+        (picture[:, :, None], sigmas, "expected 16 channels"),
+        (picture / 0, sigmas, "numbers that are none"),
         (picture, torch.tensor([14.6, 7.0, 0.0]), r"begin with 14\.6, 7, 0; expected .* flow matching"),
         (picture, sigmas[:-1], "expected at least two that fall from at most 1 to 0"),
         (picture, sigmas.flip(0), "fall from at most 1 to 0"),
@@ -192,6 +215,8 @@ def test_bad_input(golden_model, trajectory):
     for latent, levels, message in bad:
         with pytest.raises(SliderError, match=message):
             invert(golden_model, text, latent, levels, PROMPT)
+    with pytest.raises(SliderError, match="no pooled vector"):
+        invert(golden_model, [[text[0][0], {}]], picture, sigmas, PROMPT)
     with pytest.raises(SliderError, match=r"The batch is one prompt, .* choose 'is left alone'"):
         edit_from_trajectory(golden_model, source_text(), trajectory)
     [[cond, options]] = stacked_text()

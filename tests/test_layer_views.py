@@ -15,6 +15,7 @@ from support.outcomes import near
 from support.stable_flow import LATENT, ROWS, edit_text, source_text, stacked_text
 from support.tiny_models import tiny_vae
 
+from slider_core import layer_analysis
 from slider_core.attention_view import PointAttention, view_attention
 from slider_core.errors import SliderError
 from slider_core.layer_analysis import LayerScores, latent_features, picture_features, scores_of
@@ -60,16 +61,16 @@ def vision(kind: str) -> ClipVisionModel:
     return model
 
 
-def analysed(model, file, features=latent_features, prompts=None, seeds=(3,), **more) -> LayerScores:
+def analysed(model, folder, name="s", features=latent_features, prompts=None, seeds=(3,), **more) -> LayerScores:
     prompts = prompts or {"one": source_text(), "two": edit_text(1)}
-    return scores_of(model, prompts, seeds, EMPTY, 2, features, file, {"compared by": "test"}, **more)
+    return scores_of(model, prompts, seeds, EMPTY, 2, features, folder, name, {"compared by": "test"}, **more)
 
 
 @pytest.mark.parametrize("layer", [1, 5])
 @pytest.mark.parametrize("kind", [None, "clip_vision_model", "dinov2", "siglip_vision_model"])
 def test_the_important_layer_is_found(recipe, manifest, tmp_path, layer, kind):
     features = picture_features(tiny_vae(), vision(kind)) if kind else latent_features
-    scores = analysed(model_that_needs(layer, recipe, manifest), tmp_path / "s", features)
+    scores = analysed(model_that_needs(layer, recipe, manifest), tmp_path, "s", features)
     assert scores.most_vital(1) == [layer]
     others = [scores.vitality(k) for k in range(7) if k != layer]
     assert scores.vitality(layer) > 2 * max(others)
@@ -78,7 +79,7 @@ def test_the_important_layer_is_found(recipe, manifest, tmp_path, layer, kind):
 
 def test_scores_are_similarities_with_bypassed_layers(golden_model, tmp_path):
     """One score computed by hand, with the layer's block replaced through ComfyUI's own patch."""
-    scores = analysed(golden_model, tmp_path / "s", prompts={"one": source_text()})
+    scores = analysed(golden_model, tmp_path, "s", prompts={"one": source_text()})
     without = golden_model.clone()
     without.set_model_patch_replace(lambda args, extra: {"img": args["img"]}, "dit", "single_block", 2)
 
@@ -95,7 +96,7 @@ def test_scores_are_similarities_with_bypassed_layers(golden_model, tmp_path):
 
 
 def test_what_is_chosen_and_written(golden_model, tmp_path):
-    scores = analysed(golden_model, tmp_path / "s", seeds=(3, 4))
+    scores = analysed(golden_model, tmp_path, "s", seeds=(3, 4))
     order = sorted(range(7), key=scores.vitality, reverse=True)
     assert scores.most_vital(3) == sorted(order[:3])
     assert scores.above(scores.vitality(order[2])) == sorted(order[:3])
@@ -111,7 +112,7 @@ class Stop(Exception):
 
 
 def test_an_interrupted_run_goes_on(golden_model, tmp_path):
-    whole, renders = analysed(golden_model, tmp_path / "whole"), []
+    whole, renders = analysed(golden_model, tmp_path, "whole"), []
 
     def stop_after_11(done: int, total: int, latent: torch.Tensor) -> None:
         renders.append((done, total))
@@ -119,35 +120,93 @@ def test_an_interrupted_run_goes_on(golden_model, tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        analysed(golden_model, tmp_path / "cut", on_picture=stop_after_11)
+        analysed(golden_model, tmp_path, "cut", on_picture=stop_after_11)
     assert renders == [(k, 16) for k in range(1, 12)]
     again = []
-    resumed = analysed(golden_model, tmp_path / "cut", on_picture=lambda *counts: again.append(counts[:2]))
-    assert again == [(k, 16) for k in range(10, 17)]
+    resumed = analysed(golden_model, tmp_path, "cut", on_picture=lambda *counts: again.append(counts[:2]))
+    assert again == [(k, 16) for k in (1, 9, 11, 12, 13, 14, 15, 16)]
     assert resumed.similarities == whole.similarities
-    analysed(golden_model, tmp_path / "cut", on_picture=lambda *_: pytest.fail("all pictures were there"))
+    again.clear()
+    analysed(golden_model, tmp_path, "cut", on_picture=lambda *counts: again.append(counts[:2]))
+    assert again == [(1, 16)]
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.usefixtures("unpatched_afterwards")
+def test_what_else_changed_is_noticed(golden_model, tmp_path):
+    """LoRAs, text encoders, vision models: none of them is among the settings, all change what is seen."""
+    patched, key = golden_model.clone(), "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+    patched.add_patches({key: ("diff", (0.05 * noise(768, 256, seed=3),))})
+    other_text = {"one": edit_text(2), "two": edit_text(1)}
+    doubled = picture_features(tiny_vae(), vision("dinov2"))
+    for model, more in (
+        (patched, {}),
+        (golden_model, {"prompts": other_text}),
+        (golden_model, {"features": doubled}),
+    ):
+        analysed(golden_model, tmp_path, "s")
+        anew = analysed(model, tmp_path, "s", **more)
+        alone = analysed(model, tmp_path, "alone", **more)
+        assert anew.similarities == alone.similarities
+        for file in tmp_path.iterdir():
+            file.unlink()
+
+
+@pytest.mark.parametrize("more", [{"steps": 3}, {"latent": torch.zeros(1, 16, 8, 12)}, {"settings": {"guidance": 2}}])
+def test_every_setting_has_a_file_of_its_own(golden_model, tmp_path, more):
+    inputs = {"steps": 2, "latent": EMPTY, "settings": {"guidance": 1}}
+
+    def run(steps: int, latent: torch.Tensor, settings: dict) -> LayerScores:
+        return scores_of(
+            golden_model, {"one": source_text()}, [3], latent, steps, latent_features, tmp_path, "s", settings
+        )
+
+    run(**inputs)
+    run(**inputs | more)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_every_seed_has_noise_of_its_own(golden_model, tmp_path):
+    scores = analysed(golden_model, tmp_path, "s", seeds=(3, 4))
+    assert scores.similarities[0]["one (3)"] != scores.similarities[0]["one (4)"]
+
+
+def test_scores_are_written_whole_or_not_at_all(golden_model, tmp_path, monkeypatch):
+    scores = analysed(golden_model, tmp_path, "s")
+    [file] = tmp_path.iterdir()
+    before, real = file.read_text(encoding="utf-8"), type(file).write_text
+
+    def broken(path, content, **options):
+        real(path, content[:50], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(file), "write_text", broken)
+    del scores.similarities[0]["one (3)"]
+    with pytest.raises(SliderError, match="No space left on device"):
+        layer_analysis._write(file, scores)
+    assert file.read_text(encoding="utf-8") == before
 
 
 def test_other_settings_and_damaged_files_start_anew(golden_model, tmp_path):
-    analysed(golden_model, tmp_path / "s")
+    analysed(golden_model, tmp_path, "s")
     [file] = tmp_path.iterdir()
     rendered = []
-    analysed(golden_model, tmp_path / "s", seeds=(8,), on_picture=lambda *_: rendered.append(1))
+    analysed(golden_model, tmp_path, "s", seeds=(8,), on_picture=lambda *_: rendered.append(1))
     assert len(rendered) == 16
     assert len(list(tmp_path.iterdir())) == 2
     for damage in ("", "{}", "[]", '{"similarities": {"a": {}}}', file.read_text()[:300]):
         file.write_text(damage)
         rendered.clear()
-        analysed(golden_model, tmp_path / "s", on_picture=lambda *_: rendered.append(1))
+        analysed(golden_model, tmp_path, "s", on_picture=lambda *_: rendered.append(1))
         assert len(rendered) == 16
 
 
 def test_bad_input(golden_model, tmp_path):
     with pytest.raises(SliderError, match="There is no prompt"):
-        scores_of(golden_model, {}, [1], EMPTY, 2, latent_features, tmp_path / "s", {})
+        scores_of(golden_model, {}, [1], EMPTY, 2, latent_features, tmp_path, "s", {})
     (tmp_path / "file").touch()
     with pytest.raises(SliderError, match=r"scores cannot be written to .* Make room"):
-        analysed(golden_model, tmp_path / "file" / "s")
+        analysed(golden_model, tmp_path / "file")
     scores = LayerScores({}, {0: {"a": 0.9}, 1: {"a": 0.5}})
     for count in (0, 3):
         with pytest.raises(SliderError, match=f"{count} layers were asked for; expected 1 to 2"):
@@ -243,5 +302,5 @@ def test_attention_plot():
 def test_nothing_stays_on_the_model(golden_model, tmp_path):
     x = noise(*LATENT, seed=4)
     before = velocity_of(golden_model, x, 0.5, source_text())
-    analysed(golden_model, tmp_path / "s")
+    analysed(golden_model, tmp_path, "s")
     assert torch.equal(velocity_of(golden_model, x, 0.5, source_text()), before)

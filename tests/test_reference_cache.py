@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import comfy.model_management
+import comfy.model_sampling
 import comfy.sample
+import comfy.sd
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 from conftest import GOLDEN
 from support.model_calls import compiled, noise
 from support.outcomes import far, near
-from support.stable_flow import LATENT, edit_text, euler, photo, sigmas_of, source_text, stacked_text
+from support.stable_flow import LATENT, ROWS, edit_text, euler, photo, sigmas_of, source_text, stacked_text
 
+from slider_core import reference_cache
 from slider_core.adapter_file import read_adapter
 from slider_core.errors import SliderError
 from slider_core.fitting_samplers import ONE_CALL_PER_STEP
 from slider_core.global_lora import apply_gstlora
 from slider_core.inversion import FOLLOWS, FREE, edit_from_trajectory, invert
-from slider_core.reference_cache import inject_cached, memory_needed, remember_sampling, remember_trajectory
-from slider_core.vital_layers import inject_key_values
+from slider_core.reference_cache import (
+    check_remembers,
+    describe_need,
+    inject_cached,
+    memory_needed,
+    remember_sampling,
+    remember_trajectory,
+)
+from slider_core.vital_layers import bypass, inject_key_values
 
 LAYERS, STEPS = [0, 2, 4, 6], 3
 GSTLORA = GOLDEN / "examples" / "gstlora_pytorch_lora_weights.safetensors"
@@ -25,7 +36,9 @@ GSTLORA = GOLDEN / "examples" / "gstlora_pytorch_lora_weights.safetensors"
 
 def remembered(model, limit: float = 0.0, layers=LAYERS, text=None, steps: int = STEPS, latent=LATENT, **more):
     options = {"seed": 5, "sampler": "euler", "scheduler": "simple", "limit": limit, **more}
-    return remember_sampling(model, text or source_text(), torch.zeros(latent), layers, steps=steps, **options)
+    empty = torch.zeros(latent)
+    start = comfy.sample.prepare_noise(empty, 5)
+    return remember_sampling(model, text or source_text(), empty, start, layers, steps=steps, **options)
 
 
 def edited(model, text, pictures: int = 1, sampler: str = "euler", steps: int = STEPS, latent=LATENT) -> torch.Tensor:
@@ -79,23 +92,27 @@ def test_torch_compile(golden_model, limit):
     assert near(edited(compiled(inject_cached(golden_model, cache)), edit_text(1)), want)
 
 
-def test_cond_and_uncond(golden_model):
-    """With cfg the remembered source reaches both, in one call or in two."""
-    model = inject_cached(golden_model, remembered(golden_model)[0])
+@pytest.mark.parametrize("limit", [0.0, 1e-9], ids=["kept", "computed again"])
+@pytest.mark.parametrize("rows", [ROWS, 11], ids=["one call", "two calls"])
+def test_cond_and_uncond(golden_model, limit, rows):
+    """With cfg the remembered source reaches both, in one call or in two. One Euler step is linear in cfg."""
+    model = inject_cached(golden_model, remembered(golden_model, limit, steps=1)[0])
+    start, empty = comfy.sample.prepare_noise(torch.zeros(LATENT), 5), torch.zeros(LATENT)
+    text, negative = edit_text(1), edit_text(2, rows=rows)
+    guided = comfy.sample.sample(
+        model, start, 1, 3.0, "euler", "simple", text, negative, empty, disable_pbar=True, seed=0
+    )
+    cond, uncond = edited(model, text, steps=1), edited(model, negative, steps=1)
+    assert near(guided, uncond + 3.0 * (cond - uncond))
+    assert far(cond, uncond)
 
-    def guided(negative: list, cfg: float) -> torch.Tensor:
-        start = comfy.sample.prepare_noise(torch.zeros(LATENT), 5)
-        text = edit_text(1)
-        return comfy.sample.sample(
-            model, start, 1, cfg, "euler", "simple", text, negative, torch.zeros(LATENT), disable_pbar=True
-        )
 
-    for negative in (edit_text(2), edit_text(2, rows=11)):
-        cond, uncond = (
-            guided(negative, 1.0),
-            edited(inject_cached(golden_model, remembered(golden_model, steps=1)[0]), negative, steps=1),
-        )
-        assert near(guided(negative, 3.0), uncond + 3.0 * (cond - uncond))
+def test_parts_of_the_schedule(golden_model):
+    cache, _ = remembered(golden_model)
+    for part in ({"end": 0.3}, {"start": 0.3}, {"strength": 0.0}):
+        together = edited(inject_key_values(golden_model, LAYERS, **part), stacked_text(), 3)
+        assert near(edited(inject_cached(golden_model, cache, **part), edit_text(1)), together[1:2])
+        assert far(edited(inject_cached(golden_model, cache), edit_text(1)), together[1:2])
 
 
 @pytest.mark.parametrize("limit", [0.0, 1e-9], ids=["kept", "computed again"])
@@ -122,15 +139,16 @@ def test_what_is_said_about_memory(golden_model):
 
 def test_memory_that_runs_out_midway(golden_model, monkeypatch):
     want = edited(inject_cached(golden_model, remembered(golden_model)[0]), edit_text(1))
-    real, rooms = torch.empty, []
+    real, rooms = reference_cache._Places.room, []
 
-    def empty(*args, **kwargs):
-        if "pin_memory" in kwargs and len(rooms.append(args) or rooms) == 2:
+    def room(*args):
+        rooms.append(args)
+        if len(rooms) == 2:
             raise RuntimeError("out of memory")
-        return real(*args, **kwargs)
+        return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", empty)
+        patch.setattr(reference_cache._Places, "room", room)
         cache, _ = remembered(golden_model)
     assert len(rooms) == 2
     assert not cache.kept
@@ -139,10 +157,43 @@ def test_memory_that_runs_out_midway(golden_model, monkeypatch):
 
 
 def test_free_memory_is_not_used_up(golden_model, monkeypatch):
+    """By itself half of what is free; with a limit no more than that, and never more than is free."""
     needed = memory_needed(golden_model, LAYERS, LATENT, STEPS)
-    for free, kept in ((2 * needed + 2, True), (2 * needed - 2, False)):
+    for free, limit, kept in (
+        (2 * needed + 2, 0.0, True),
+        (2 * needed - 2, 0.0, False),
+        (2 * needed - 2, 1.0, True),
+        (needed - 2, 1.0, False),
+        (4 * needed, 0.5 * needed / 1e9, False),
+    ):
         monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, free=free, **__: free)
-        assert remembered(golden_model)[0].kept == kept
+        assert remembered(golden_model, limit)[0].kept == kept
+        said = describe_need(golden_model, LAYERS, LATENT, STEPS, limit)
+        assert "The source takes 0.4 MB of RAM" in said
+        assert ("computed again" in said) != kept
+
+
+def test_the_dtype_of_the_model_is_kept(recipe, manifest):
+    weights = {key: value.bfloat16() for key, value in recipe.flux_weights(manifest["model"]).items()}
+    model = comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": torch.bfloat16})
+    model.set_model_compute_dtype(torch.bfloat16)
+    cache, _ = remembered(model)
+    assert {moment.key_values.dtype for moment in cache.moments} == {torch.bfloat16}
+    together = edited(inject_key_values(model, LAYERS), stacked_text(), 3)
+    alone, bare = edited(inject_cached(model, cache), edit_text(1)), edited(model, edit_text(1))
+    assert (alone - together[1:2]).norm() < 0.1 * (bare - together[1:2]).norm()
+
+
+def test_comfyui_sees_how_much_memory_it_holds(golden_model):
+    """As its cache looks for it: in lists and tuples."""
+
+    def held(value: object) -> int:
+        if isinstance(value, (list, tuple)):
+            return sum(map(held, value))
+        return value.nbytes if isinstance(value, torch.Tensor) else 0
+
+    cache, _ = remembered(golden_model)
+    assert held(cache) > cache.needed
 
 
 def test_samplers(golden_model):
@@ -179,6 +230,106 @@ def test_bad_input(golden_model, recipe, manifest):
 
 def other_model(recipe, config):
     return comfy.sd.load_diffusion_model_state_dict(recipe.flux_weights(config), model_options={"dtype": torch.float32})
+
+
+def with_lora(model, strength: float):
+    """Other weights, by ComfyUI's own patching."""
+    patched, key = model.clone(), "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+    shape = model.model.state_dict()[key].shape
+    patched.add_patches({key: ("diff", (0.05 * noise(*shape, seed=3),))}, strength)
+    return patched
+
+
+@pytest.mark.usefixtures("unpatched_afterwards")
+def test_loras_of_source_and_edit(golden_model):
+    """Kept keys and values do not care; those that are computed again need the same LoRAs, or are refused."""
+    lora = with_lora(golden_model, 1.0)
+    kept, again = (remembered(lora, limit)[0] for limit in (0.0, 1e-9))
+    assert near(edited(inject_cached(lora, kept), edit_text(1)), edited(inject_cached(lora, again), edit_text(1)))
+    edited(inject_cached(golden_model, kept), edit_text(1))
+    for other in (golden_model, with_lora(golden_model, 0.5)):
+        with pytest.raises(SliderError, match="other LoRAs than the source's"):
+            edited(inject_cached(other, again), edit_text(1))
+
+
+def test_patches_of_other_nodes_stay_with_their_model(golden_model):
+    """An attention patch on the source's or on the edit's model only: kept equals computed again."""
+    patched = golden_model.clone()
+    patched.set_model_attn1_patch(lambda q, k, v, **_: {"q": 0.5 * q, "k": k, "v": v})
+    for of_source, of_edit in ((golden_model, patched), (patched, golden_model)):
+        kept, again = (remembered(of_source, limit)[0] for limit in (0.0, 1e-9))
+        outs = [edited(inject_cached(of_edit, cache), edit_text(1)) for cache in (kept, again)]
+        assert near(*outs)
+        assert far(outs[0], edited(inject_cached(of_edit, remembered(of_edit)[0]), edit_text(1)))
+
+
+def test_layers_that_are_skipped(golden_model):
+    """What the source did not compute is not made up from memory that happens to be there."""
+    skipping = golden_model.clone()
+    skipping.set_model_patch_replace(lambda args, extra: {"img": args["img"]}, "dit", "single_block", 1)
+    remembered(skipping, layers=[0, 2])
+    with pytest.raises(SliderError, match=r"not computed in a step.*EasyCache"):
+        remembered(skipping)
+    cache, _ = remembered(skipping, 1e-9)
+    with pytest.raises(SliderError, match="not computed in a step"):
+        edited(inject_cached(golden_model, cache), edit_text(1))
+    with pytest.raises(SliderError, match="not computed in a step"):
+        remembered(bypass(golden_model, [4]))
+
+
+def test_sources_that_cannot_be_kept(golden_model):
+    [[cond, options]] = source_text()
+    area = [[cond, {**options, "area": (4, 8, 0, 0), "strength": 1.0}]]
+    with pytest.raises(SliderError, match="covers 8 x 4 of a latent of 8 x 8"):
+        remembered(golden_model, text=area)
+    half = [[cond, {**options, "start_percent": 0.0, "end_percent": 0.5}]]
+    with pytest.raises(SliderError, match="Take time ranges off"):
+        remembered(golden_model, text=half)
+    guided = golden_model.clone()
+    guided.set_model_sampler_post_cfg_function(lambda args: args["denoised"], disable_cfg1_optimization=True)
+    with pytest.raises(SliderError, match="computes the negative prompt too"):
+        remembered(guided)
+    control = golden_model.clone()
+    control.add_wrapper_with_key(
+        WrappersMP.APPLY_MODEL,
+        "test",
+        lambda executor, x, t, c, text, control, *rest, **more: executor(x, t, c, text, {"input": []}, *rest, **more),
+    )
+    with pytest.raises(SliderError, match="has a ControlNet"):
+        remembered(control)
+    with pytest.raises(SliderError, match="not flow matching"):
+        remembered(sampled_by_eps(golden_model))
+
+
+def sampled_by_eps(model):
+    other = model.clone()
+    other.add_object_patch("model_sampling", comfy.model_sampling.EPS())
+    return other
+
+
+def test_trajectories_that_do_not_fit(golden_model, recipe, manifest):
+    sigmas = sigmas_of(golden_model)
+    one, two = (
+        invert(golden_model, source_text(), photo(golden_model) + k, sigmas, "a", nudging=1.0) for k in range(2)
+    )
+    with pytest.raises(SliderError, match="The trajectory was made with another"):
+        remember_trajectory(other_model(recipe, manifest["model"] | {"seed": 99}), one, LAYERS)
+    with pytest.raises(SliderError, match="not flow matching"):
+        remember_trajectory(sampled_by_eps(golden_model), one, LAYERS)
+    model = inject_cached(golden_model, remember_trajectory(golden_model, one, LAYERS))
+    check_remembers(model, one)
+    with pytest.raises(SliderError, match="remembers another source than this trajectory"):
+        check_remembers(model, two)
+    with pytest.raises(SliderError, match="remembers another source"):
+        check_remembers(inject_cached(golden_model, remembered(golden_model)[0]), one)
+    with pytest.raises(SliderError, match="remembers no source"):
+        check_remembers(inject_key_values(golden_model, LAYERS), one)
+
+
+def test_samplers_that_add_noise_are_refused(golden_model):
+    model = inject_cached(golden_model, remembered(golden_model)[0])
+    with pytest.raises(SliderError, match="'euler_ancestral' adds new noise"):
+        edited(model, edit_text(1), sampler="euler_ancestral")
 
 
 def test_nothing_stays_on_the_model(golden_model):

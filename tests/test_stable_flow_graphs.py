@@ -292,6 +292,54 @@ def test_vital_layers_are_found_and_used(server):
     assert len(list((server.base / "output" / "vital_layers").glob("tiny_*.json"))) == 1
 
 
+def test_latents_are_taken_as_by_the_stock_sampler(server):
+    """An empty latent of four channels, and a latent with a noise of its own in the batch."""
+
+    def source(g: Graph, latent: Link) -> Link:
+        node = remembered_source(g, g.model())[0]
+        g[node]["inputs"]["latent"] = latent
+        return [node, 1]
+
+    def stock(g: Graph, latent: Link) -> Link:
+        text = g.add("FluxGuidance", conditioning=g.stock_text(SOURCE), guidance=1.0)
+        return g.sample(g.model(), text, latent=latent)
+
+    def four_channels(g: Graph) -> Link:
+        return g.add("EmptyLatentImage", width=64, height=64, batch_size=1)
+
+    def third_of_three(g: Graph) -> Link:
+        return g.add("LatentFromBatch", samples=g.noise(3), batch_index=2, length=1)
+
+    for make in (four_channels, third_of_three):
+        ours, theirs = latents(server, lambda g, make=make: source(g, make(g)), lambda g, make=make: stock(g, make(g)))
+        assert near(ours, theirs)
+
+
+def test_scores_stay_in_the_output_folder(server):
+    before = set(server.base.iterdir())
+    for prefix in ("", ".", "a/.."):
+        graph = Graph()
+        found = graph.add(
+            "EditSlidersFindVitalLayers",
+            model=graph.model(),
+            clip=graph.clip(),
+            latent=graph.noise(),
+            prompts=SOURCE,
+            seed=len(prefix),
+            seeds=1,
+            steps=1,
+            guidance=3.5,
+            choose="the most vital",
+            count=1,
+            threshold=0.1,
+            filename_prefix=prefix,
+        )
+        graph.add("PreviewAny", source=[found[0], 0])
+        assert server.run(graph).ok
+    assert set(server.base.iterdir()) == before
+    assert len(list((server.base / "output").glob("*.json"))) == 3
+
+
 def test_attention_is_viewed(server):
     graph = Graph()
     stack = graph.add(
@@ -371,6 +419,23 @@ def failing(name: str, part, node: str, message: str):
             "The model has no layer 9; expected layers from 0 to 3",
         ),
         failing(
+            "nothing remembered",
+            lambda g: edited(g, inverted(g), g.model(), REMEMBERED),
+            "EditSlidersEditFromTrajectory",
+            "The model remembers no source",
+        ),
+        failing(
+            "another trajectory remembered",
+            lambda g: edited(
+                g,
+                inverted(g),
+                from_memory(g, g.model(), remembered_trajectory(g, inverted(g, nudging=1.1))),
+                REMEMBERED,
+            ),
+            "EditSlidersEditFromTrajectory",
+            "remembers another source than this trajectory",
+        ),
+        failing(
             "edits of no words",
             lambda g: edited(g, inverted(g), edits=" \n "),
             "EditSlidersEditFromTrajectory",
@@ -386,7 +451,7 @@ def failing(name: str, part, node: str, message: str):
             "empty latent",
             lambda g: edited(g, inverted(g, latent=lambda g: g.noise())),
             "EditSlidersInvertPhotograph",
-            "The latent is empty; expected a picture, encoded by VAEEncode",
+            "expected 16 channels, encoded by VAEEncode",
         ),
         failing(
             "batch of photographs",

@@ -25,7 +25,7 @@ PROMPT = "make the cat older\nmake the wall golden"
 
 
 X = noise(1, 16, 8, 8, seed=9)
-WHERE = (torch.device("cpu"), X.shape, torch.tensor(SIGMA), float)
+WHERE = (torch.device("cpu"), torch.float32, None, X.shape, torch.tensor(SIGMA), float, None, None)
 
 
 def text(*strengths: object, seed: int = 1) -> list:
