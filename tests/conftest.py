@@ -74,9 +74,9 @@ def golden_model(recipe: ModuleType, manifest: dict):
 
 
 @pytest.fixture
-def unpatched_afterwards() -> Iterator[None]:
+def unpatched_afterwards(golden_model) -> Iterator[None]:
     """For tests that let ComfyUI load LoRAs into the golden model."""
     import comfy.model_management
 
     yield
-    comfy.model_management.unload_all_models()
+    comfy.model_management.load_model_gpu(golden_model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import comfy.lora
+import comfy.model_management
 import comfy.sd
 import pytest
 import torch
@@ -119,6 +120,7 @@ class loaded:
         self.model, self.how = model, how
 
     def __enter__(self):
+        comfy.model_management.unload_all_models()
         self.model.patch_model(self.model.load_device, **self.how)
 
     def __exit__(self, *exc):
