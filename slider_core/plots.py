@@ -30,7 +30,7 @@ def layer_plot(scores: LayerScores, vital: Sequence[int]) -> torch.Tensor:
     axes.set(
         xlabel="layer left out",
         ylabel="similarity to the whole model's picture",
-        title=f"What {scores.settings['compared by']} sees, mean of {pictures} picture(s)",
+        title=f"Compared by {scores.settings['compared by']}, mean of {pictures} picture(s)",
     )
     axes.legend()
     axes.grid(alpha=0.3)
@@ -43,19 +43,19 @@ def attention_plot(
     """A point's attention in vital and other layers, and the share of text in each; picture: (height, width, 3)."""
     others = [layer for layer in attention.text if layer not in vital]
     figure = _figure(12, 8)
-    panels = figure.subplot_mosaic([["picture", "vital", "others"], ["shares"] * 3], height_ratios=(2, 1))
+    panels = figure.subplot_mosaic([["picture", "vital", "other"], ["shares"] * 3], height_ratios=(2, 1))
     height, width = picture.shape[:2]
     panels["picture"].imshow(picture.clamp(0, 1).cpu().numpy())
     panels["picture"].set_title("the point")
     panels["picture"].plot(point[0] * width, point[1] * height, "o", color=VITAL, markeredgecolor="white")
-    for name, layers in (("vital", vital), ("others", others)):
+    for name, layers in (("vital", vital), ("other", others)):
         if layers:
             panels[name].imshow(picture.mean(-1).cpu().numpy(), cmap="gray", extent=(0, width, height, 0))
             shares = attention.map_of(layers).numpy()
             panels[name].imshow(shares, cmap="inferno", alpha=0.75, extent=(0, width, height, 0))
             text, image = attention.share_of_text(layers), attention.share_of_image(layers)
             panels[name].set_title(f"{name} layers: {image:.0%} image, {text:.0%} text")
-    for name in ("picture", "vital", "others"):
+    for name in ("picture", "vital", "other"):
         panels[name].set_axis_off()
     colours = [VITAL if layer in vital else OTHER for layer in attention.text]
     panels["shares"].bar(list(attention.text), list(attention.text.values()), color=colours)
