@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,9 @@ FREE = "is left alone"
 
 OnStep = Callable[[int, torch.Tensor, torch.Tensor, int], None]
 """(step from 0, predicted picture, latents, number of steps), called after each step."""
+
+Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(latents, noise level) -> what the model predicts the picture to be."""
 
 
 def invert(
@@ -98,69 +102,68 @@ def edit_from_trajectory(
     return run(model, conditioning, EulerFromTrajectory(trajectory, source), trajectory.sigmas, empty, on_step)
 
 
-class InverseEuler(Sampler):
+class StepSampler(Sampler):
+    """What the samplers of this pack have in common."""
+
+    def sample(
+        self,
+        model_wrap: Any,
+        sigmas: torch.Tensor,
+        extra_args: dict[str, Any],
+        callback: OnStep | None,
+        noise: torch.Tensor,
+        latent_image: torch.Tensor,
+        denoise_mask: object = None,
+        disable_pbar: bool = False,
+    ) -> torch.Tensor:
+        def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            return model_wrap(x, sigma.expand(len(x)), **extra_args)
+
+        return self.steps(denoise, sigmas, latent_image, callback or (lambda *_: None))
+
+    def steps(self, denoise: Denoise, sigmas: torch.Tensor, latent: torch.Tensor, on_step: OnStep) -> torch.Tensor:
+        """Go from the first noise level to the last; the latents there."""
+        raise NotImplementedError
+
+
+class InverseEuler(StepSampler):
     """From picture to noise. sigmas rise; the velocity is taken at the noise level that a step leads to."""
 
     def __init__(self, nudging: float, refinements: int):
         self.nudging, self.refinements = nudging, refinements
         self.latents: list[torch.Tensor] = []
 
-    def sample(
-        self,
-        model_wrap: Any,
-        sigmas: torch.Tensor,
-        extra_args: dict[str, Any],
-        callback: OnStep | None,
-        noise: torch.Tensor,
-        latent_image: torch.Tensor,
-        denoise_mask: object = None,
-        disable_pbar: bool = False,
-    ) -> torch.Tensor:
-        x = latent_image * self.nudging
+    def steps(self, denoise: Denoise, sigmas: torch.Tensor, latent: torch.Tensor, on_step: OnStep) -> torch.Tensor:
+        x = latent * self.nudging
         self.latents = [x.cpu()]
-        steps = len(sigmas) - 1
-        for step in range(steps):
-            sigma, following = sigmas[step], sigmas[step + 1]
+        for step, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
             estimate = x
             for _ in range(1 + self.refinements):
-                denoised = model_wrap(estimate, following.expand(len(x)), **extra_args)
+                denoised = denoise(estimate, following)
                 estimate = x + (following - sigma) * (estimate - denoised) / following
             x = estimate
             self.latents.append(x.cpu())
-            if callback is not None:
-                callback(step, denoised, x, steps)
+            on_step(step, denoised, x, len(sigmas) - 1)
         return x
 
 
-class EulerFromTrajectory(Sampler):
+class EulerFromTrajectory(StepSampler):
     """From the end of a trajectory to a batch of pictures."""
 
     def __init__(self, trajectory: Trajectory, source: str):
         self.trajectory, self.source = trajectory, source
 
-    def sample(
-        self,
-        model_wrap: Any,
-        sigmas: torch.Tensor,
-        extra_args: dict[str, Any],
-        callback: OnStep | None,
-        noise: torch.Tensor,
-        latent_image: torch.Tensor,
-        denoise_mask: object = None,
-        disable_pbar: bool = False,
-    ) -> torch.Tensor:
-        latents = self.trajectory.latents.to(noise)
-        steps = len(sigmas) - 1
-        x = latents[:1].repeat(len(noise), 1, 1, 1)
-        for step in range(steps):
-            denoised = model_wrap(x, sigmas[step].expand(len(x)), **extra_args)
-            x = x + (sigmas[step + 1] - sigmas[step]) * (x - denoised) / sigmas[step]
+    def steps(self, denoise: Denoise, sigmas: torch.Tensor, latent: torch.Tensor, on_step: OnStep) -> torch.Tensor:
+        latents, steps = self.trajectory.latents.to(latent), len(sigmas) - 1
+        x = latents[:1].repeat(len(latent), 1, 1, 1)
+        for step, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
+            denoised = denoise(x, sigma)
+            x = x + (following - sigma) * (x - denoised) / sigma
             if self.source == FOLLOWS:
                 x[0] = latents[step + 1]
             elif self.source == PUBLISHED:
                 x[0] = latents[_published_entry(step, steps)]
-            if callback is not None:
-                callback(step, denoised, x, steps)
+            on_step(step, denoised, x, steps)
         return x
 
 

@@ -5,26 +5,24 @@ Where they do not fit into memory, the source is computed again beside each mode
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import comfy.model_management
 import comfy.sample
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.samplers import Sampler
 
-from .diffusion_model import diffusion_model_of
 from .errors import SliderError
-from .families import family_of
 from .fitting_samplers import ONE_CALL_PER_STEP, refuse_noise_adding_samplers
-from .inversion import OnStep, check_flow_matching, run
+from .inversion import Denoise, OnStep, StepSampler, check_flow_matching, run
 from .model_identity import ModelIdentity, identity_of
-from .module_overrides import Around, Forward, ModelCall, ModelInputs, Operation, add_operation, operations_of
+from .module_overrides import Around, ModelCall, ModelInputs, Operation, add_operation, operations_of
 from .span_strengths import Conditioning
 from .trajectory import Trajectory
-from .vital_layers import check_part, chosen_blocks
+from .vital_layers import KeyValuePlaces, check_part
 
 _SHARE_OF_FREE_MEMORY = 0.5
 _SAME_SIGMA = 1e-4
@@ -85,10 +83,7 @@ class ReferenceCache(NamedTuple):
 
 def memory_needed(model: ModelPatcher, layers: Sequence[int], latent: Sequence[int], steps: int) -> int:
     """Bytes of the keys and values of a source of this latent shape."""
-    family = family_of(model)
-    width = family.width(diffusion_model_of(model.model))
-    values = steps * len(set(layers)) * family.image_tokens(latent) * 2 * width
-    return values * model.model.get_dtype_inference().itemsize
+    return steps * math.prod(KeyValuePlaces(model, layers).shape(latent)) * model.model.get_dtype_inference().itemsize
 
 
 def describe_need(
@@ -181,7 +176,7 @@ def inject_cached(
     """
     cache.model.check(model, "The remembered source")
     check_part(start, end)
-    patched = add_operation(model, _CachedInjection(_Places(model, cache.layers), cache, strength, (start, end)))
+    patched = add_operation(model, _CachedInjection(KeyValuePlaces(model, cache.layers), cache, strength, (start, end)))
     refuse_noise_adding_samplers(patched)
     return patched
 
@@ -217,10 +212,10 @@ class _Recorder:
     ):
         if latent[0] != 1:
             raise SliderError(f"The latent has {latent[0]} pictures; expected one, the source.")
-        places, needed = _Places(model, layers), memory_needed(model, layers, latent, steps)
+        places, needed = KeyValuePlaces(model, layers), memory_needed(model, layers, latent, steps)
         identity, operations = identity_of(model), operations_of(model)
         self.cache = ReferenceCache(
-            how, steps, tuple(layers), identity, operations, tuple(latent[1:]), needed, start, []
+            how, steps, tuple(dict.fromkeys(layers)), identity, operations, tuple(latent[1:]), needed, start, []
         )
         self.model = add_operation(model, _Recording(places, self.cache, keep=needed <= _allowed(limit)))
 
@@ -259,56 +254,24 @@ def _pinned(key_values: torch.Tensor | None) -> torch.Tensor | None:
     return used
 
 
-class _Places:
-    """Where some layers compute K and V of the image's tokens."""
-
-    def __init__(self, model: ModelPatcher, layers: Sequence[int]):
-        self.family, self.blocks = family_of(model), chosen_blocks(model, layers)
-        self.width = self.family.width(diffusion_model_of(model.model))
-
-    def room(self, call: ModelCall, device: torch.device) -> torch.Tensor:
-        """Memory for them in one call: (layers, tokens, 2 * width), each layer marked as not written."""
-        shape = len(self.blocks), self.family.image_tokens(call.latent), 2 * self.width
-        room = torch.empty(shape, dtype=call.dtype, device=device)
-        room[:, 0, 0] = _NOT_WRITTEN
-        return room
-
-    def wrapped(
-        self, call: ModelCall, key_values: torch.Tensor, change: Callable[[torch.Tensor, torch.Tensor], None]
-    ) -> Mapping[str, Around]:
-        """Lets `change` see, in each layer, the part of its output that is K and V, and the layer's key_values."""
-        tokens, columns = self.family.image_tokens(call.latent), slice(self.width, 3 * self.width)
-        wraps = {}
-        for block, of_block in zip(self.blocks, key_values):
-            first = call.text_rows if block.text_first else 0
-            wraps[block.qkv] = _wrapped((slice(first, first + tokens), columns), of_block, change)
-        return wraps
+def _room(places: KeyValuePlaces, call: ModelCall, device: torch.device) -> torch.Tensor:
+    """Memory for keys and values of one call: (layers, tokens, 2 * width), each layer marked as not written."""
+    room = torch.empty(places.shape(call.latent), dtype=call.dtype, device=device)
+    room[:, 0, 0] = _NOT_WRITTEN
+    return room
 
 
-def _wrapped(
-    place: tuple[slice, slice], key_values: torch.Tensor, change: Callable[[torch.Tensor, torch.Tensor], None]
-) -> Around:
-    rows, columns = place
+def _kept_in(places: KeyValuePlaces, call: ModelCall, room: torch.Tensor) -> Mapping[str, Around]:
+    def keep(layer: int, part: torch.Tensor) -> None:
+        room[layer].copy_(part[0])
 
-    def around(forward: Forward) -> Forward:
-        def with_change(x: torch.Tensor) -> torch.Tensor:
-            y = forward(x)
-            change(y[:, rows, columns], key_values)
-            return y
-
-        return with_change
-
-    return around
-
-
-def _keep(part: torch.Tensor, key_values: torch.Tensor) -> None:
-    key_values.copy_(part[0])
+    return places.changed(call, keep)
 
 
 class _Recording(Operation):
     """Operation: notes every call of a source, with K and V while memory lasts."""
 
-    def __init__(self, places: _Places, cache: ReferenceCache, keep: bool):
+    def __init__(self, places: KeyValuePlaces, cache: ReferenceCache, keep: bool):
         self.places, self.cache, self.keep = places, cache, keep
 
     def around(self, call: ModelCall) -> Mapping[str, Around]:
@@ -327,32 +290,32 @@ class _Recording(Operation):
         moments, key_values = self.cache.moments, None
         if self.keep:
             try:
-                key_values = self.places.room(call, torch.device("cpu"))
+                key_values = _room(self.places, call, torch.device("cpu"))
             except (RuntimeError, MemoryError):
                 self.keep = False
                 moments[:] = [moment._replace(key_values=None) for moment in moments]
         known = moments[-1].inputs if moments else None
         inputs = _moved(call.inputs, torch.device("cpu"), known)
         moments.append(_Moment(call.sigma.item(), inputs, call.weights, key_values))
-        return {} if key_values is None else self.places.wrapped(call, key_values, _keep)
+        return {} if key_values is None else _kept_in(self.places, call, key_values)
 
 
 class _Capture(Operation):
     """Operation: writes K and V into memory that is there already."""
 
-    def __init__(self, places: _Places):
+    def __init__(self, places: KeyValuePlaces):
         self.places = places
         self.key_values: torch.Tensor | None = None
 
     def around(self, call: ModelCall) -> Mapping[str, Around]:
-        self.key_values = self.places.room(call, call.device)
-        return self.places.wrapped(call, self.key_values, _keep)
+        self.key_values = _room(self.places, call, call.device)
+        return _kept_in(self.places, call, self.key_values)
 
 
 class _CachedInjection(Operation):
     """Operation: K and V of the image tokens of every picture become those of a cached source."""
 
-    def __init__(self, places: _Places, cache: ReferenceCache, strength: float, part: tuple[float, float]):
+    def __init__(self, places: KeyValuePlaces, cache: ReferenceCache, strength: float, part: tuple[float, float]):
         self.places, self.cache, self.strength, self.part = places, cache, strength, part
 
     def around(self, call: ModelCall) -> Mapping[str, Around]:
@@ -364,15 +327,14 @@ class _CachedInjection(Operation):
         moment = self.cache.at(call.sigma.item())
         if self.strength == 0 or not call.within(*self.part):
             return {}
-        key_values = moment.key_values
-        if key_values is None:
-            key_values = self._computed_again(call, moment)
+        kept = moment.key_values
+        source = self._computed_again(call, moment) if kept is None else kept
         strength, soon = self.strength, comfy.model_management.device_supports_non_blocking(call.device)
 
-        def blend(part: torch.Tensor, source: torch.Tensor) -> None:
-            part.lerp_(source.to(part, non_blocking=soon), strength)
+        def inject(layer: int, part: torch.Tensor) -> None:
+            part.lerp_(source[layer].to(part, non_blocking=soon), strength)
 
-        return self.places.wrapped(call, key_values, blend)
+        return self.places.changed(call, inject)
 
     def _computed_again(self, call: ModelCall, moment: _Moment) -> torch.Tensor:
         if call.weights != moment.weights:
@@ -387,30 +349,17 @@ class _CachedInjection(Operation):
         return capture.key_values
 
 
-class _Visits(Sampler):
+class _Visits(StepSampler):
     """Calls the model once at every noise level of a trajectory, with the latent that lies there."""
 
     def __init__(self, trajectory: Trajectory):
         self.trajectory = trajectory
 
-    def sample(
-        self,
-        model_wrap: Any,
-        sigmas: torch.Tensor,
-        extra_args: dict[str, Any],
-        callback: OnStep | None,
-        noise: torch.Tensor,
-        latent_image: torch.Tensor,
-        denoise_mask: object = None,
-        disable_pbar: bool = False,
-    ) -> torch.Tensor:
-        steps = len(sigmas) - 1
-        for step in range(steps):
-            x = self.trajectory.latents[step : step + 1].to(noise)
-            denoised = model_wrap(x, sigmas[step].expand(1), **extra_args)
-            if callback is not None:
-                callback(step, denoised, x, steps)
-        return noise
+    def steps(self, denoise: Denoise, sigmas: torch.Tensor, latent: torch.Tensor, on_step: OnStep) -> torch.Tensor:
+        for step, sigma in enumerate(sigmas[:-1]):
+            x = self.trajectory.latents[step : step + 1].to(latent)
+            on_step(step, denoise(x, sigma), x, len(sigmas) - 1)
+        return latent
 
 
 def _moved(inputs: ModelInputs, device: torch.device, known: ModelInputs | None = None) -> ModelInputs:

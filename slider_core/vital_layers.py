@@ -6,37 +6,65 @@ Blocks are counted as in the paper: double blocks first, then single blocks; 0 t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from comfy.model_patcher import ModelPatcher
 
 from .diffusion_model import diffusion_model_of
 from .errors import SliderError
-from .families import Block, Family, family_of
+from .families import Block, family_of
 from .fitting_samplers import refuse_noise_adding_samplers
 from .module_overrides import Around, Forward, ModelCall, Operation, add_operation
 
 
+class KeyValuePlaces:
+    """Where some layers of a model compute K and V of the image's own tokens."""
+
+    def __init__(self, model: ModelPatcher, layers: Sequence[int]):
+        self.family, self.blocks = family_of(model), chosen_blocks(model, layers)
+        self.width = self.family.width(diffusion_model_of(model.model))
+
+    def shape(self, latent: Sequence[int]) -> tuple[int, int, int]:
+        """(layers, tokens, 2 * width) for a latent's shape."""
+        return len(self.blocks), self.family.image_tokens(latent), 2 * self.width
+
+    def changed(self, call: ModelCall, change: Callable[[int, torch.Tensor], None]) -> Mapping[str, Around]:
+        """Lets `change` write into them: (k-th of the layers, its K and V of shape (batch, tokens, 2 * width))."""
+        tokens, columns = self.family.image_tokens(call.latent), slice(self.width, 3 * self.width)
+        changes = {}
+        for layer, block in enumerate(self.blocks):
+            first = call.text_rows if block.text_first else 0
+            changes[block.qkv] = _changed(layer, (slice(first, first + tokens), columns), change)
+        return changes
+
+
+def _changed(layer: int, place: tuple[slice, slice], change: Callable[[int, torch.Tensor], None]) -> Around:
+    rows, columns = place
+
+    def around(forward: Forward) -> Forward:
+        def with_change(x: torch.Tensor) -> torch.Tensor:
+            y = forward(x)
+            change(layer, y[:, rows, columns])
+            return y
+
+        return with_change
+
+    return around
+
+
 class KeyValueInjection(Operation):
-    """Operation: in some blocks, K and V of the image tokens of every image become those of the reference image.
+    """Operation: in some layers, K and V of the image tokens of every image become those of the reference image.
 
     Text tokens, reference latents and all queries keep their own. strength blends: 0 = own, 1 = the reference's.
     chained: the first image has no reference, every other one the image before it.
     """
 
     def __init__(
-        self,
-        family: Family,
-        blocks: Sequence[Block],
-        width: int,
-        reference: int,
-        strength: float,
-        part: tuple[float, float],
-        chained: bool,
+        self, places: KeyValuePlaces, reference: int, strength: float, part: tuple[float, float], chained: bool
     ):
-        self.family, self.blocks, self.width = family, blocks, width
-        self.reference, self.strength, self.part, self.chained = reference, strength, part, chained
+        self.places, self.reference, self.strength = places, reference, strength
+        self.part, self.chained = part, chained
 
     def around(self, call: ModelCall) -> Mapping[str, Around]:
         if call.images < 2:
@@ -51,13 +79,16 @@ class KeyValueInjection(Operation):
             )
         if self.strength == 0 or not call.within(*self.part):
             return {}
-        tokens = self.family.image_tokens(call.latent)
-        changes = {}
-        for block in self.blocks:
-            first = call.text_rows if block.text_first else 0
-            place = (slice(first, first + tokens), slice(self.width, 3 * self.width))
-            changes[block.qkv] = _injected(place, call.images, None if self.chained else self.reference, self.strength)
-        return changes
+        images, reference, strength, chained = call.images, self.reference, self.strength, self.chained
+
+        def inject(_: int, part: torch.Tensor) -> None:
+            by_image = part.unflatten(0, (-1, images))
+            if chained:
+                by_image[:, 1:].lerp_(by_image[:, :-1].clone(), strength)
+            else:
+                by_image.lerp_(by_image[:, reference : reference + 1].clone(), strength)
+
+        return self.places.changed(call, inject)
 
 
 def inject_key_values(
@@ -76,10 +107,8 @@ def inject_key_values(
     have, and for a part that ends before it starts; when sampling, for a batch of one and samplers that add noise.
     """
     check_part(start, end)
-    family, width = family_of(model), family_of(model).width(diffusion_model_of(model.model))
-    blocks = chosen_blocks(model, layers)
-    injection = KeyValueInjection(family, blocks, width, reference, strength, (start, end), chained)
-    patched = add_operation(model, injection)
+    places = KeyValuePlaces(model, layers)
+    patched = add_operation(model, KeyValueInjection(places, reference, strength, (start, end), chained))
     refuse_noise_adding_samplers(patched)
     return patched
 
@@ -148,24 +177,6 @@ def check_part(start: float, end: float) -> None:
     """Raise SliderError for a part of the schedule that ends before it starts."""
     if start > end:
         raise SliderError(f"start {start:g} lies behind end {end:g}; expected start first, both from 0 to 1.")
-
-
-def _injected(place: tuple[slice, slice], images: int, reference: int | None, strength: float) -> Around:
-    rows, columns = place
-
-    def around(forward: Forward) -> Forward:
-        def with_injection(x: torch.Tensor) -> torch.Tensor:
-            y = forward(x)
-            part = y.unflatten(0, (-1, images))[:, :, rows, columns]
-            if reference is None:
-                part[:, 1:].lerp_(part[:, :-1].clone(), strength)
-            else:
-                part.lerp_(part[:, reference : reference + 1].clone(), strength)
-            return y
-
-        return with_injection
-
-    return around
 
 
 def _passing(block: Block) -> Around:

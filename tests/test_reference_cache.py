@@ -139,7 +139,7 @@ def test_what_is_said_about_memory(golden_model):
 
 def test_memory_that_runs_out_midway(golden_model, monkeypatch):
     want = edited(inject_cached(golden_model, remembered(golden_model)[0]), edit_text(1))
-    real, rooms = reference_cache._Places.room, []
+    real, rooms = reference_cache._room, []
 
     def room(*args):
         rooms.append(args)
@@ -148,7 +148,7 @@ def test_memory_that_runs_out_midway(golden_model, monkeypatch):
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reference_cache._Places, "room", room)
+        patch.setattr(reference_cache, "_room", room)
         cache, _ = remembered(golden_model)
     assert len(rooms) == 2
     assert not cache.kept
