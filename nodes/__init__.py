@@ -10,6 +10,7 @@ from .photographs import EditFromTrajectory, InvertPhotograph, LoadTrajectory, S
 from .projectors import ApplyProjector, LoadProjector, ProjectorStrength
 from .prompts import EncodeSubInstructions, SelectPhrase, SubInstructionStrengths
 from .remembered_sources import InjectRememberedSource, RememberSource, RememberTrajectory
+from .slider_prompt import SliderPrompt
 from .stable_flow import InjectVitalLayers, SameNoise, StackPrompts
 from .sweeps import LatentForSweep, StrengthList, StrengthRange
 from .training_free import ApplyTrainingFree
@@ -21,6 +22,7 @@ NODES: list[type[io.ComfyNode]] = [
     EncodeSubInstructions,
     SubInstructionStrengths,
     SelectPhrase,
+    SliderPrompt,
     LoadProjector,
     ApplyProjector,
     ProjectorStrength,

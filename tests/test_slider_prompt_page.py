@@ -1,0 +1,255 @@
+"""The Slider Prompt over the API and in the real page, on the canvas and in Nodes 2.0."""
+
+from __future__ import annotations
+
+import pytest
+from playwright.sync_api import Locator
+from support.browser import ComfyPage
+from support.comfy_server import PromptRefused
+from support.graphs import Graph
+from support.outcomes import far, latents, near
+
+NODE = "EditSlidersSliderPrompt"
+TWO = "make the cat older\nmake the wall (golden:1.2)"
+
+
+def prompt_graph(text: str = TWO, **strengths) -> Graph:
+    """One Slider Prompt into a sampler, as API JSON."""
+    g = Graph()
+    ones = {f"strength_{k}": 1.0 for k in range(1, 51)}  # the page would keep those of the graph before
+    inputs = {"mode": "one per line", "pad_to_512": True, "lowest": -0.5, "highest": 2.0, **ones, **strengths}
+    conditioning = g.add(NODE, clip=g.clip(), text=text, **inputs)
+    g.save(g.sample(g.stlora(g.model()), g.edited(conditioning), steps=1))
+    return g
+
+
+@pytest.fixture
+def page(view: ComfyPage) -> ComfyPage:
+    opened(view, prompt_graph())
+    return view
+
+
+def opened(view: ComfyPage, graph: Graph) -> None:
+    view.page.evaluate("graph => app.loadApiJson(graph, 'test')", graph)
+    show(view)
+
+
+def show(view: ComfyPage) -> None:
+    """Bring the node where the page shows it in full."""
+    view.page.evaluate(
+        """type => {
+            const [node] = app.graph.findNodesByType(type)
+            node.pos = [-5000, 0] // away from the others
+            app.canvas.ds.scale = 1
+            app.canvas.ds.offset = [5400, 160]
+            app.canvas.setDirty(true, true)
+        }""",
+        NODE,
+    )
+    rows(view).first.wait_for()
+    view.page.wait_for_timeout(400)
+
+
+def rows(view: ComfyPage) -> Locator:
+    return view.page.locator(".es-row")
+
+
+def slider(view: ComfyPage, k: int) -> Locator:
+    return rows(view).nth(k).locator("input[type=range]")
+
+
+def number(view: ComfyPage, k: int) -> Locator:
+    return rows(view).nth(k).locator("input[type=number]")
+
+
+def typed(view: ComfyPage) -> Locator:
+    return view.page.locator(".es-text textarea")
+
+
+def inputs(view: ComfyPage) -> dict:
+    [node] = [node for node in view.prompt().values() if node["class_type"] == NODE]
+    return node["inputs"]
+
+
+def strengths(view: ComfyPage, count: int = 3) -> list:
+    return [inputs(view)[f"strength_{k}"] for k in range(1, count + 1)]
+
+
+def words(view: ComfyPage) -> list[str]:
+    return rows(view).locator(".es-words").all_inner_texts()
+
+
+def test_a_row_for_each_line(page):
+    assert words(page) == ["make the cat older", "make the wall golden"]
+    typed(page).fill("one\n\n  two \nthree")
+    assert words(page) == ["one", "two", "three"]
+    assert inputs(page)["text"] == "one\n\n  two \nthree"
+    assert page.page.locator(".es-shade mark").all_inner_texts() == ["one", "two", "three"]
+    assert page.errors == []
+
+
+def test_dragged_by_the_mouse(page):
+    box = slider(page, 1).bounding_box()
+    page.page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] / 2)
+    page.page.mouse.down()
+    for part in (0.5, 0.4, 0.3):
+        page.page.mouse.move(box["x"] + box["width"] * part, box["y"] + box["height"] / 2)
+    page.page.mouse.up()
+    first, second, third = strengths(page)
+    assert first == third == 1
+    assert second == pytest.approx(-0.5 + 0.3 * 2.5, abs=0.1)
+    assert float(number(page, 1).input_value()) == second
+    rows(page).nth(1).locator(".es-words").dblclick()
+    assert strengths(page) == [1, 1, 1]
+
+
+def test_moved_by_keys_and_typed(page):
+    slider(page, 0).focus()
+    for key in ("ArrowLeft", "ArrowLeft", "Shift+ArrowRight"):
+        page.page.keyboard.press(key)
+    assert strengths(page) == [0.91, 1, 1]
+    page.page.keyboard.press("Home")
+    assert strengths(page)[0] == 0
+    number(page, 1).fill("2.5")
+    number(page, 1).press("Enter")
+    assert strengths(page) == [0, 2.5, 1]
+    number(page, 1).fill("")
+    number(page, 1).press("Enter")
+    assert number(page, 1).input_value() == "2.5"
+    assert slider(page, 1).get_attribute("aria-label") == "strength of make the wall golden"
+
+
+def test_strengths_stay_with_their_words(page):
+    number(page, 1).fill("0.3")
+    number(page, 1).press("Enter")
+    typed(page).fill("make it night\n" + TWO)
+    assert strengths(page) == [1, 1, 0.3]
+    typed(page).fill("make the wall (golden:1.2)")
+    assert strengths(page) == [0.3, 1, 1]
+
+
+def test_buttons(page):
+    def click(name: str) -> None:
+        page.page.locator(".es-bar").get_by_text(name).click()
+
+    number(page, 0).fill("0.2")
+    number(page, 0).press("Enter")
+    click("copy")
+    click("reset")
+    assert strengths(page) == [1, 1, 1]
+    click("paste")
+    assert strengths(page) == [0.2, 1, 1]
+    click("lock")
+    slider(page, 0).focus()
+    page.page.keyboard.press("ArrowRight")
+    assert strengths(page) == [0.25, 1.05, 1]
+    click("lock")
+    click("shuffle")
+    assert all(0 <= value <= 1 for value in strengths(page)[:2])
+
+
+def test_marked_phrases_and_their_errors(page):
+    page.set_widget(NODE, "mode", "[[marked]] phrases")
+    error = page.page.locator(".es-error")
+    assert "No phrase is marked" in error.inner_text()
+    typed(page).fill("a [[red (cat:1.3)]] on a [[sofa")
+    assert "not closed" in error.inner_text()
+    typed(page).fill("a [[red (cat:1.3)]] on a [[sofa]]")
+    assert words(page) == ["red cat", "sofa"]
+    assert error.inner_text() == ""
+
+
+def test_saved_and_opened_again(page):
+    number(page, 0).fill("0.4")
+    number(page, 0).press("Enter")
+    before = inputs(page)
+    workflow = page.page.evaluate("app.graph.serialize()")
+    [node] = [node for node in workflow["nodes"] if node["type"] == NODE]
+    page.open(workflow)
+    show(page)
+    assert inputs(page) == before
+    assert number(page, 0).input_value() == "0.4"
+
+    names = ["text", "mode", "pad_to_512", "lowest", "highest", "channel"]
+    at = len(names)
+    node["widgets_values"] = node["widgets_values"][: at + 2]  # as an older version with fewer sliders saved it
+    page.open(workflow)
+    show(page)
+    assert strengths(page) == [0.4, 1, 1]
+    node["widgets_values"][at : at + 2] = ["much", None]
+    page.open(workflow)
+    show(page)
+    assert strengths(page) == [1, 1, 1]
+    assert page.errors == []
+
+
+def test_undone_and_redone(page):
+    page.page.evaluate("app.extensionManager.workflow.activeWorkflow.changeTracker.checkState()")
+    number(page, 0).fill("0.4")
+    number(page, 0).press("Enter")
+    page.page.evaluate("app.extensionManager.workflow.activeWorkflow.changeTracker.checkState()")
+    page.page.evaluate("app.extensionManager.workflow.activeWorkflow.changeTracker.undo()")
+    page.page.wait_for_function("document.querySelector('.es-row input[type=number]')?.value === '1'")
+    slider(page, 1).focus()
+    page.page.keyboard.press("ArrowLeft")
+    assert strengths(page) == [1, 0.95, 1]
+
+
+def test_linked_inputs(view):
+    g = prompt_graph()
+    [key] = [key for key, node in g.items() if node["class_type"] == NODE]
+    g[key]["inputs"]["strength_2"] = g.add("PrimitiveFloat", value=0.7)
+    opened(view, g)
+    assert slider(view, 1).is_disabled()
+    assert slider(view, 0).is_enabled()
+    g[key]["inputs"]["text"] = g.add("PrimitiveStringMultiline", value=TWO)
+    opened(view, g)
+    assert typed(view).is_disabled()
+    assert words(view) == ["1", "2", "3", "4"]
+    assert view.errors == []
+
+
+def test_two_nodes_in_one_graph(view):
+    g = prompt_graph()
+    for key, node in prompt_graph("make it night").items():
+        g[f"second_{key}"] = {
+            **node,
+            "inputs": {
+                name: [f"second_{value[0]}", value[1]] if isinstance(value, list) else value
+                for name, value in node["inputs"].items()
+            },
+        }
+    view.page.evaluate("graph => app.loadApiJson(graph, 'test')", g)
+    rows(view).nth(2).wait_for(state="attached")
+    assert sorted(words(view)) == ["make it night", "make the cat older", "make the wall golden"]
+
+
+def test_the_picture_is_that_of_the_two_nodes(server):
+    def one_node(g: Graph):
+        conditioning = g.add(
+            NODE,
+            clip=g.clip(),
+            text=TWO,
+            mode="one per line",
+            pad_to_512=True,
+            lowest=-0.5,
+            highest=2.0,
+            strength_1=0.2,
+            strength_2=1.4,
+        )
+        return g.sample(g.stlora(g.model()), g.edited(conditioning))
+
+    def two_nodes(*values: float):
+        return lambda g: g.sample(g.stlora(g.model()), g.edited(g.strengths(g.instructions(TWO), *values)))
+
+    ours, same, other = latents(server, one_node, two_nodes(0.2, 1.4), two_nodes(1, 1))
+    assert near(ours, same)
+    assert far(ours, other)
+
+
+def test_numbers_that_are_none(server):
+    with pytest.raises(PromptRefused) as refusal:
+        server.submit(prompt_graph(strength_2="nan"))
+    assert "strength_2 is 'nan'; expected a number" in str(refusal.value)
+    with pytest.raises(PromptRefused, match=r"strength_1 is 1e\+30; expected a number from -100 to 100"):
+        server.submit(prompt_graph(strength_1=1e30))

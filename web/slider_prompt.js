@@ -1,0 +1,155 @@
+// Gives the Slider Prompt node its sliders. The values live in the node's own widgets, which are hidden.
+
+import { app } from '../../scripts/app.js'
+import { carried, parse } from './slider_prompt/phrases.mjs'
+import { View } from './slider_prompt/view.mjs'
+
+const NODE = 'EditSlidersSliderPrompt'
+const LIMIT = 100
+const HEIGHT = 220
+const SIZE = [360, 440]
+
+app.registerExtension({
+  name: 'EditSliders.SliderPrompt',
+
+  nodeCreated(node) {
+    if (node.comfyClass === NODE) new SliderPrompt(node)
+  },
+
+  afterConfigureGraph() {
+    for (const node of app.graph.nodes) if (node.comfyClass === NODE) reattach(node)
+  }
+})
+
+class SliderPrompt {
+  constructor(node) {
+    this.node = node
+    this.view = new View({
+      setText: (text) => this.setText(text),
+      setStrength: (k, strength) => this.setStrengths([[k, strength]]),
+      setAll: (strengths) => this.setStrengths([...strengths.entries()])
+    })
+    this.text = this.hide('text')
+    this.sliders = node.widgets.filter(({ name }) => name.startsWith('strength_')).map(({ name }) => this.hide(name))
+    this.phrases = []
+    const widget = node.addDOMWidget('sliders', 'EDIT_SLIDERS_PROMPT', this.view.element, {
+      serialize: false,
+      getMinHeight: () => HEIGHT,
+      hideOnZoom: false
+    })
+    widget.serialize = false
+    node.editSliders = this
+    for (const name of ['mode', 'lowest', 'highest']) this.follow(this.widget(name))
+    const configured = node.onConfigure
+    node.onConfigure = (...args) => {
+      configured?.apply(node, args)
+      this.sanitise()
+      this.refresh()
+    }
+    const connected = node.onConnectionsChange
+    node.onConnectionsChange = (...args) => {
+      connected?.apply(node, args)
+      this.refresh()
+    }
+    node.setSize(SIZE)
+    this.refresh()
+    requestAnimationFrame(() => reattach(node))
+  }
+
+  widget(name) {
+    return this.node.widgets.find((widget) => widget.name === name)
+  }
+
+  hide(name) {
+    const widget = this.widget(name)
+    widget.hidden = true
+    widget.options.hidden = true
+    this.follow(widget)
+    return widget
+  }
+
+  /** Show what the widget holds whenever someone else sets it. */
+  follow(widget) {
+    const callback = widget.callback
+    widget.callback = (...args) => {
+      callback?.apply(widget, args)
+      this.refresh()
+    }
+  }
+
+  isLinked(name) {
+    return this.node.inputs?.some((input) => input.widget?.name === name && input.link != null) ?? false
+  }
+
+  setText(text) {
+    const before = this.phrases
+    this.text.value = text
+    const after = this.parsed().phrases
+    const moved = carried(before, after, this.sliders.slice(0, before.length).map(({ value }) => value))
+    this.sliders.forEach((slider, k) => (slider.value = moved[k] ?? 1))
+    this.text.callback?.(text)
+    this.changed()
+  }
+
+  setStrengths(strengths) {
+    for (const [k, strength] of strengths) {
+      if (this.isLinked(this.sliders[k].name)) continue
+      this.sliders[k].value = Math.min(Math.max(strength, -LIMIT), LIMIT)
+      this.sliders[k].callback?.(this.sliders[k].value)
+    }
+    this.changed()
+  }
+
+  /** Whatever a file holds, the widgets hold strengths. */
+  sanitise() {
+    if (typeof this.text.value !== 'string') this.text.value = ''
+    for (const slider of this.sliders) {
+      const value = typeof slider.value === 'number' ? slider.value : NaN
+      slider.value = Number.isFinite(value) ? Math.min(Math.max(value, -LIMIT), LIMIT) : 1
+    }
+  }
+
+  parsed() {
+    const { phrases, error } = parse(this.text.value, this.widget('mode').value)
+    const most = this.sliders.length
+    if (phrases.length <= most) return { phrases, error }
+    return { phrases: phrases.slice(0, most), error: `There are ${phrases.length} sub-instructions; sliders: ${most}.` }
+  }
+
+  /** With a linked prompt nobody knows its words here: as many rows as strengths that say something. */
+  shown() {
+    if (!this.isLinked('text')) return this.parsed()
+    const used = this.sliders.findLastIndex(({ name, value }) => value !== 1 || this.isLinked(name)) + 1
+    const count = Math.max(used, 4)
+    return { phrases: Array.from({ length: count }, (_, k) => ({ start: 0, end: 0, text: `${k + 1}` })), error: '' }
+  }
+
+  refresh() {
+    const parsed = this.shown()
+    this.phrases = parsed.phrases
+    const sliders = this.sliders.slice(0, parsed.phrases.length)
+    this.view.show({
+      text: this.text.value,
+      textLinked: this.isLinked('text'),
+      parsed,
+      strengths: sliders.map(({ value }) => value),
+      linked: sliders.map(({ name }) => this.isLinked(name)),
+      lowest: this.widget('lowest').value,
+      highest: this.widget('highest').value
+    })
+  }
+
+  changed() {
+    this.refresh()
+    this.node.graph?.setDirtyCanvas(true, true)
+  }
+}
+
+/** Nodes 2.0 keeps the old element in the page when a graph is loaded over one: put ours in its place. */
+function reattach(node, frames = 30) {
+  const ours = node.editSliders?.view.element
+  if (!ours || ours.isConnected || !frames) return
+  const stale = document.querySelector(`[data-node-id="${node.id}"] .es-slider-prompt`)
+  if (stale) stale.replaceWith(ours)
+  else requestAnimationFrame(() => reattach(node, frames - 1))
+}

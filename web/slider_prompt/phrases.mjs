@@ -1,0 +1,89 @@
+// The sub-instructions of a prompt as typed, the same way as slider_core/sub_instructions.py splits it.
+
+/**
+ * @typedef {{ start: number, end: number, text: string }} Phrase characters of the text, and what a person reads there
+ * @typedef {{ phrases: Phrase[], error: string }} Parsed
+ */
+
+export const LINES = 'one per line'
+
+const MARK = /\\?(\[\[|\]\])/g
+const VISIBLE = /[^\p{C}\p{Z}]/u
+const WEIGHT = /:\s*[-+]?[\d.]+\s*\)/g
+
+/**
+ * @param {string} text
+ * @param {string} mode
+ * @returns {Parsed}
+ */
+export function parse(text, mode) {
+  return mode === LINES ? parseLines(text) : parseMarks(text)
+}
+
+/** @param {string} text @returns {Parsed} */
+function parseLines(text) {
+  const phrases = []
+  let start = 0
+  for (const line of text.split('\n')) {
+    if (VISIBLE.test(line)) {
+      const first = start + line.length - line.trimStart().length
+      phrases.push(phrase(text, first, first + line.trim().length))
+    }
+    start += line.length + 1
+  }
+  return { phrases, error: phrases.length ? '' : 'The prompt is empty: write one sub-instruction per line.' }
+}
+
+/** @param {string} text @returns {Parsed} */
+function parseMarks(text) {
+  /** @type {Phrase[]} */
+  const phrases = []
+  /** @type {number[]} */
+  const open = []
+  for (const match of text.matchAll(MARK)) {
+    const after = match.index + match[0].length
+    if (match[0] === '[[') {
+      open.push(phrases.length)
+      phrases.push({ start: after, end: after, text: '' })
+    } else if (match[0] === ']]') {
+      const opened = open.pop()
+      if (opened === undefined) return { phrases, error: "A ']]' closes nothing: put '[[' before the phrase." }
+      phrases[opened] = phrase(text, phrases[opened].start, match.index)
+      if (!phrases[opened].text) return { phrases, error: "'[[]]' marks nothing: put words between the brackets." }
+    }
+  }
+  if (open.length) return { phrases, error: "A '[[' is not closed: add ']]'." }
+  return { phrases, error: phrases.length ? '' : 'No phrase is marked: put [[double brackets]] around words.' }
+}
+
+/** @param {string} text @param {number} start @param {number} end @returns {Phrase} */
+function phrase(text, start, end) {
+  const shown = text
+    .slice(start, end)
+    .replace(WEIGHT, ')')
+    .replace(/\\([()])|\[\[|\]\]|[()]/g, '$1')
+  return { start, end, text: shown.trim() }
+}
+
+/**
+ * The strengths after an edit of the text: those of phrases before and after the place that changed stay with them.
+ * @param {Phrase[]} before
+ * @param {Phrase[]} after
+ * @param {number[]} strengths
+ * @returns {number[]}
+ */
+export function carried(before, after, strengths) {
+  if (before.length === after.length) return strengths.slice(0, after.length)
+  const shorter = Math.min(before.length, after.length)
+  let head = 0
+  while (head < shorter && before[head].text === after[head].text) head++
+  let tail = 0
+  while (tail < shorter - head && before.at(-1 - tail)?.text === after.at(-1 - tail)?.text) tail++
+  const fresh = Array(Math.max(0, after.length - head - tail)).fill(1)
+  const kept = strengths.slice(head, before.length - tail)
+  return [
+    ...strengths.slice(0, head),
+    ...fresh.map((value, k) => kept[k] ?? value),
+    ...strengths.slice(before.length - tail, before.length)
+  ]
+}

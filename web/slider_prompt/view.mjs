@@ -1,0 +1,224 @@
+// What a Slider Prompt shows: the text with its phrases in colour, and a slider for each of them. Knows no node.
+
+/** @import { Phrase, Parsed } from './phrases.mjs' */
+
+/**
+ * @typedef {object} Actions what the view asks for
+ * @property {(text: string) => void} setText
+ * @property {(k: number, strength: number, done: boolean) => void} setStrength done: not in the middle of a drag
+ * @property {(strengths: number[]) => void} setAll
+ *
+ * @typedef {object} State what the view shows
+ * @property {string} text
+ * @property {boolean} textLinked the text comes from another node
+ * @property {Parsed} parsed
+ * @property {number[]} strengths one per phrase
+ * @property {boolean[]} linked whether a strength comes from another node
+ * @property {number} lowest
+ * @property {number} highest
+ */
+
+const NEUTRAL = 1
+const STEP = 0.05
+const FINE = 0.01
+const COLOURS = ['#e06c75', '#61afef', '#98c379', '#e5c07b', '#c678dd', '#56b6c2', '#d19a66', '#be5046']
+
+const STYLE = `
+.es-slider-prompt { display: flex; flex-direction: column; gap: 4px; height: 100%; font: 12px sans-serif; color: #ddd;
+  overflow: hidden; box-sizing: border-box; }
+.es-text { position: relative; flex: 1 1 60px; min-height: 60px; background: #222; border-radius: 4px; }
+.es-text > * { position: absolute; inset: 0; margin: 0; padding: 4px 6px; border: 0; font: 12px/1.4 monospace;
+  white-space: pre-wrap; overflow-wrap: break-word; overflow: auto; box-sizing: border-box; }
+.es-text textarea { background: transparent; color: #ddd; resize: none; width: 100%; height: 100%; outline-offset: -1px; }
+.es-shade { color: transparent; pointer-events: none; scrollbar-gutter: stable; }
+.es-shade mark { color: transparent; border-radius: 3px; }
+.es-error { color: #f0716b; min-height: 1.2em; }
+.es-error:empty { display: none; }
+.es-rows { flex: 2 1 auto; overflow: auto; display: flex; flex-direction: column; gap: 2px; min-height: 26px; }
+.es-row { display: grid; grid-template-columns: 10px minmax(40px, 1fr) minmax(60px, 1.2fr) 58px; gap: 6px;
+  align-items: center; }
+.es-chip { width: 10px; height: 10px; border-radius: 3px; }
+.es-words { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.es-row input { min-width: 0; }
+.es-row input[type=number] { background: #222; color: #ddd; border: 1px solid #444; border-radius: 3px; width: 100%;
+  box-sizing: border-box; }
+.es-bar { display: flex; gap: 4px; flex-wrap: wrap; }
+.es-bar button, .es-bar label { background: #333; color: #ddd; border: 0; border-radius: 3px; padding: 2px 7px;
+  cursor: pointer; font: inherit; }
+`
+
+/** @type {number[]} what was copied last, of any node */
+let copied = []
+
+/** @param {number} value */
+const rounded = (value) => Math.round(value * 1e4) / 1e4
+
+export class View {
+  /** @param {Actions} actions */
+  constructor(actions) {
+    this.actions = actions
+    /** @type {State | undefined} */
+    this.state = undefined
+    this.element = element('div', 'es-slider-prompt')
+    this.area = element('textarea', '', { spellcheck: false, ariaLabel: 'prompt' })
+    this.shade = element('div', 'es-shade')
+    this.error = element('div', 'es-error')
+    this.error.setAttribute('role', 'status')
+    this.rows = element('div', 'es-rows')
+    this.locked = element('input', '', { type: 'checkbox' })
+    const text = element('div', 'es-text')
+    text.append(this.shade, this.area)
+    const style = element('style')
+    style.textContent = STYLE
+    this.element.append(style, text, this.error, this.bar(), this.rows)
+    this.area.addEventListener('input', () => this.actions.setText(this.area.value))
+    this.area.addEventListener('scroll', () => (this.shade.scrollTop = this.area.scrollTop))
+    for (const event of ['keydown', 'dblclick', 'paste', 'copy', 'cut'])
+      this.element.addEventListener(event, (e) => e.stopPropagation())
+  }
+
+  bar() {
+    const bar = element('div', 'es-bar')
+    const lock = element('label', '', { title: 'Move all sliders together' })
+    lock.append(this.locked, ' lock')
+    bar.append(
+      button('reset', 'All sliders to 1', () => this.actions.setAll(this.strengths.map(() => NEUTRAL))),
+      button('copy', 'Copy all strengths', () => (copied = this.strengths)),
+      button('paste', 'Paste the strengths that were copied', () =>
+        this.actions.setAll(this.strengths.map((value, k) => copied[k] ?? value))
+      ),
+      button('shuffle', 'Random strengths from 0 to 1', () =>
+        this.actions.setAll(this.strengths.map(() => Math.round(Math.random() * 100) / 100))
+      ),
+      lock
+    )
+    return bar
+  }
+
+  get strengths() {
+    return [...(this.state?.strengths ?? [])]
+  }
+
+  /** @param {State} state */
+  show(state) {
+    this.state = state
+    if (this.area.value !== state.text) this.area.value = state.text
+    this.area.disabled = state.textLinked
+    this.error.textContent = state.textLinked ? 'The prompt comes from another node.' : state.parsed.error
+    this.shade.replaceChildren(...shaded(state.text, state.textLinked ? [] : state.parsed.phrases))
+    const { phrases } = state.parsed
+    while (this.rows.children.length > phrases.length) this.rows.lastElementChild?.remove()
+    while (this.rows.children.length < phrases.length) this.rows.append(this.row(this.rows.children.length))
+    phrases.forEach((phrase, k) => this.showRow(phrase, k, state))
+  }
+
+  /** @param {number} k */
+  row(k) {
+    const row = element('div', 'es-row')
+    const chip = element('span', 'es-chip')
+    chip.style.background = colour(k)
+    const range = element('input', '', { type: 'range', step: 'any' })
+    const number = element('input', '', { type: 'number', step: String(FINE) })
+    range.addEventListener('input', () => this.move(k, Math.round(Number(range.value) * 100) / 100, false))
+    range.addEventListener('change', () => this.move(k, Math.round(Number(range.value) * 100) / 100, true))
+    range.addEventListener('keydown', (event) => this.key(k, event))
+    range.addEventListener('wheel', (event) => event.stopPropagation())
+    row.addEventListener('dblclick', (event) => event.target !== number && this.move(k, NEUTRAL, true))
+    number.addEventListener('change', () => {
+      const value = Number(number.value)
+      if (number.value.trim() && Number.isFinite(value)) this.move(k, value, true)
+      else if (this.state) this.show(this.state)
+    })
+    row.append(chip, element('span', 'es-words'), range, number)
+    return row
+  }
+
+  /** @param {Phrase} phrase @param {number} k @param {State} state */
+  showRow(phrase, k, state) {
+    const [, words, range, number] = /** @type {[Element, HTMLElement, HTMLInputElement, HTMLInputElement]} */ ([
+      ...this.rows.children[k].children
+    ])
+    const strength = state.strengths[k]
+    words.textContent = phrase.text
+    words.title = phrase.text
+    for (const input of [range, number]) {
+      input.disabled = state.linked[k]
+      input.ariaLabel = `strength of ${phrase.text}`
+    }
+    range.min = String(state.lowest)
+    range.max = String(state.highest)
+    range.value = String(strength)
+    number.value = String(strength)
+    number.title = state.linked[k] ? 'comes from another node' : ''
+  }
+
+  /** @param {number} k @param {KeyboardEvent} event */
+  key(k, event) {
+    const step = event.shiftKey ? FINE : STEP
+    const strength = this.strengths[k]
+    /** @type {Record<string, number>} */
+    const moves = {
+      ArrowRight: strength + step,
+      ArrowUp: strength + step,
+      ArrowLeft: strength - step,
+      ArrowDown: strength - step,
+      PageUp: strength + 5 * STEP,
+      PageDown: strength - 5 * STEP,
+      Home: 0,
+      End: 1
+    }
+    if (!(event.key in moves) || !this.state) return
+    event.preventDefault()
+    const { lowest, highest } = this.state
+    this.move(k, rounded(Math.min(Math.max(moves[event.key], lowest), highest)), true)
+  }
+
+  /** @param {number} k @param {number} strength @param {boolean} done */
+  move(k, strength, done) {
+    const by = strength - this.strengths[k]
+    if (this.locked.checked) this.actions.setAll(this.strengths.map((value) => rounded(value + by)))
+    else this.actions.setStrength(k, strength, done)
+  }
+}
+
+/** @param {number} k */
+export function colour(k) {
+  return COLOURS[k % COLOURS.length]
+}
+
+/**
+ * @param {string} text
+ * @param {Phrase[]} phrases
+ * @returns {(Node | string)[]}
+ */
+function shaded(text, phrases) {
+  const parts = []
+  let at = 0
+  phrases.forEach(({ start, end }, k) => {
+    if (start < at) return
+    const mark = element('mark')
+    mark.style.background = `${colour(k)}66`
+    mark.textContent = text.slice(start, end)
+    parts.push(text.slice(at, start), mark)
+    at = end
+  })
+  return [...parts, text.slice(at), '\n']
+}
+
+/** @param {string} label @param {string} title @param {() => void} act */
+function button(label, title, act) {
+  const made = element('button', '', { textContent: label, title, type: 'button' })
+  made.addEventListener('click', act)
+  return made
+}
+
+/**
+ * @template {keyof HTMLElementTagNameMap} Tag
+ * @param {Tag} tag
+ * @param {string} [name]
+ * @param {Partial<HTMLElementTagNameMap[Tag]>} [properties]
+ * @returns {HTMLElementTagNameMap[Tag]}
+ */
+function element(tag, name = '', properties = {}) {
+  return Object.assign(document.createElement(tag), { className: name }, properties)
+}
