@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import time
+
 import pytest
 from playwright.sync_api import Locator
 from support.browser import ComfyPage
@@ -150,7 +153,7 @@ def test_buttons(page):
 
 def test_marked_phrases_and_their_errors(page):
     page.set_widget(NODE, "mode", "[[marked]] phrases")
-    error = page.page.locator(".es-error")
+    error = page.page.locator(".es-error[role=status]")
     assert "No phrase is marked" in error.inner_text()
     typed(page).fill("a [[red (cat:1.3)]] on a [[sofa")
     assert "not closed" in error.inner_text()
@@ -253,3 +256,118 @@ def test_numbers_that_are_none(server):
     assert "strength_2 is 'nan'; expected a number" in str(refusal.value)
     with pytest.raises(PromptRefused, match=r"strength_1 is 1e\+30; expected a number from -100 to 100"):
         server.submit(prompt_graph(strength_1=1e30))
+
+
+# --- live
+
+
+def live(view: ComfyPage) -> Locator:
+    return view.page.locator(".es-bar label", has_text="live").locator("input")
+
+
+def live_graph(steps: int = 1) -> Graph:
+    g = prompt_graph()
+    [sampler] = [key for key, node in g.items() if node["class_type"] == "KSampler"]
+    g[sampler]["inputs"]["steps"] = steps
+    vae = g.add("VAELoader", vae_name="taef1")
+    g.add("PreviewImage", images=g.add("VAEDecode", samples=[sampler, 0], vae=vae))
+    return g
+
+
+def jobs_of(server) -> dict:
+    return json.loads(server.get("/history"))
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def idle(server) -> bool:
+    queue = json.loads(server.get("/queue"))
+    return not queue["queue_running"] and not queue["queue_pending"]
+
+
+def test_live_runs_the_newest_state_only(server, view):
+    opened(view, live_graph())
+    before = set(jobs_of(server))
+    live(view).check()
+    box = slider(view, 0).bounding_box()
+    y = box["y"] + box["height"] / 2
+    view.page.mouse.move(box["x"] + box["width"] * 0.6, y)
+    view.page.mouse.down()
+    for k in range(80):
+        view.page.mouse.move(box["x"] + box["width"] * (0.6 - k * 0.004), y)
+    view.page.mouse.up()
+    [last, *_] = strengths(view)
+    wait_for(lambda: set(jobs_of(server)) - before and idle(server))
+    time.sleep(1)
+    new = [job for key, job in jobs_of(server).items() if key not in before]
+    assert 1 <= len(new) <= 2
+    sent = new[-1]["prompt"][2]
+    [inputs_sent] = [node["inputs"] for node in sent.values() if node["class_type"] == NODE]
+    assert inputs_sent["strength_1"] == last != 1
+    view.page.wait_for_function("document.querySelector('.es-picture')?.src.includes('/view?')")
+    picture = view.page.locator(".es-picture").get_attribute("src")
+    [image] = [out["images"] for out in new[-1]["outputs"].values() if "images" in out]
+    assert image[0]["filename"] in picture
+    live(view).uncheck()
+    assert view.errors == []
+
+
+def test_live_drops_its_own_job_and_no_other(server, view):
+    foreign = Graph()
+    foreign.save(foreign.sample(foreign.model(), foreign.edited(foreign.stock_text("a cat")), steps=150))
+    opened(view, live_graph(steps=3000))
+    before = set(jobs_of(server))
+    live(view).check()
+    wait_for(lambda: not idle(server))
+    strange = server.submit(foreign)
+    slider(view, 0).focus()
+    view.page.keyboard.press("ArrowLeft")
+    wait_for(lambda: any(key not in before for key in jobs_of(server)))
+    [dropped] = [job for key, job in jobs_of(server).items() if key not in before]
+    assert dropped["status"]["status_str"] == "error"  # interrupted
+    live(view).uncheck()
+    assert server.wait(strange).ok
+    wait_for(lambda: idle(server))
+    assert view.errors == []
+
+
+def test_live_drops_its_waiting_job_and_not_the_running_one(server, view):
+    foreign = Graph()
+    foreign.save(foreign.sample(foreign.model(), foreign.edited(foreign.stock_text("a dog")), steps=700))
+    opened(view, live_graph())
+    strange = server.submit(foreign)
+    wait_for(lambda: json.loads(server.get("/queue"))["queue_running"])
+
+    def waiting() -> list[str]:
+        return [job[1] for job in json.loads(server.get("/queue"))["queue_pending"]]
+
+    live(view).check()
+    wait_for(waiting)
+    first = waiting()
+    slider(view, 0).focus()
+    view.page.keyboard.press("ArrowLeft")
+    wait_for(lambda: waiting() and waiting() != first)
+    assert len(first) == len(waiting()) == 1
+    live(view).uncheck()
+    wait_for(lambda: not waiting())
+    assert server.wait(strange).ok
+    assert not {*first} & set(jobs_of(server))
+    assert view.errors == []
+
+
+def test_live_shows_what_went_wrong(server, view):
+    opened(view, live_graph())
+    view.set_widget("UNETLoader", "unet_name", "gone.safetensors")
+    live(view).check()
+    view.page.wait_for_function("document.querySelector('[role=alert]')?.textContent.includes('gone.safetensors')")
+    live(view).uncheck()
+    unsaved = {key: node for key, node in prompt_graph().items() if node["class_type"] != "TinyTestSaveLatent"}
+    opened(view, unsaved)
+    live(view).check()
+    view.page.wait_for_function("document.querySelector('[role=alert]')?.textContent.includes('Nothing to run')")
+    live(view).uncheck()

@@ -21,13 +21,20 @@ PICTURES = {  # how many each template makes
     "photograph_edit": 3,
     "remembered_source": 1,
     "single_slider": 1,
+    "slider_prompt": 1,
     "strength_projector": 1,
     "strength_sweep": 4,
     "text_editing": 4,
     "two_sub_prompt_sliders": 1,
 }
 NAMES = tuple(PICTURES)
-FILES = {"single_slider": 5, "strength_projector": 6, "strength_sweep": 5, "two_sub_prompt_sliders": 5}
+FILES = {
+    "single_slider": 5,
+    "slider_prompt": 5,
+    "strength_projector": 6,
+    "strength_sweep": 5,
+    "two_sub_prompt_sliders": 5,
+}
 PACK = "ComfyUI-EditSliders"
 OURS = "EditSliders"
 

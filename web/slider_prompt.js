@@ -1,7 +1,9 @@
 // Gives the Slider Prompt node its sliders. The values live in the node's own widgets, which are hidden.
 
+import { api } from '../../scripts/api.js'
 import { app } from '../../scripts/app.js'
 import { carried, parse } from './slider_prompt/phrases.mjs'
+import { LiveQueue, listen } from './slider_prompt/live.mjs'
 import { View } from './slider_prompt/view.mjs'
 
 const NODE = 'EditSlidersSliderPrompt'
@@ -11,6 +13,10 @@ const SIZE = [360, 440]
 
 app.registerExtension({
   name: 'EditSliders.SliderPrompt',
+
+  setup() {
+    listen(api)
+  },
 
   nodeCreated(node) {
     if (node.comfyClass === NODE) new SliderPrompt(node)
@@ -27,7 +33,13 @@ class SliderPrompt {
     this.view = new View({
       setText: (text) => this.setText(text),
       setStrength: (k, strength) => this.setStrengths([[k, strength]]),
-      setAll: (strengths) => this.setStrengths([...strengths.entries()])
+      setAll: (strengths) => this.setStrengths([...strengths.entries()]),
+      setLive: (live) => this.setLive(live)
+    })
+    this.queue = new LiveQueue(api, () => this.job(), {
+      onPicture: (picture) => (this.view.picture.src = picture),
+      onProgress: (share) => (this.view.progress.style.width = share < 1 ? `${100 * share}%` : '0'),
+      onError: (message) => (this.view.failure.textContent = message)
     })
     this.text = this.hide('text')
     this.sliders = node.widgets.filter(({ name }) => name.startsWith('strength_')).map(({ name }) => this.hide(name))
@@ -50,6 +62,11 @@ class SliderPrompt {
     node.onConnectionsChange = (...args) => {
       connected?.apply(node, args)
       this.refresh()
+    }
+    const removed = node.onRemoved
+    node.onRemoved = (...args) => {
+      removed?.apply(node, args)
+      this.queue.stop()
     }
     node.setSize(SIZE)
     this.refresh()
@@ -135,14 +152,51 @@ class SliderPrompt {
       strengths: sliders.map(({ value }) => value),
       linked: sliders.map(({ name }) => this.isLinked(name)),
       lowest: this.widget('lowest').value,
-      highest: this.widget('highest').value
+      highest: this.widget('highest').value,
+      live: this.live
     })
   }
 
+  get live() {
+    return this.node.properties.live === true
+  }
+
+  setLive(live) {
+    this.node.properties.live = live
+    if (live) this.queue.changed()
+    else this.queue.stop()
+    this.refresh()
+  }
+
+  /** The graph as it is now, down to the outputs that depend on this node. */
+  async job() {
+    const { output, workflow } = await app.graphToPrompt()
+    const defs = await api.getNodeDefs()
+    const targets = below(output, this.node).filter((id) => defs[output[id].class_type]?.output_node)
+    if (!targets.length) {
+      this.view.failure.textContent = 'Nothing to run: no picture is saved or previewed below this node.'
+      return
+    }
+    return { prompt: output, partial_execution_targets: targets, extra_data: { extra_pnginfo: { workflow } } }
+  }
+
   changed() {
+    if (this.live) this.queue.changed()
     this.refresh()
     this.node.graph?.setDirtyCanvas(true, true)
   }
+}
+
+/** Ids of the nodes of an API graph that depend on a node, which may lie in a subgraph. */
+function below(graph, node) {
+  const found = Object.keys(graph).filter((id) => id === `${node.id}` || id.endsWith(`:${node.id}`))
+  for (const id of found) {
+    for (const [other, { inputs }] of Object.entries(graph)) {
+      const depends = Object.values(inputs).some((value) => Array.isArray(value) && value[0] === id)
+      if (depends && !found.includes(other)) found.push(other)
+    }
+  }
+  return found
 }
 
 /** Nodes 2.0 keeps the old element in the page when a graph is loaded over one: put ours in its place. */

@@ -34,6 +34,7 @@ SUBJECTS = {  # the nodes that a thumbnail is about
     "photograph_edit": ("EditSlidersInvertPhotograph", "EditSlidersEditFromTrajectory"),
     "remembered_source": ("EditSlidersRememberSource", "EditSlidersInjectRememberedSource"),
     "single_slider": ("EditSlidersApplyGSTLoRA", "EditSlidersEncodeSubInstructions"),
+    "slider_prompt": ("EditSlidersSliderPrompt",),
     "two_sub_prompt_sliders": ("EditSlidersEncodeSubInstructions", "EditSlidersSubInstructionStrengths"),
     "strength_projector": ("EditSlidersEncodeSubInstructions", "EditSlidersProjectorStrength"),
     "strength_sweep": ("EditSlidersStrengthRange", "EditSlidersSubInstructionStrengths"),
@@ -68,7 +69,7 @@ def draw(comfyui: Path, base: Path) -> None:
         for name, workflow in workflows.items():
             view.open(workflow)
             _picture(view, SUBJECTS[name], THUMBNAIL, square=True).save(WORKFLOWS / f"{name}.jpg", quality=88)
-        view.open(workflows["two_sub_prompt_sliders"])
+        view.open(workflows["slider_prompt"])
         _picture(view, (), OVERVIEW_WIDTH).save(OVERVIEW, quality=85)
 
 

@@ -7,6 +7,7 @@
  * @property {(text: string) => void} setText
  * @property {(k: number, strength: number, done: boolean) => void} setStrength done: not in the middle of a drag
  * @property {(strengths: number[]) => void} setAll
+ * @property {(live: boolean) => void} setLive
  *
  * @typedef {object} State what the view shows
  * @property {string} text
@@ -16,6 +17,7 @@
  * @property {boolean[]} linked whether a strength comes from another node
  * @property {number} lowest
  * @property {number} highest
+ * @property {boolean} live
  */
 
 const NEUTRAL = 1
@@ -42,6 +44,9 @@ const STYLE = `
 .es-row input { min-width: 0; }
 .es-row input[type=number] { background: #222; color: #ddd; border: 1px solid #444; border-radius: 3px; width: 100%;
   box-sizing: border-box; }
+.es-progress { height: 3px; background: #61afef; border-radius: 2px; width: 0; }
+.es-picture { flex: 3 1 0; min-height: 0; object-fit: contain; }
+.es-picture:not([src]) { display: none; }
 .es-bar { display: flex; gap: 4px; flex-wrap: wrap; }
 .es-bar button, .es-bar label { background: #333; color: #ddd; border: 0; border-radius: 3px; padding: 2px 7px;
   cursor: pointer; font: inherit; }
@@ -66,11 +71,17 @@ export class View {
     this.error.setAttribute('role', 'status')
     this.rows = element('div', 'es-rows')
     this.locked = element('input', '', { type: 'checkbox' })
+    this.live = element('input', '', { type: 'checkbox' })
+    this.live.addEventListener('change', () => this.actions.setLive(this.live.checked))
+    this.progress = element('div', 'es-progress')
+    this.picture = element('img', 'es-picture', { alt: '' })
+    this.failure = element('div', 'es-error')
+    this.failure.setAttribute('role', 'alert')
     const text = element('div', 'es-text')
     text.append(this.shade, this.area)
     const style = element('style')
     style.textContent = STYLE
-    this.element.append(style, text, this.error, this.bar(), this.rows)
+    this.element.append(style, text, this.error, this.bar(), this.rows, this.failure, this.progress, this.picture)
     this.area.addEventListener('input', () => this.actions.setText(this.area.value))
     this.area.addEventListener('scroll', () => (this.shade.scrollTop = this.area.scrollTop))
     for (const event of ['keydown', 'dblclick', 'paste', 'copy', 'cut'])
@@ -81,6 +92,8 @@ export class View {
     const bar = element('div', 'es-bar')
     const lock = element('label', '', { title: 'Move all sliders together' })
     lock.append(this.locked, ' lock')
+    const live = element('label', '', { title: 'Run the graph whenever something moves here' })
+    live.append(this.live, ' live')
     bar.append(
       button('reset', 'All sliders to 1', () => this.actions.setAll(this.strengths.map(() => NEUTRAL))),
       button('copy', 'Copy all strengths', () => (copied = this.strengths)),
@@ -90,7 +103,8 @@ export class View {
       button('shuffle', 'Random strengths from 0 to 1', () =>
         this.actions.setAll(this.strengths.map(() => Math.round(Math.random() * 100) / 100))
       ),
-      lock
+      lock,
+      live
     )
     return bar
   }
@@ -104,6 +118,7 @@ export class View {
     this.state = state
     if (this.area.value !== state.text) this.area.value = state.text
     this.area.disabled = state.textLinked
+    this.live.checked = state.live
     this.error.textContent = state.textLinked ? 'The prompt comes from another node.' : state.parsed.error
     this.shade.replaceChildren(...shaded(state.text, state.textLinked ? [] : state.parsed.phrases))
     const { phrases } = state.parsed
