@@ -371,3 +371,24 @@ def test_live_shows_what_went_wrong(server, view):
     live(view).check()
     view.page.wait_for_function("document.querySelector('[role=alert]')?.textContent.includes('Nothing to run')")
     live(view).uncheck()
+
+
+def test_live_in_a_subgraph(server, view):
+    opened(view, live_graph())
+    before = set(jobs_of(server))
+    view.page.evaluate(
+        """type => {
+            const outer = app.graph.convertToSubgraph(new Set(app.graph.findNodesByType(type)))
+            const inner = outer.node.subgraph.nodes.find(node => node.type === type)
+            inner.editSliders.setStrengths([[1, 0.35]])
+            inner.editSliders.setLive(true)
+        }""",
+        NODE,
+    )
+    wait_for(lambda: set(jobs_of(server)) - before and idle(server))
+    [job] = [job for key, job in jobs_of(server).items() if key not in before]
+    [(key, node)] = [item for item in job["prompt"][2].items() if item[1]["class_type"] == NODE]
+    assert ":" in key
+    assert node["inputs"]["strength_2"] == 0.35
+    assert job["status"]["status_str"] == "success"
+    assert view.errors == []

@@ -44,6 +44,7 @@ class SliderPrompt {
     this.text = this.hide('text')
     this.sliders = node.widgets.filter(({ name }) => name.startsWith('strength_')).map(({ name }) => this.hide(name))
     this.phrases = []
+    this.writing = false
     const widget = node.addDOMWidget('sliders', 'EDIT_SLIDERS_PROMPT', this.view.element, {
       serialize: false,
       getMinHeight: () => HEIGHT,
@@ -90,7 +91,7 @@ class SliderPrompt {
     const callback = widget.callback
     widget.callback = (...args) => {
       callback?.apply(widget, args)
-      this.refresh()
+      if (!this.writing) this.refresh()
     }
   }
 
@@ -109,11 +110,13 @@ class SliderPrompt {
   }
 
   setStrengths(strengths) {
+    this.writing = true
     for (const [k, strength] of strengths) {
       if (this.isLinked(this.sliders[k].name)) continue
       this.sliders[k].value = Math.min(Math.max(strength, -LIMIT), LIMIT)
       this.sliders[k].callback?.(this.sliders[k].value)
     }
+    this.writing = false
     this.changed()
   }
 

@@ -74,6 +74,7 @@ export class View {
     this.live = element('input', '', { type: 'checkbox' })
     this.live.addEventListener('change', () => this.actions.setLive(this.live.checked))
     this.progress = element('div', 'es-progress')
+    this.shaded = ''
     this.picture = element('img', 'es-picture', { alt: '' })
     this.failure = element('div', 'es-error')
     this.failure.setAttribute('role', 'alert')
@@ -120,7 +121,7 @@ export class View {
     this.area.disabled = state.textLinked
     this.live.checked = state.live
     this.error.textContent = state.textLinked ? 'The prompt comes from another node.' : state.parsed.error
-    this.shade.replaceChildren(...shaded(state.text, state.textLinked ? [] : state.parsed.phrases))
+    this.showShade(state.text, state.textLinked ? [] : state.parsed.phrases)
     const { phrases } = state.parsed
     while (this.rows.children.length > phrases.length) this.rows.lastElementChild?.remove()
     while (this.rows.children.length < phrases.length) this.rows.append(this.row(this.rows.children.length))
@@ -148,10 +149,23 @@ export class View {
     return row
   }
 
+  /** @param {string} text @param {Phrase[]} phrases */
+  showShade(text, phrases) {
+    const shown = JSON.stringify([text, phrases])
+    if (this.shaded === shown) return
+    this.shaded = shown
+    this.shade.replaceChildren(...shaded(text, phrases))
+  }
+
   /** @param {Phrase} phrase @param {number} k @param {State} state */
   showRow(phrase, k, state) {
+    const shown = JSON.stringify([phrase.text, state.strengths[k], state.linked[k], state.lowest, state.highest])
+    const row = /** @type {HTMLElement} */ (this.rows.children[k])
+    const typed = /** @type {HTMLInputElement} */ (row.lastElementChild).value
+    if (row.dataset.shown === shown && typed === String(state.strengths[k])) return
+    row.dataset.shown = shown
     const [, words, range, number] = /** @type {[Element, HTMLElement, HTMLInputElement, HTMLInputElement]} */ ([
-      ...this.rows.children[k].children
+      ...row.children
     ])
     const strength = state.strengths[k]
     words.textContent = phrase.text
