@@ -6,7 +6,7 @@ from inspect import Parameter, Signature
 from weakref import WeakKeyDictionary
 
 from comfy.sd import CLIP
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..slider_core.span_conditioning import SPLITTERS, encode_sub_instructions
 from ..slider_core.span_strengths import Conditioning, Span, set_strengths
@@ -85,11 +85,10 @@ class SliderPrompt(io.ComfyNode):
         channel: str | None = None,
         **strengths: object,
     ) -> io.NodeOutput:
-        conditioning, prompt, spans = _encoded(clip, text, mode, pad_to_512)
+        conditioning, prompt, _ = _encoded(clip, text, mode, pad_to_512)
         values = {name: strengths.get(name, 1.0) for name in STRENGTHS}
         channels = () if channel is None else (channel,)
-        shown = "\n".join(f"{k}  {span.text}  [{len(span.rows)} tokens]" for k, span in enumerate(spans, 1))
-        return io.NodeOutput(set_strengths(conditioning, values, *channels), prompt, ui=ui.PreviewText(shown))
+        return io.NodeOutput(set_strengths(conditioning, values, *channels), prompt)
 
 
 # ComfyUI leaves the check of those inputs to validate_inputs that its signature names, and blames them.

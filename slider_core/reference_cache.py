@@ -301,7 +301,7 @@ class _Recording(Operation):
 
 
 class _Capture(Operation):
-    """Operation: writes K and V into memory that is there already."""
+    """Operation: takes the K and V of one call, on its device."""
 
     def __init__(self, places: KeyValuePlaces):
         self.places = places

@@ -5,7 +5,7 @@
 /**
  * @typedef {object} Actions what the view asks for
  * @property {(text: string) => void} setText
- * @property {(k: number, strength: number, done: boolean) => void} setStrength done: not in the middle of a drag
+ * @property {(k: number, strength: number) => void} setStrength
  * @property {(strengths: number[]) => void} setAll
  * @property {(live: boolean) => void} setLive
  *
@@ -135,14 +135,13 @@ export class View {
     chip.style.background = colour(k)
     const range = element('input', '', { type: 'range', step: 'any' })
     const number = element('input', '', { type: 'number', step: String(FINE) })
-    range.addEventListener('input', () => this.move(k, Math.round(Number(range.value) * 100) / 100, false))
-    range.addEventListener('change', () => this.move(k, Math.round(Number(range.value) * 100) / 100, true))
+    range.addEventListener('input', () => this.move(k, Math.round(Number(range.value) * 100) / 100))
     range.addEventListener('keydown', (event) => this.key(k, event))
     range.addEventListener('wheel', (event) => event.stopPropagation())
-    row.addEventListener('dblclick', (event) => event.target !== number && this.move(k, NEUTRAL, true))
+    row.addEventListener('dblclick', (event) => event.target !== number && this.move(k, NEUTRAL))
     number.addEventListener('change', () => {
       const value = Number(number.value)
-      if (number.value.trim() && Number.isFinite(value)) this.move(k, value, true)
+      if (number.value.trim() && Number.isFinite(value)) this.move(k, value)
       else if (this.state) this.show(this.state)
     })
     row.append(chip, element('span', 'es-words'), range, number)
@@ -199,14 +198,14 @@ export class View {
     if (!(event.key in moves) || !this.state) return
     event.preventDefault()
     const { lowest, highest } = this.state
-    this.move(k, rounded(Math.min(Math.max(moves[event.key], lowest), highest)), true)
+    this.move(k, rounded(Math.min(Math.max(moves[event.key], lowest), highest)))
   }
 
-  /** @param {number} k @param {number} strength @param {boolean} done */
-  move(k, strength, done) {
+  /** @param {number} k @param {number} strength */
+  move(k, strength) {
     const by = strength - this.strengths[k]
     if (this.locked.checked) this.actions.setAll(this.strengths.map((value) => rounded(value + by)))
-    else this.actions.setStrength(k, strength, done)
+    else this.actions.setStrength(k, strength)
   }
 }
 
