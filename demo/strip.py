@@ -15,21 +15,21 @@ from pathlib import Path
 
 from graph import PICTURE, strip_graph
 from models import TINY, Models, has_accelerator, users_models, users_python
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "tests"))
+sys.path += [str(ROOT), str(ROOT / "tests")]
 
 from support.comfy_server import ComfyServer  # noqa: E402
 from support.tiny_models import write_tiny_models  # noqa: E402
+
+from slider_core.contact_sheet import contact_sheet  # noqa: E402
 
 PHOTO = ROOT / "demo" / "photo.jpg"
 OUTPUT = ROOT / "demo" / "output"
 INSTRUCTION = "turn the cat into a golden statue with emerald eyes that shine in the evening sun"
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 PLAINLY = "tiny random model: this shows the machinery, not an edit"
-CAPTION_HEIGHT = 36
-GAP = 6
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
     for strength, picture in zip(STRENGTHS, pictures):
         save(picture, f"strength-{strength:.2f}.png")
     captions = [f"strength {strength:g}" for strength in STRENGTHS]
-    save(compose(pictures, captions, "" if found else PLAINLY), "strip.png")
+    save(contact_sheet(pictures, captions, len(pictures), "" if found else PLAINLY), "strip.png")
 
 
 def _server(comfyui: Path, base: Path, packs: dict[str, Path], found: Models | None) -> ComfyServer:
@@ -76,21 +76,6 @@ def edit(server: ComfyServer, models: Models, strength: float) -> Image.Image:
         sys.exit(f"{result.error['node_type']}: {result.error['exception_message']}")
     print(f"strength {strength:g}: {len(result.executed)} nodes ran, {time.monotonic() - started:.1f} s")
     return result.images(PICTURE)[0]
-
-
-def compose(pictures: list[Image.Image], captions: list[str], note: str) -> Image.Image:
-    """The pictures in a row, each with its caption under it, and a note under all of them if there is one."""
-    width, height = pictures[0].size
-    lines = 2 if note else 1
-    strip = Image.new("RGB", (len(pictures) * (width + GAP) - GAP, height + lines * CAPTION_HEIGHT), "white")
-    draw = ImageDraw.Draw(strip)
-    font = ImageFont.load_default(size=22)
-    for k, (picture, caption) in enumerate(zip(pictures, captions)):
-        left = k * (width + GAP)
-        strip.paste(picture, (left, 0))
-        draw.text((left + width // 2, height + CAPTION_HEIGHT // 2), caption, "black", font, anchor="mm")
-    draw.text((strip.width // 2, height + CAPTION_HEIGHT * 3 // 2), note, "gray", font, anchor="mm")
-    return strip
 
 
 def save(picture: Image.Image, name: str) -> None:

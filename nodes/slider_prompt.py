@@ -16,7 +16,7 @@ STRENGTHS = tuple(f"strength_{k}" for k in range(1, 51))
 
 _Encoded = tuple[Conditioning, str, list[Span]]
 _last_encoded: WeakKeyDictionary[CLIP, tuple[tuple[str, str, bool], _Encoded]] = WeakKeyDictionary()
-"""What each CLIP encoded last, so that a moved slider does not run the text encoders again."""
+"""What each CLIP encoded last, so that a moved slider does not run the text encoders again. The last used is last."""
 
 
 class SliderPrompt(io.ComfyNode):
@@ -100,8 +100,14 @@ SliderPrompt.validate_inputs.__func__.__signature__ = Signature(  # type: ignore
 )
 
 
+def last_clip() -> CLIP | None:
+    """The CLIP that a Slider Prompt used last, while some node still keeps it."""
+    return next(reversed(list(_last_encoded)), None)
+
+
 def _encoded(clip: CLIP, text: str, mode: str, pad_to_512: bool) -> _Encoded:
-    how, known = (text, mode, pad_to_512), _last_encoded.get(clip)
+    how, known = (text, mode, pad_to_512), _last_encoded.pop(clip, None)
     if known is None or known[0] != how:
-        known = _last_encoded[clip] = how, encode_sub_instructions(clip, *how)
+        known = how, encode_sub_instructions(clip, *how)
+    _last_encoded[clip] = known
     return known[1]

@@ -62,10 +62,16 @@ def _rows(conditioning: Conditioning) -> int:
     return known.length if known else cond.shape[1]
 
 
-def _span(tokenized: TokenizedPrompt, encoder: str, characters: Range) -> Span:
+def words_of(tokenized: TokenizedPrompt, characters: Range) -> Range:
+    """Where a sub-instruction stands in `visible`, given its raw characters. Raises SliderError if it has no words."""
     visible = tokenized.visible_range(*characters)
-    text = tokenized.visible[visible.start : visible.end].strip()
-    if not text:
+    if not tokenized.visible[visible.start : visible.end].strip():
         raw = tokenized.prompt[characters.start : characters.end]
         raise SliderError(f"{raw!r} has no words in it; expected some to give a strength to.")
-    return Span(text, tokenized.token_indices(encoder, visible))
+    return visible
+
+
+def _span(tokenized: TokenizedPrompt, encoder: str, characters: Range) -> Span:
+    words = words_of(tokenized, characters)
+    text = tokenized.visible[words.start : words.end].strip()
+    return Span(text, tokenized.token_indices(encoder, words))

@@ -60,6 +60,10 @@ class Family(ABC):
         """Whether the inputs of this linear are exactly the rows of the text, so that single tokens can be chosen."""
 
     @abstractmethod
+    def tokenizer(self, embedding_directories: Sequence[str]) -> Any:
+        """What its CLIP has as `tokenizer`, without any model loaded."""
+
+    @abstractmethod
     def width(self, diffusion_model: Any) -> int:
         """Hidden size of a loaded model."""
 

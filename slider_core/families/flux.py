@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from comfy.ldm.flux.math import apply_rope
 from comfy.ldm.flux.model import Flux as FluxModel
+from comfy.text_encoders.flux import FluxTokenizer
 from comfy.utils import flux_to_diffusers
 
 from .base import Block, Family, Target
@@ -35,6 +36,9 @@ class Flux(Family):
 
     def acts_on_text_only(self, module: str) -> bool:
         return _TEXT_STREAM.fullmatch(module) is not None
+
+    def tokenizer(self, embedding_directories: Sequence[str]) -> FluxTokenizer:
+        return FluxTokenizer(embedding_directory=list(embedding_directories))
 
     def width(self, diffusion_model: Any) -> int:
         return diffusion_model.hidden_size
