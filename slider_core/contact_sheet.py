@@ -26,11 +26,12 @@ def contact_sheet(
     sheet = Image.new("RGB", (columns * across - GAP, top + rows * down), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((sheet.width // 2, top // 2), heading, "gray", _font(heading, sheet.width), anchor="mm")
+    small = _font(max(captions, key=len), width)
     for k, (picture, caption) in enumerate(zip(pictures, captions)):
         left, upper = k % columns * across, top + k // columns * down
         sheet.paste(picture.resize((width, height)), (left, upper))
         middle = (left + width // 2, upper + height + CAPTION_HEIGHT // 2)
-        draw.text(middle, caption, "black", _font(caption, width), anchor="mm")
+        draw.text(middle, caption, "black", small, anchor="mm")
     return sheet
 
 

@@ -6,80 +6,36 @@ import json
 import time
 
 import pytest
-from playwright.sync_api import Locator
 from support.browser import ComfyPage
 from support.comfy_server import PromptRefused
 from support.graphs import Graph
 from support.outcomes import far, latents, near
-
-NODE = "EditSlidersSliderPrompt"
-TWO = "make the cat older\nmake the wall (golden:1.2)"
-
-
-def prompt_graph(text: str = TWO, **strengths) -> Graph:
-    """One Slider Prompt into a sampler, as API JSON."""
-    g = Graph()
-    ones = {f"strength_{k}": 1.0 for k in range(1, 51)}  # the page would keep those of the graph before
-    inputs = {"mode": "one per line", "pad_to_512": True, "lowest": -0.5, "highest": 2.0, **ones, **strengths}
-    conditioning = g.add(NODE, clip=g.clip(), text=text, **inputs)
-    g.save(g.sample(g.stlora(g.model()), g.edited(conditioning), steps=1))
-    return g
+from support.slider_page import (
+    NODE,
+    TWO,
+    idle,
+    inputs,
+    into_a_subgraph,
+    jobs_of,
+    live,
+    live_graph,
+    number,
+    opened,
+    prompt_graph,
+    rows,
+    show,
+    slider,
+    strengths,
+    typed,
+    wait_for,
+    words,
+)
 
 
 @pytest.fixture
 def page(view: ComfyPage) -> ComfyPage:
     opened(view, prompt_graph())
     return view
-
-
-def opened(view: ComfyPage, graph: Graph) -> None:
-    view.page.evaluate("graph => app.loadApiJson(graph, 'test')", graph)
-    show(view)
-
-
-def show(view: ComfyPage) -> None:
-    """Bring the node where the page shows it in full."""
-    view.page.evaluate(
-        """type => {
-            const [node] = app.graph.findNodesByType(type)
-            node.pos = [-5000, 0] // away from the others
-            app.canvas.ds.scale = 1
-            app.canvas.ds.offset = [5400, 160]
-            app.canvas.setDirty(true, true)
-        }""",
-        NODE,
-    )
-    rows(view).first.wait_for()
-    view.page.wait_for_timeout(400)
-
-
-def rows(view: ComfyPage) -> Locator:
-    return view.page.locator(".es-row")
-
-
-def slider(view: ComfyPage, k: int) -> Locator:
-    return rows(view).nth(k).locator("input[type=range]")
-
-
-def number(view: ComfyPage, k: int) -> Locator:
-    return rows(view).nth(k).locator("input[type=number]")
-
-
-def typed(view: ComfyPage) -> Locator:
-    return view.page.locator(".es-text textarea")
-
-
-def inputs(view: ComfyPage) -> dict:
-    [node] = [node for node in view.prompt().values() if node["class_type"] == NODE]
-    return node["inputs"]
-
-
-def strengths(view: ComfyPage, count: int = 3) -> list:
-    return [inputs(view)[f"strength_{k}"] for k in range(1, count + 1)]
-
-
-def words(view: ComfyPage) -> list[str]:
-    return rows(view).locator(".es-words").all_inner_texts()
 
 
 def test_a_row_for_each_line(page):
@@ -187,10 +143,10 @@ def test_saved_and_opened_again(page):
 
 
 def test_undone_and_redone(page):
-    page.page.evaluate("app.extensionManager.workflow.activeWorkflow.changeTracker.checkState()")
+    page.page.evaluate("app.extensionManager.workflow.activeWorkflow.changeTracker.captureCanvasState()")
     number(page, 0).fill("0.4")
     number(page, 0).press("Enter")
-    page.page.evaluate("app.extensionManager.workflow.activeWorkflow.changeTracker.checkState()")
+    page.page.evaluate("app.extensionManager.workflow.activeWorkflow.changeTracker.captureCanvasState()")
     page.page.evaluate("app.extensionManager.workflow.activeWorkflow.changeTracker.undo()")
     page.page.wait_for_function("document.querySelector('.es-row input[type=number]')?.value === '1'")
     slider(page, 1).focus()
@@ -261,35 +217,6 @@ def test_numbers_that_are_none(server):
 # --- live
 
 
-def live(view: ComfyPage) -> Locator:
-    return view.page.locator(".es-bar label", has_text="live").locator("input")
-
-
-def live_graph(steps: int = 1) -> Graph:
-    g = prompt_graph()
-    [sampler] = [key for key, node in g.items() if node["class_type"] == "KSampler"]
-    g[sampler]["inputs"]["steps"] = steps
-    vae = g.add("VAELoader", vae_name="taef1")
-    g.add("PreviewImage", images=g.add("VAEDecode", samples=[sampler, 0], vae=vae))
-    return g
-
-
-def jobs_of(server) -> dict:
-    return json.loads(server.get("/history"))
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def idle(server) -> bool:
-    queue = json.loads(server.get("/queue"))
-    return not queue["queue_running"] and not queue["queue_pending"]
-
-
 def test_live_runs_the_newest_state_only(server, view):
     opened(view, live_graph())
     before = set(jobs_of(server))
@@ -338,7 +265,7 @@ def test_live_drops_its_own_job_and_no_other(server, view):
 
 def test_live_drops_its_waiting_job_and_not_the_running_one(server, view):
     foreign = Graph()
-    foreign.save(foreign.sample(foreign.model(), foreign.edited(foreign.stock_text("a dog")), steps=700))
+    foreign.save(foreign.sample(foreign.model(), foreign.edited(foreign.stock_text("a dog")), steps=1500))
     opened(view, live_graph())
     strange = server.submit(foreign)
     wait_for(lambda: json.loads(server.get("/queue"))["queue_running"])
@@ -373,22 +300,19 @@ def test_live_shows_what_went_wrong(server, view):
     live(view).uncheck()
 
 
-def test_live_in_a_subgraph(server, view):
+def test_in_a_subgraph(server, view):
     opened(view, live_graph())
     before = set(jobs_of(server))
-    view.page.evaluate(
-        """type => {
-            const outer = app.graph.convertToSubgraph(new Set(app.graph.findNodesByType(type)))
-            const inner = outer.node.subgraph.nodes.find(node => node.type === type)
-            inner.editSliders.setStrengths([[1, 0.35]])
-            inner.editSliders.setLive(true)
-        }""",
-        NODE,
-    )
+    into_a_subgraph(view)
+    number(view, 1).fill("0.35")
+    number(view, 1).press("Enter")
+    live(view).check()
     wait_for(lambda: set(jobs_of(server)) - before and idle(server))
     [job] = [job for key, job in jobs_of(server).items() if key not in before]
     [(key, node)] = [item for item in job["prompt"][2].items() if item[1]["class_type"] == NODE]
     assert ":" in key
     assert node["inputs"]["strength_2"] == 0.35
     assert job["status"]["status_str"] == "success"
+    view.page.wait_for_function("document.querySelector('.es-picture')?.src.includes('/view?')")
+    live(view).uncheck()
     assert view.errors == []

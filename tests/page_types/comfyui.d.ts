@@ -1,4 +1,4 @@
-// What ComfyUI's page gives to extensions, by the address they import it from.
+// What ComfyUI's page gives to extensions, by the address they import it from, and names for its types.
 
 declare module '*/scripts/app.js' {
   export const app: import('@comfyorg/comfyui-frontend-types').ComfyApp
@@ -7,3 +7,13 @@ declare module '*/scripts/app.js' {
 declare module '*/scripts/api.js' {
   export const api: import('@comfyorg/comfyui-frontend-types').ComfyApi
 }
+
+type ComfyExtension = import('@comfyorg/comfyui-frontend-types').ComfyExtension
+type LGraphNode = Parameters<NonNullable<ComfyExtension['nodeCreated']>>[0] & {
+  onExecuted?(output: { text?: string[] }): void
+}
+type NodeWithElements = LGraphNode & {
+  addDOMWidget(name: string, type: string, element: HTMLElement, options: object): Widget
+}
+type Widget = NonNullable<LGraphNode['widgets']>[number]
+type ElementWidget = Widget & { element: HTMLTextAreaElement }

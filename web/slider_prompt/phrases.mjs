@@ -5,6 +5,8 @@
  * @typedef {{ phrases: Phrase[], error: string }} Parsed
  */
 
+import { t } from '../texts.mjs'
+
 export const LINES = 'one per line'
 
 const MARK = /\\?(\[\[|\]\])/g
@@ -31,7 +33,7 @@ function parseLines(text) {
     }
     start += line.length + 1
   }
-  return { phrases, error: phrases.length ? '' : 'The prompt is empty: write one sub-instruction per line.' }
+  return { phrases, error: phrases.length ? '' : t('emptyPrompt') }
 }
 
 /** @param {string} text @returns {Parsed} */
@@ -47,13 +49,13 @@ function parseMarks(text) {
       phrases.push({ start: after, end: after, text: '' })
     } else if (match[0] === ']]') {
       const opened = open.pop()
-      if (opened === undefined) return { phrases, error: "A ']]' closes nothing: put '[[' before the phrase." }
+      if (opened === undefined) return { phrases, error: t('markNotOpened') }
       phrases[opened] = phrase(text, phrases[opened].start, match.index)
-      if (!phrases[opened].text) return { phrases, error: "'[[]]' marks nothing: put words between the brackets." }
+      if (!phrases[opened].text) return { phrases, error: t('markEmpty') }
     }
   }
-  if (open.length) return { phrases, error: "A '[[' is not closed: add ']]'." }
-  return { phrases, error: phrases.length ? '' : 'No phrase is marked: put [[double brackets]] around words.' }
+  if (open.length) return { phrases, error: t('markNotClosed') }
+  return { phrases, error: phrases.length ? '' : t('noMark') }
 }
 
 /** @param {string} text @param {number} start @param {number} end @returns {Phrase} */

@@ -1,21 +1,22 @@
-// Runs the graph while sliders move: one job of our own at a time, the newest state wins, nobody else's job is touched.
+// Runs jobs of our own, one at a time per queue: the newest state wins, nobody else's job is touched.
 
 /**
- * @typedef {object} Job what the live queue needs to know of a run
- * @property {(picture: string) => void} onPicture the address of a picture, intermediate or finished
+ * @typedef {{ filename: string, subfolder: string, type: string }} File a picture on the server
+ *
+ * @typedef {object} Listener what is told of a run
+ * @property {(files: File[], node: string) => void} onPictures what a node of the job has saved or previewed
+ * @property {(address: string) => void} onPreview a picture on its way
  * @property {(share: number) => void} onProgress 0 to 1; 1 when nothing runs
  * @property {(message: string) => void} onError
  *
  * @typedef {object} Server what it asks of ComfyUI's frontend
  * @property {(path: string, options?: RequestInit) => Promise<Response>} fetchApi
  * @property {(path: string) => string} apiURL
- * @property {(type: string, listener: (event: CustomEvent) => void) => void} addEventListener
- * @property {string | undefined} clientId
+ * @property {(type: any, listener: (event: any) => void) => void} addEventListener
+ * @property {string} [clientId]
  */
 
-const DEBOUNCE = 250
-
-/** @type {Map<string, LiveQueue>} our jobs that have not ended, by their id */
+/** @type {Map<string, OwnJobs>} our jobs that have not ended, by their id */
 const running = new Map()
 
 /** @param {Server} server */
@@ -27,30 +28,33 @@ export function listen(server) {
     server.addEventListener(end, (event) => ours(event)?.ended())
   server.addEventListener('execution_error', (event) => ours(event)?.failed(event.detail.exception_message))
   server.addEventListener('executed', (event) => {
-    for (const { filename, subfolder, type } of event.detail.output?.images ?? [])
-      ours(event)?.job.onPicture(server.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`))
+    const { output, node } = event.detail
+    if (output?.images) ours(event)?.listener.onPictures(output.images, node)
   })
   server.addEventListener('b_preview_with_metadata', (event) => ours(event)?.preview(event.detail.blob))
   server.addEventListener('progress_state', (event) => {
     const nodes = Object.values(event.detail.nodes ?? {})
     const [active] = nodes.filter(({ state }) => state === 'running')
-    if (active) ours(event)?.job.onProgress(active.value / active.max)
+    if (active) ours(event)?.listener.onProgress(active.value / active.max)
   })
 }
 
-export class LiveQueue {
+export class OwnJobs {
   /**
    * @param {Server} server
    * @param {() => Promise<object | undefined>} body what to queue now, without prompt_id; undefined = nothing
-   * @param {Job} job
+   * @param {Listener} listener
+   * @param {() => number} [delay] milliseconds from the last change to its run
    */
-  constructor(server, body, job) {
+  constructor(server, body, listener, delay = () => 0) {
     this.server = server
     this.body = body
-    this.job = job
+    this.listener = listener
+    this.delay = delay
     /** @type {string | undefined} */
     this.id = undefined
     this.dirty = false
+    this.unwanted = false
     this.onServer = false
     /** @type {ReturnType<typeof setTimeout> | undefined} */
     this.timer = undefined
@@ -60,13 +64,14 @@ export class LiveQueue {
   /** The state has changed: run it soon, instead of what runs now. */
   changed() {
     clearTimeout(this.timer)
-    this.timer = setTimeout(() => this.start(), DEBOUNCE)
+    this.timer = setTimeout(() => this.start(), this.delay())
   }
 
   /** Run nothing more, and cancel our own job. */
   stop() {
     clearTimeout(this.timer)
     this.dirty = false
+    this.unwanted = true
     this.cancel()
   }
 
@@ -78,9 +83,10 @@ export class LiveQueue {
     }
     const id = identifier()
     this.id = id
+    this.unwanted = false
     running.set(id, this)
-    this.job.onError('')
-    this.job.onProgress(0)
+    this.listener.onError('')
+    this.listener.onProgress(0)
     try {
       const body = await this.body()
       if (!body) return this.ended()
@@ -91,9 +97,9 @@ export class LiveQueue {
         body: content
       })
       if (!answer.ok) this.failed(reasons(await answer.json()))
-      else if (this.dirty) await this.cancel()
+      else if (this.dirty || this.unwanted) await this.cancel()
     } catch (error) {
-      this.failed(String(error))
+      this.failed(error instanceof Error ? error.message : String(error))
     }
   }
 
@@ -116,7 +122,7 @@ export class LiveQueue {
 
   /** @param {string} message */
   failed(message) {
-    this.job.onError(message.trim())
+    this.listener.onError(message.trim())
     this.ended()
   }
 
@@ -124,7 +130,7 @@ export class LiveQueue {
     if (this.id) running.delete(this.id)
     this.id = undefined
     this.onServer = false
-    this.job.onProgress(1)
+    this.listener.onProgress(1)
     if (this.dirty) {
       this.dirty = false
       this.start()
@@ -135,8 +141,13 @@ export class LiveQueue {
   preview(blob) {
     URL.revokeObjectURL(this.shown)
     this.shown = URL.createObjectURL(blob)
-    this.job.onPicture(this.shown)
+    this.listener.onPreview(this.shown)
   }
+}
+
+/** Where the page finds a picture. @param {{ apiURL: (path: string) => string }} server @param {File} file */
+export function addressOf(server, { filename, subfolder, type }) {
+  return server.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`)
 }
 
 /** @param {{ error?: { message: string }, node_errors?: Record<string, { errors: { details: string }[] }> }} refusal */

@@ -1,0 +1,278 @@
+"""Sweeps of the Slider Prompt in the real page: the filmstrip, scrubbing, saving."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Locator
+from support.browser import ComfyPage
+from support.slider_page import (
+    NODE,
+    idle,
+    into_a_subgraph,
+    jobs_of,
+    live,
+    live_graph,
+    number,
+    opened,
+    show,
+    slider,
+    strengths,
+    typed,
+    wait_for,
+)
+
+
+@pytest.fixture
+def page(view: ComfyPage) -> ComfyPage:
+    opened(view, live_graph())
+    set_sweep(view, [{"slider": 0, "from": 0, "to": 1.5, "count": 4}], 2)
+    return view
+
+
+def set_sweep(view: ComfyPage, axes: list[dict], at_once: int) -> None:
+    """As if typed into the form."""
+    details = view.page.locator(".es-film details")
+    details.evaluate("element => element.open = true")
+    for k, axis in enumerate(axes):
+        line = view.page.locator(".es-axis").nth(k)
+        line.locator("select").select_option(str(axis["slider"]))
+        for box, name in enumerate(("from", "to", "count")):
+            line.locator("input").nth(box).fill(str(axis[name]))
+            line.locator("input").nth(box).press("Enter")
+    view.page.locator(".es-film details > label input").fill(str(at_once))
+    view.page.locator(".es-film details > label input").press("Enter")
+
+
+def sweep_button(view: ComfyPage) -> Locator:
+    return view.page.locator(".es-sweep")
+
+
+def frames(view: ComfyPage) -> Locator:
+    return view.page.locator(".es-frame")
+
+
+def swept(view: ComfyPage, count: int) -> None:
+    sweep_button(view).click()
+    view.page.wait_for_function(
+        "count => document.querySelectorAll('.es-frame img').length === count"
+        " && document.querySelector('.es-sweep').textContent.includes('sweep')",
+        arg=count,
+    )
+
+
+def picture_shown(view: ComfyPage) -> str:
+    return view.page.evaluate("document.querySelector('.es-picture').src")
+
+
+def pixels(view: ComfyPage, address: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(view.page.request.get(address).body())).convert("RGB")).astype(float)
+
+
+def addresses(view: ComfyPage) -> list[str]:
+    return view.page.evaluate("[...document.querySelectorAll('.es-frame img')].map(image => image.src)")
+
+
+def test_one_job_fills_the_filmstrip_and_scrubbing_queues_nothing(server, page):
+    before = set(jobs_of(server))
+    swept(page, 4)
+    [new] = set(jobs_of(server)) - before
+    copied = [node["class_type"] for key, node in jobs_of(server)[new]["prompt"][2].items() if key.startswith("sweep")]
+    assert copied.count("KSampler") == 2
+    assert "UNETLoader" not in copied
+    assert frames(page).all_inner_texts() == ["0", "0.5", "1", "1.5"]
+    live(page).check()
+    wait_for(lambda: idle(server))
+    page.page.wait_for_timeout(1500)
+    after = set(jobs_of(server))
+
+    page.page.locator(".es-scrub").focus()
+    page.page.keyboard.press("Home")
+    seen = [picture_shown(page)]
+    for _ in range(3):
+        page.page.keyboard.press("ArrowRight")
+        seen.append(picture_shown(page))
+    assert seen == addresses(page)
+    box = page.page.locator(".es-frames").bounding_box()
+    page.page.mouse.move(box["x"] + box["width"] * 0.9, box["y"] + 8)
+    page.page.mouse.down()
+    page.page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + 8)
+    assert picture_shown(page) == addresses(page)[1]
+    page.page.mouse.move(box["x"] - 50, box["y"] + 300)
+    page.page.mouse.up()
+    assert picture_shown(page) == addresses(page)[0]
+    assert strengths(page) == [1, 1, 1]
+    page.page.wait_for_timeout(800)
+    assert set(jobs_of(server)) == after
+    live(page).uncheck()
+    assert page.errors == []
+
+
+def test_the_pictures_are_those_of_single_runs(server, page):
+    swept(page, 4)
+    sweep = [pixels(page, address) for address in addresses(page)]
+    before = set(jobs_of(server))
+    number(page, 0).fill("0.5")
+    number(page, 0).press("Enter")
+    live(page).check()
+    wait_for(lambda: set(jobs_of(server)) - before and idle(server))
+    page.page.wait_for_function("!document.querySelector('.es-picture').src.startsWith('blob:')")
+    page.page.wait_for_timeout(300)
+    single = pixels(page, picture_shown(page))
+    live(page).uncheck()
+    distances = [np.abs(picture - single).mean() for picture in sweep]
+    assert np.argmin(distances) == 1
+    assert distances[1] < 0.5 < 1.5 * min(distances[0], distances[2])
+
+
+def test_the_shown_picture_s_strengths_are_taken_over(page):
+    swept(page, 4)
+    page.page.locator(".es-frames").focus()
+    page.page.keyboard.press("End")
+    page.page.locator(".es-film button", has_text="use").click()
+    assert strengths(page) == [1.5, 1, 1]
+    assert page.page.locator(".es-frame[aria-selected=true]").inner_text() == "1.5"
+
+
+def test_two_sliders_make_a_grid(server, page):
+    across = {"slider": 1, "from": -0.5, "to": 1, "count": 3}
+    set_sweep(page, [across, {"slider": 0, "from": 0, "to": 1, "count": 2}], 4)
+    swept(page, 6)
+    assert page.page.locator(".es-scrub").is_hidden()
+    captions = [frame.get_attribute("aria-label") for frame in frames(page).all()]
+    assert captions == ["-0.5 / 0", "0.25 / 0", "1 / 0", "-0.5 / 1", "0.25 / 1", "1 / 1"]
+    box = page.page.locator(".es-frames").bounding_box()
+    page.page.mouse.click(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.75)
+    assert picture_shown(page) == addresses(page)[4]
+    page.page.keyboard.press("ArrowUp")
+    assert picture_shown(page) == addresses(page)[1]
+    page.page.locator(".es-film button", has_text="use").click()
+    assert strengths(page) == [0, 0.25, 1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("webp", "sweep.webp"), ("strip", "sweep_strip.png"), ("grid", "sweep_grid.png")]
+)
+def test_saved_as_one_file(page, kind, name):
+    swept(page, 4)
+    page.page.locator(".es-film .es-bar select").select_option(kind)
+    with page.page.expect_download() as download:
+        page.page.locator(".es-film button", has_text="save").click()
+    assert download.value.suggested_filename == name
+    file = Image.open(download.value.path())
+    if kind == "webp":
+        assert file.n_frames == 6
+    else:
+        assert '"EditSlidersSliderPrompt"' in file.text["workflow"]
+        assert file.width == 4 * 64 + 3 * 6
+
+
+def test_frames_survive_undo_and_other_tabs(page):
+    tracker = "app.extensionManager.workflow.activeWorkflow.changeTracker"
+    page.page.evaluate(f"{tracker}.captureCanvasState()")
+    swept(page, 4)
+    kept = addresses(page)
+    number(page, 0).fill("0.4")
+    number(page, 0).press("Enter")
+    page.page.evaluate(f"{tracker}.captureCanvasState()")
+    for _ in range(2):  # the second one takes back what the sweep itself has changed
+        page.page.evaluate(f"{tracker}.undo()")
+        page.page.wait_for_timeout(1000)
+        show(page)
+        assert addresses(page) == kept
+    page.page.locator(".es-frames").focus()
+    page.page.keyboard.press("End")
+    assert picture_shown(page) == kept[3]
+
+    name = page.page.evaluate("app.extensionManager.workflow.activeWorkflow.path")
+    page.page.evaluate("app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+    page.page.wait_for_function("app.graph.nodes.length === 0")
+    opened(page, live_graph())
+    page.page.wait_for_timeout(700)
+    assert addresses(page) == []
+    page.page.evaluate(
+        """async path => {
+            const { workflow } = app.extensionManager
+            await app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')
+            while (workflow.activeWorkflow.path !== path)
+                await app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')
+        }""",
+        name,
+    )
+    page.page.wait_for_function("kept => document.querySelectorAll('.es-frame img').length === kept", arg=4)
+    assert addresses(page) == kept
+    assert page.errors == []
+
+
+def test_a_sweep_can_be_stopped(server, view):
+    opened(view, live_graph(steps=3000))
+    before = set(jobs_of(server))
+    sweep_button(view).click()
+    wait_for(lambda: not idle(server))
+    view.page.wait_for_function("document.querySelector('.es-sweep').textContent.includes('stop')")
+    sweep_button(view).click()
+    wait_for(lambda: idle(server))
+    [dropped] = set(jobs_of(server)) - before
+    assert jobs_of(server)[dropped]["status"]["status_str"] == "error"  # interrupted
+    view.page.wait_for_function("document.querySelector('.es-sweep').textContent.includes('sweep')")
+    assert addresses(view) == []
+
+
+def test_a_moved_slider_leaves_a_sweep_alone(server, view):
+    opened(view, live_graph(steps=150))
+    set_sweep(view, [{"slider": 0, "from": 0, "to": 1, "count": 2}], 1)
+    before = set(jobs_of(server))
+    live(view).check()
+    sweep_button(view).click()
+    wait_for(lambda: not idle(server))
+    slider(view, 0).focus()
+    view.page.keyboard.press("ArrowLeft")
+    wait_for(lambda: idle(server) and len(set(jobs_of(server)) - before) >= 2)
+    live(view).uncheck()
+    assert frames(view).locator("img").count() == 2
+
+
+def test_what_cannot_be_swept_is_said(page):
+    alert = page.page.locator("[role=alert]")
+    set_sweep(page, [{"slider": 1, "from": 0, "to": 1, "count": 2}], 2)
+    typed(page).fill("make it night")
+    sweep_button(page).click()
+    assert "The sweep wants slider 2, but there are 1" in alert.inner_text()
+    graph = live_graph()
+    [key] = [key for key, node in graph.items() if node["class_type"] == NODE]
+    graph[key]["inputs"]["strength_1"] = graph.add("PrimitiveFloat", value=0.7)
+    opened(page, graph)
+    sweep_button(page).click()
+    assert "Slider 1 comes from another node" in alert.inner_text()
+
+
+def test_a_sweep_that_fails_says_why(page):
+    page.set_widget("UNETLoader", "unet_name", "gone.safetensors")
+    sweep_button(page).click()
+    page.page.wait_for_function("document.querySelector('[role=alert]')?.textContent.includes('gone.safetensors')")
+    assert "sweep" in sweep_button(page).inner_text()
+
+
+def test_the_form_is_saved_and_nonsense_is_mended(page):
+    set_sweep(page, [{"slider": 1, "from": -1, "to": 0.5, "count": 3}], 3)
+    workflow = page.page.evaluate("app.graph.serialize()")
+    page.open(workflow)
+    show(page)
+    assert page.page.locator(".es-film summary").inner_text() == "make the wall golden: -1 to 0.5, 3 pictures"
+    [node] = [node for node in workflow["nodes"] if node["type"] == NODE]
+    node["properties"]["sweep"] = {"axes": [{"slider": "x", "from": None, "count": 1e9}, 5], "atOnce": -3}
+    page.open(workflow)
+    show(page)
+    shown = page.page.locator(".es-film summary").inner_text()
+    assert shown.startswith("make the cat older: 0 to 1.5, 32 pictures")
+    assert page.errors == []
+
+
+def test_in_a_subgraph(server, page):
+    into_a_subgraph(page)
+    set_sweep(page, [{"slider": 0, "from": 0, "to": 1, "count": 2}], 2)
+    swept(page, 2)
+    assert page.errors == []

@@ -1,0 +1,438 @@
+// Gives a Slider Prompt node its sliders. The values live in the node's own widgets, which are hidden.
+
+import { api } from '../../../scripts/api.js'
+import { app } from '../../../scripts/app.js'
+import { setting } from '../settings.mjs'
+import { t } from '../texts.mjs'
+import { below, idsOf, outputsAmong, sweepGraph, withFewerSteps } from './api_graph.mjs'
+import { Film, Filmstrip, sanitised } from './filmstrip.mjs'
+import { addressOf, OwnJobs } from './own_jobs.mjs'
+import { carried, parse } from './phrases.mjs'
+import { Tokens } from './tokens.mjs'
+import { View } from './view.mjs'
+
+/** @import { ApiGraph, Definitions } from './api_graph.mjs' */
+/** @import { Format, Sweep } from './filmstrip.mjs' */
+/** @import { Parsed, Phrase } from './phrases.mjs' */
+
+export const NODE = 'EditSlidersSliderPrompt'
+const LIMIT = 100
+const HEIGHT = 220
+const SIZE = /** @type {[number, number]} */ ([360, 460])
+const HEIGHT_WITH_FILM = 720
+const FRAMES_TO_SETTLE = 30
+
+/** @type {WeakMap<LGraphNode, SliderPrompt>} */
+const prompts = new WeakMap()
+
+/** @type {WeakMap<object, Map<string, Film>>} workflow that is open -> place of the node in it -> its last sweep */
+const films = new WeakMap()
+
+/** @param {LGraphNode} node @returns {SliderPrompt | undefined} the sliders of a node */
+export const slidersOf = (node) => prompts.get(node)
+
+/** @param {LGraphNode} node */
+export function addSliders(node) {
+  prompts.set(node, new SliderPrompt(node))
+}
+
+/**
+ * Once a graph is loaded over another: Nodes 2.0 keeps the old element in the page, so put ours in its place; and the
+ * page says only later which workflow it is, so look for the sweeps of that one.
+ * @param {LGraphNode} node
+ */
+export function settle(node, frames = FRAMES_TO_SETTLE) {
+  const ours = prompts.get(node)
+  if (!ours || !frames) return
+  if (!ours.view.element.isConnected)
+    document.querySelector(`[data-node-id="${node.id}"] .es-slider-prompt`)?.replaceWith(ours.view.element)
+  if (ours.film !== ours.shownFilm) ours.refresh()
+  requestAnimationFrame(() => settle(node, frames - 1))
+}
+
+class SliderPrompt {
+  /** @param {LGraphNode} node */
+  constructor(node) {
+    this.node = node
+    this.tokens = new Tokens(api, () => this.refresh())
+    this.strip = new Filmstrip({
+      render: () => this.renderSweep(),
+      stop: () => this.film?.stop(),
+      setSweep: (sweep) => this.setSweep(sweep),
+      show: (film) => this.showFrame(film),
+      use: (film) =>
+        this.setStrengths(film.axes.map(({ slider }, k) => [slider, film.strengths[film.shown][k]])),
+      save: (film, format) => this.saveSweep(film, format),
+      address: (file) => addressOf(api, file)
+    })
+    this.view = new View(
+      {
+        setText: (text) => this.setText(text),
+        setStrength: (k, strength) => this.setStrengths([[k, strength]]),
+        setAll: (strengths) => this.setStrengths([...strengths.entries()]),
+        released: () => this.released(),
+        setLive: (live) => this.setLive(live),
+        wheel: (event) => forward(event)
+      },
+      this.strip.element
+    )
+    this.live = new OwnJobs(
+      api,
+      () => this.job(),
+      {
+        onPictures: (files) => (this.view.picture.src = addressOf(api, files[files.length - 1])),
+        onPreview: (address) => (this.view.picture.src = address),
+        onProgress: (share) => this.showProgress(share),
+        onError: (message) => (this.view.failure.textContent = message)
+      },
+      () => setting('debounce')
+    )
+    this.text = this.hide('text')
+    this.sliders = this.widgets.filter(({ name }) => name.startsWith('strength_')).map(({ name }) => this.hide(name))
+    /** @type {Phrase[]} */
+    this.phrases = []
+    /** @type {Film | undefined} */
+    this.shownFilm = undefined
+    this.writing = false
+    this.quick = false
+    const { element } = this.view
+    const widget = /** @type {NodeWithElements} */ (node).addDOMWidget('sliders', 'EDIT_SLIDERS_PROMPT', element, {
+      serialize: false,
+      getMinHeight: () => HEIGHT,
+      hideOnZoom: false
+    })
+    widget.serialize = false
+    for (const name of ['mode', 'lowest', 'highest']) this.follow(this.widget(name))
+    this.followNode()
+    this.widget('lowest').value = setting('lowest')
+    this.widget('highest').value = setting('highest')
+    node.properties.live = setting('live')
+    node.setSize(SIZE)
+    this.refresh()
+    requestAnimationFrame(() => settle(node))
+  }
+
+  get widgets() {
+    return this.node.widgets ?? []
+  }
+
+  /** @param {string} name @returns {Widget} */
+  widget(name) {
+    const found = this.widgets.find((widget) => widget.name === name)
+    if (!found) throw new Error(`Slider Prompt has no ${name}: the page and the server are of different versions.`)
+    return found
+  }
+
+  /** @param {string} name */
+  hide(name) {
+    const widget = this.widget(name)
+    widget.hidden = true
+    widget.options.hidden = true
+    this.follow(widget)
+    return widget
+  }
+
+  /** Show what the widget holds whenever someone else sets it. @param {Widget} widget */
+  follow(widget) {
+    const callback = widget.callback
+    widget.callback = (...args) => {
+      callback?.apply(widget, args)
+      if (!this.writing) this.refresh()
+    }
+  }
+
+  followNode() {
+    const { node } = this
+    const { onConfigure, onConnectionsChange, onRemoved } = node
+    node.onConfigure = (...args) => {
+      onConfigure?.apply(node, args)
+      this.sanitise()
+      this.refresh()
+    }
+    node.onConnectionsChange = (...args) => {
+      onConnectionsChange?.apply(node, args)
+      this.refresh()
+    }
+    node.onRemoved = (...args) => {
+      onRemoved?.apply(node, args)
+      this.live.stop()
+    }
+  }
+
+  /** @param {string} name */
+  isLinked(name) {
+    return this.node.inputs?.some((input) => input.widget?.name === name && input.link != null) ?? false
+  }
+
+  /** @param {string} text */
+  setText(text) {
+    const before = this.phrases
+    this.text.value = text
+    const after = this.parsed().phrases
+    const moved = carried(before, after, this.strengths.slice(0, before.length))
+    this.sliders.forEach((slider, k) => (slider.value = moved[k] ?? 1))
+    this.text.callback?.(text)
+    this.changed()
+  }
+
+  get strengths() {
+    return this.sliders.map(({ value }) => Number(value))
+  }
+
+  /** @param {[number, number][]} strengths pairs of slider, from 0, and strength */
+  setStrengths(strengths) {
+    this.writing = true
+    for (const [k, strength] of strengths) {
+      if (!this.sliders[k] || this.isLinked(this.sliders[k].name)) continue
+      this.sliders[k].value = Math.min(Math.max(strength, -LIMIT), LIMIT)
+      this.sliders[k].callback?.(this.sliders[k].value)
+    }
+    this.writing = false
+    this.changed()
+  }
+
+  /** Whatever a file holds, the widgets hold strengths. */
+  sanitise() {
+    if (typeof this.text.value !== 'string') this.text.value = ''
+    for (const slider of this.sliders) {
+      const value = typeof slider.value === 'number' ? slider.value : NaN
+      slider.value = Number.isFinite(value) ? Math.min(Math.max(value, -LIMIT), LIMIT) : 1
+    }
+  }
+
+  /** @returns {Parsed} */
+  parsed() {
+    const { phrases, error } = parse(String(this.text.value), this.mode)
+    const most = this.sliders.length
+    if (phrases.length <= most) return { phrases, error }
+    return { phrases: phrases.slice(0, most), error: t('tooMany', phrases.length, most) }
+  }
+
+  get mode() {
+    return String(this.widget('mode').value)
+  }
+
+  /** With a linked prompt nobody knows its words here: as many rows as strengths that say something. */
+  shown() {
+    if (!this.isLinked('text')) return this.parsed()
+    const used = this.sliders.findLastIndex(({ name, value }) => value !== 1 || this.isLinked(name)) + 1
+    const count = Math.max(used, 4)
+    return { phrases: Array.from({ length: count }, (_, k) => ({ start: 0, end: 0, text: `${k + 1}` })), error: '' }
+  }
+
+  refresh() {
+    const text = String(this.text.value)
+    const textLinked = this.isLinked('text')
+    const parsed = this.shown()
+    const answered = !textLinked && !parsed.error
+    if (answered) this.tokens.of(text, this.mode)
+    this.phrases = parsed.phrases
+    const count = parsed.phrases.length
+    this.view.show({
+      text,
+      textLinked,
+      parsed,
+      strengths: this.strengths.slice(0, count),
+      linked: this.sliders.slice(0, count).map(({ name }) => this.isLinked(name)),
+      lowest: Number(this.widget('lowest').value),
+      highest: Number(this.widget('highest').value),
+      live: this.isLive,
+      error: answered ? this.tokens.error : '',
+      tokens: answered ? this.tokens.phrases : []
+    })
+    this.showStrip()
+  }
+
+  changed() {
+    this.quick ||= this.view.dragging && setting('dragSteps') > 0
+    if (this.isLive) this.live.changed()
+    this.refresh()
+  }
+
+  /** What was run with fewer steps while a slider was dragged is run in full. */
+  released() {
+    if (!this.quick) return
+    this.quick = false
+    if (this.isLive) this.live.changed()
+  }
+
+  /** @param {number} share */
+  showProgress(share) {
+    this.view.progress.style.width = share < 1 ? `${100 * share}%` : '0'
+  }
+
+  get isLive() {
+    return this.node.properties.live === true
+  }
+
+  /** @param {boolean} live */
+  setLive(live) {
+    this.node.properties.live = live
+    if (live) this.live.changed()
+    else this.live.stop()
+    this.refresh()
+  }
+
+  /** The graph as it is now, down to the outputs that depend on this node. */
+  async job() {
+    const { graph, workflow, definitions } = await queueable()
+    const dependent = below(graph, idsOf(graph, this.node.id))
+    const targets = outputsAmong(graph, dependent, definitions)
+    if (!targets.length) throw new Error(t('nothingToRun'))
+    const prompt = this.quick ? withFewerSteps(graph, dependent, definitions, setting('dragSteps')) : graph
+    return { prompt, partial_execution_targets: targets, extra_data: { extra_pnginfo: { workflow } } }
+  }
+
+  // --- sweeps
+
+  /** Where the page keeps this node's sweep: undo and switching tabs make new nodes in the same places. */
+  get films() {
+    const workflow = app.extensionManager.workflow.activeWorkflow ?? app
+    if (!films.has(workflow)) films.set(workflow, new Map())
+    return /** @type {Map<string, Film>} */ (films.get(workflow))
+  }
+
+  get place() {
+    const { graph, id } = this.node
+    return graph && !graph.isRootGraph ? `${graph.id}:${id}` : `${id}`
+  }
+
+  get film() {
+    return this.films.get(this.place)
+  }
+
+  get sweep() {
+    return sanitised(this.node.properties.sweep)
+  }
+
+  /** @param {Sweep} sweep */
+  setSweep(sweep) {
+    this.node.properties.sweep = /** @type {any} */ (sweep)
+    this.refresh()
+  }
+
+  showStrip() {
+    const { film } = this
+    if (film !== this.shownFilm) {
+      this.shownFilm = film
+      if (film) this.showFilm(film)
+      return
+    }
+    this.strip.show({ sweep: this.sweep, words: this.phrases.map(({ text }) => text), film })
+  }
+
+  /** A sweep that has come or gone on. @param {Film} film */
+  showFilm(film) {
+    film.changed = () => this.showFilm(film)
+    this.view.failure.textContent = film.error
+    this.showProgress(film.progress)
+    this.showFrame(film)
+  }
+
+  /** @param {Film} film */
+  showFrame(film) {
+    const file = film.files[film.shown]
+    if (file) this.view.picture.src = addressOf(api, file)
+    this.showStrip()
+  }
+
+  renderSweep() {
+    const { axes, atOnce } = this.sweep
+    const wrong = axes.map(({ slider }) => this.whyNot(slider)).find(Boolean)
+    if (wrong) {
+      this.view.failure.textContent = wrong
+      return
+    }
+    this.film?.stop()
+    const film = new Film(
+      axes,
+      axes.map(({ slider }) => this.phrases[slider].text)
+    )
+    this.films.set(this.place, film)
+    if (this.node.size[1] < HEIGHT_WITH_FILM) this.node.setSize([this.node.size[0], HEIGHT_WITH_FILM])
+    render(film, this.node.id, atOnce)
+    this.refresh()
+  }
+
+  /** Why a slider cannot be swept. @param {number} slider */
+  whyNot(slider) {
+    if (slider >= this.phrases.length) return t('noSuchSlider', slider + 1, this.phrases.length)
+    return this.isLinked(this.sliders[slider].name) ? t('sliderLinked', slider + 1) : ''
+  }
+
+  /** @param {Film} film @param {Format} format */
+  async saveSweep(film, format) {
+    const { files: frames, columns, heading, metadata } = film
+    const captions = frames.map((_, k) => film.caption(k))
+    const answer = await api.fetchApi('/edit_sliders/sweep_file', {
+      method: 'POST',
+      headers: { 'Content-Type': 'application/json' },
+      body: JSON.stringify({ format, frames, captions, columns, heading, metadata })
+    })
+    if (!answer.ok) {
+      this.view.failure.textContent = (await answer.json()).error
+      return
+    }
+    const link = document.createElement('a')
+    link.href = URL.createObjectURL(await answer.blob())
+    link.download = format === 'webp' ? 'sweep.webp' : `sweep_${format}.png`
+    link.click()
+    URL.revokeObjectURL(link.href)
+  }
+}
+
+/**
+ * Have the pictures of a sweep made, as one job.
+ * @param {Film} film
+ * @param {string | number} id of the Slider Prompt
+ * @param {number} atOnce
+ */
+function render(film, id, atOnce) {
+  /** @type {string[]} */
+  let batches = []
+  const jobs = new OwnJobs(
+    api,
+    async () => {
+      const { graph, workflow, definitions } = await queueable()
+      const swept = sweepGraph(graph, idsOf(graph, id)[0], definitions, film.axes, atOnce)
+      if (!swept) throw new Error(t('nothingToRun'))
+      batches = swept.targets
+      film.metadata = { workflow: JSON.stringify(workflow), prompt: JSON.stringify(graph) }
+      const { graph: prompt, targets: partial_execution_targets } = swept
+      return { prompt, partial_execution_targets, extra_data: { extra_pnginfo: { workflow } } }
+    },
+    {
+      onPictures: (files, node) => {
+        const first = batches.indexOf(node) * atOnce
+        if (first < 0) return
+        files.forEach((file, k) => (film.files[first + k] = file))
+        film.shown = first
+        film.changed()
+      },
+      onPreview: () => {},
+      onProgress: (share) => {
+        const done = film.files.filter(Boolean).length / film.files.length
+        film.progress = share < 1 ? Math.min(done + (share * atOnce) / film.files.length, 0.99) : 1
+        film.changed()
+      },
+      onError: (message) => {
+        film.error = message
+        film.changed()
+      }
+    }
+  )
+  film.stop = () => jobs.stop()
+  jobs.start()
+}
+
+/** The graph of the page as it is queued, and what is known of its nodes. */
+async function queueable() {
+  const [{ output, workflow }, definitions] = await Promise.all([app.graphToPrompt(), api.getNodeDefs()])
+  const known = /** @type {Definitions} */ (/** @type {unknown} */ (definitions))
+  return { graph: /** @type {ApiGraph} */ (output), workflow, definitions: known }
+}
+
+/** On the canvas the wheel over a node zooms; Nodes 2.0 sees to that itself. @param {WheelEvent} event */
+function forward(event) {
+  if (!app.extensionManager.setting.get('Comfy.VueNodes.Enabled')) app.canvas.processMouseWheel(event)
+}
