@@ -90,6 +90,7 @@ def test_one_job_fills_the_filmstrip_and_scrubbing_queues_nothing(server, page):
     after = set(jobs_of(server))
 
     page.page.locator(".es-scrub").focus()
+    page.page.keyboard.press("End")
     page.page.keyboard.press("Home")
     seen = [picture_shown(page)]
     for _ in range(3):
@@ -222,7 +223,7 @@ def test_a_sweep_can_be_stopped(server, view):
 
 
 def test_a_moved_slider_leaves_a_sweep_alone(server, view):
-    opened(view, live_graph(steps=150))
+    opened(view, live_graph(steps=30))
     set_sweep(view, [{"slider": 0, "from": 0, "to": 1, "count": 2}], 1)
     before = set(jobs_of(server))
     live(view).check()

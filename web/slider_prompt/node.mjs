@@ -297,8 +297,10 @@ class SliderPrompt {
     return graph && !graph.isRootGraph ? `${graph.id}:${id}` : `${id}`
   }
 
+  /** The last sweep; none for a node that is no longer, or not yet, in a graph. */
   get film() {
-    return this.films.get(this.place)
+    const { graph, id } = this.node
+    return graph?.getNodeById(id) === this.node ? this.films.get(this.place) : undefined
   }
 
   get sweep() {
