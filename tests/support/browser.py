@@ -67,11 +67,15 @@ class ComfyPage:
         self.errors: list[str] = []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.goto(server.url)
+        self.wait_until_ready()
+        self.page.evaluate("vue => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue)", vue)
+
+    def wait_until_ready(self) -> None:
+        """Wait until the page, opened or loaded again, can show graphs."""
         self.page.wait_for_function(
             "window.app?.extensionManager && app.vueAppReady && app.graph && !document.querySelector('#splash-loader')",
             timeout=120_000,
         )
-        self.page.evaluate("vue => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue)", vue)
 
     def open(self, workflow: dict[str, Any]) -> None:
         """Show a workflow as saved by the frontend, in full."""
