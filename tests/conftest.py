@@ -39,7 +39,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     write_tiny_models(base / "models")
     write_settings(base)
     packs = {"ComfyUI-EditSliders": REPO, "tiny_loaders": REPO / "tests" / "support" / "tiny_loaders"}
-    with ComfyServer(COMFYUI, base, packs) as running:
+    with ComfyServer(COMFYUI, base, packs, args=["--preview-method", "latent2rgb"]) as running:
         running.put_input("photo.png", Image.open(REPO / "demo" / "photo.jpg").resize((64, 64)))
         yield running
 

@@ -265,7 +265,7 @@ def test_live_drops_its_own_job_and_no_other(server, view):
 
 def test_live_drops_its_waiting_job_and_not_the_running_one(server, view):
     foreign = Graph()
-    foreign.save(foreign.sample(foreign.model(), foreign.edited(foreign.stock_text("a dog")), steps=1500))
+    foreign.save(foreign.sample(foreign.model(), foreign.edited(foreign.stock_text("a dog")), steps=300))
     opened(view, live_graph())
     strange = server.submit(foreign)
     wait_for(lambda: json.loads(server.get("/queue"))["queue_running"])
@@ -316,3 +316,50 @@ def test_in_a_subgraph(server, view):
     view.page.wait_for_function("document.querySelector('.es-picture')?.src.includes('/view?')")
     live(view).uncheck()
     assert view.errors == []
+
+
+def test_the_tokens_of_the_words_under_the_pointer(page):
+    rows(page).nth(1).locator(".es-words").hover()
+    tokens = page.page.locator(".es-tokens")
+    page.page.wait_for_function("document.querySelector('.es-tokens').textContent.includes('t5xxl')")
+    assert tokens.locator("div", has_text="t5xxl").locator("i").all_inner_texts() == [
+        "▁make",
+        "▁the",
+        "▁wall",
+        "▁golden",
+    ]
+    assert tokens.locator("div", has_text="clip_l").locator("i").last.inner_text() == "golden</w>"
+    page.page.mouse.move(10, 10)
+    assert tokens.inner_text() == ""
+
+
+def test_words_that_become_no_token_are_said_while_typing(page):
+    typed(page).fill("make it night\n()")
+    page.page.wait_for_function("document.querySelector('.es-error').textContent.includes('has no words in it')")
+    typed(page).fill("make it night")
+    page.page.wait_for_function("document.querySelector('.es-error').textContent === ''")
+
+
+def test_the_wheel_zooms_where_nothing_scrolls(view):
+    opened(view, prompt_graph("\n".join(f"edit number {k}" for k in range(40))))
+    scale = "app.canvas.ds.scale"
+    before = view.page.evaluate(scale)
+    view.page.locator(".es-rows").hover()
+    slider(view, 0).focus()  # Nodes 2.0 lets only what has the focus scroll
+    view.page.mouse.wheel(0, 60)
+    view.page.wait_for_timeout(400)
+    assert view.page.locator(".es-rows").evaluate("rows => rows.scrollTop") > 0
+    assert view.page.evaluate(scale) == before
+    view.page.locator(".es-bar").first.hover()
+    view.page.mouse.wheel(0, 60)
+    view.page.wait_for_function(f"before => {scale} < before", arg=before)
+
+
+def test_a_picture_on_its_way_is_shown(server, view):
+    opened(view, live_graph(steps=200))
+    live(view).check()
+    view.page.wait_for_function("document.querySelector('.es-picture')?.src.startsWith('blob:')", timeout=60_000)
+    width = view.page.locator(".es-progress").evaluate("bar => parseFloat(bar.style.width)")
+    assert 0 < width < 100
+    live(view).uncheck()
+    wait_for(lambda: idle(server))

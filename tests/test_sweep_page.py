@@ -223,7 +223,7 @@ def test_a_sweep_can_be_stopped(server, view):
 
 
 def test_a_moved_slider_leaves_a_sweep_alone(server, view):
-    opened(view, live_graph(steps=30))
+    opened(view, live_graph(steps=8))
     set_sweep(view, [{"slider": 0, "from": 0, "to": 1, "count": 2}], 1)
     before = set(jobs_of(server))
     live(view).check()

@@ -32,15 +32,22 @@ app.registerExtension({
     listen(api)
   },
 
+  setup() {
+    app.canvas.canvas.addEventListener('litegraph:set-graph', settleAll)
+  },
+
   nodeCreated(node) {
     showText(node)
     if (node.comfyClass === NODE) addSliders(node)
   },
 
-  afterConfigureGraph() {
-    for (const node of app.graph.nodes) settle(node)
-  }
+  afterConfigureGraph: settleAll
 })
+
+/** Another graph is shown, or another state of it. */
+function settleAll() {
+  for (const node of app.canvas.graph?.nodes ?? []) settle(node)
+}
 
 /**
  * A command for the selected Slider Prompts, or for all of the graph that is shown if none is selected.

@@ -79,8 +79,13 @@ class ComfyPage:
 
     def open(self, workflow: dict[str, Any]) -> None:
         """Show a workflow as saved by the frontend, in full."""
+        self.leave_subgraph()
         self.page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
         self.page.wait_for_function("count => app.graph.nodes.length === count", arg=len(workflow["nodes"]))
+
+    def leave_subgraph(self) -> None:
+        """Show the outermost graph: the frontend loads a graph into the one that is shown."""
+        self.page.evaluate("app.canvas.graph.isRootGraph || app.canvas.setGraph(app.canvas.graph.rootGraph)")
 
     def prompt(self) -> dict[str, dict[str, Any]]:
         """The graph as the page would queue it, in API format."""

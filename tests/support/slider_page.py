@@ -35,12 +35,22 @@ def prompt_graph(text: str = TWO, **strengths: object) -> Graph:
 
 
 def opened(view: ComfyPage, graph: Graph) -> None:
+    view.leave_subgraph()
     view.page.evaluate("graph => app.loadApiJson(graph, 'test')", graph)
     show(view)
 
 
 def show(view: ComfyPage) -> None:
-    """Bring the node where the page shows it in full."""
+    """Bring the node where the page shows it in full; the page may move the view itself after a graph is opened."""
+    for _ in range(10):
+        _bring(view)
+        view.page.wait_for_timeout(400)
+        if rows(view).first.is_visible():
+            return
+    rows(view).first.wait_for()
+
+
+def _bring(view: ComfyPage) -> None:
     view.page.evaluate(
         """type => {
             const node = app.canvas.graph.nodes.find(node => node.type === type)
@@ -51,8 +61,6 @@ def show(view: ComfyPage) -> None:
         }""",
         NODE,
     )
-    rows(view).first.wait_for()
-    view.page.wait_for_timeout(400)
 
 
 def rows(view: ComfyPage) -> Locator:

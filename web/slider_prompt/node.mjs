@@ -37,8 +37,8 @@ export function addSliders(node) {
 }
 
 /**
- * Once a graph is loaded over another: Nodes 2.0 keeps the old element in the page, so put ours in its place; and the
- * page says only later which workflow it is, so look for the sweeps of that one.
+ * Once another graph is shown: Nodes 2.0 may keep the element of a node that had the same id, so put ours in its place;
+ * and the page says only later which workflow it is, so look for the sweeps of that one.
  * @param {LGraphNode} node
  */
 export function settle(node, frames = FRAMES_TO_SETTLE) {

@@ -21,7 +21,7 @@ const running = new Map()
 
 /** @param {Server} server */
 export function listen(server) {
-  const ours = (/** @type {CustomEvent} */ { detail }) => running.get(detail?.prompt_id ?? detail?.promptId)
+  const ours = (/** @type {CustomEvent} */ { detail }) => running.get(detail?.prompt_id ?? detail?.jobId)
   server.addEventListener('execution_start', (event) => ours(event)?.began())
   server.addEventListener('reconnected', () => [...running.values()].forEach((queue) => queue.ended()))
   for (const end of ['execution_success', 'execution_interrupted'])

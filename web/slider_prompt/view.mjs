@@ -36,7 +36,7 @@ const COLOURS = ['#e06c75', '#61afef', '#98c379', '#e5c07b', '#c678dd', '#56b6c2
 
 const STYLE = `
 .es-slider-prompt { display: flex; flex-direction: column; gap: 4px; height: 100%; font: 12px sans-serif; color: #ddd;
-  overflow: hidden auto; box-sizing: border-box; position: relative; }
+  overflow: hidden auto; box-sizing: border-box; position: relative; contain: strict; min-height: 220px; }
 .es-text { position: relative; flex: 1 1 60px; min-height: 60px; background: #222; border-radius: 4px; }
 .es-text > * { position: absolute; inset: 0; margin: 0; padding: 4px 6px; border: 0; font: 12px/1.4 monospace;
   white-space: pre-wrap; overflow-wrap: break-word; overflow: auto; box-sizing: border-box; }
@@ -125,6 +125,7 @@ export class View {
     for (const event of ['dblclick', 'paste', 'copy', 'cut'])
       this.element.addEventListener(event, (e) => e.stopPropagation())
     this.element.addEventListener('keydown', (event) => event.altKey || event.stopPropagation())
+    for (const part of [this.area, this.rows, film]) part.dataset.captureWheel = 'true' // in Nodes 2.0, once focused
     this.element.addEventListener('wheel', (event) => this.wheel(event), { passive: false })
   }
 
