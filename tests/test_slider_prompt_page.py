@@ -38,6 +38,7 @@ def page(view: ComfyPage) -> ComfyPage:
     return view
 
 
+@pytest.mark.newer_frontend_too
 def test_a_row_for_each_line(page):
     assert words(page) == ["make the cat older", "make the wall golden"]
     typed(page).fill("one\n\n  two \nthree")
@@ -47,6 +48,7 @@ def test_a_row_for_each_line(page):
     assert page.errors == []
 
 
+@pytest.mark.newer_frontend_too
 def test_dragged_by_the_mouse(page):
     box = slider(page, 1).bounding_box()
     page.page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] / 2)
@@ -62,6 +64,7 @@ def test_dragged_by_the_mouse(page):
     assert strengths(page) == [1, 1, 1]
 
 
+@pytest.mark.newer_frontend_too
 def test_moved_by_keys_and_typed(page):
     slider(page, 0).focus()
     for key in ("ArrowLeft", "ArrowLeft", "Shift+ArrowRight"):
@@ -118,6 +121,7 @@ def test_marked_phrases_and_their_errors(page):
     assert error.inner_text() == ""
 
 
+@pytest.mark.newer_frontend_too
 def test_saved_and_opened_again(page):
     number(page, 0).fill("0.4")
     number(page, 0).press("Enter")
@@ -142,6 +146,7 @@ def test_saved_and_opened_again(page):
     assert page.errors == []
 
 
+@pytest.mark.newer_frontend_too
 def test_undone_and_redone(page):
     page.page.evaluate("app.extensionManager.workflow.activeWorkflow.changeTracker.captureCanvasState()")
     number(page, 0).fill("0.4")
@@ -154,6 +159,7 @@ def test_undone_and_redone(page):
     assert strengths(page) == [1, 0.95, 1]
 
 
+@pytest.mark.newer_frontend_too
 def test_linked_inputs(view):
     g = prompt_graph()
     [key] = [key for key, node in g.items() if node["class_type"] == NODE]
@@ -217,6 +223,7 @@ def test_numbers_that_are_none(server):
 # --- live
 
 
+@pytest.mark.newer_frontend_too
 def test_live_runs_the_newest_state_only(server, view):
     opened(view, live_graph())
     before = set(jobs_of(server))
@@ -300,6 +307,7 @@ def test_live_shows_what_went_wrong(server, view):
     live(view).uncheck()
 
 
+@pytest.mark.newer_frontend_too
 def test_in_a_subgraph(server, view):
     opened(view, live_graph())
     before = set(jobs_of(server))
@@ -318,6 +326,7 @@ def test_in_a_subgraph(server, view):
     assert view.errors == []
 
 
+@pytest.mark.newer_frontend_too
 def test_the_tokens_of_the_words_under_the_pointer(page):
     rows(page).nth(1).locator(".es-words").hover()
     tokens = page.page.locator(".es-tokens")
@@ -331,6 +340,20 @@ def test_the_tokens_of_the_words_under_the_pointer(page):
     assert tokens.locator("div", has_text="clip_l").locator("i").last.inner_text() == "golden</w>"
     page.page.mouse.move(10, 10)
     assert tokens.inner_text() == ""
+
+
+def test_a_number_being_typed_is_left_alone(page):
+    number(page, 1).fill("0.3")
+    page.set_widget(NODE, "highest", 3)  # as when anything else is shown anew meanwhile
+    assert number(page, 1).input_value() == "0.3"
+    number(page, 1).press("Enter")
+    assert strengths(page) == [1, 0.3, 1]
+    number(page, 1).fill("500")
+    number(page, 1).press("Enter")
+    assert number(page, 1).input_value() == "100"
+    number(page, 1).fill("400")
+    number(page, 1).press("Enter")
+    assert number(page, 1).input_value() == "100"
 
 
 def test_words_that_become_no_token_are_said_while_typing(page):
@@ -355,6 +378,7 @@ def test_the_wheel_zooms_where_nothing_scrolls(view):
     view.page.wait_for_function(f"before => {scale} < before", arg=before)
 
 
+@pytest.mark.newer_frontend_too
 def test_a_picture_on_its_way_is_shown(server, view):
     opened(view, live_graph(steps=200))
     live(view).check()

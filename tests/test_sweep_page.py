@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Locator
 from support.browser import ComfyPage
+from support.pictures import FILMSTRIP, picture_of
 from support.slider_page import (
     NODE,
     idle,
@@ -76,6 +77,7 @@ def addresses(view: ComfyPage) -> list[str]:
     return view.page.evaluate("[...document.querySelectorAll('.es-frame img')].map(image => image.src)")
 
 
+@pytest.mark.newer_frontend_too
 def test_one_job_fills_the_filmstrip_and_scrubbing_queues_nothing(server, page):
     before = set(jobs_of(server))
     swept(page, 4)
@@ -138,6 +140,7 @@ def test_the_shown_picture_s_strengths_are_taken_over(page):
     assert page.page.locator(".es-frame[aria-selected=true]").inner_text() == "1.5"
 
 
+@pytest.mark.newer_frontend_too
 def test_two_sliders_make_a_grid(server, page):
     across = {"slider": 1, "from": -0.5, "to": 1, "count": 3}
     set_sweep(page, [across, {"slider": 0, "from": 0, "to": 1, "count": 2}], 4)
@@ -171,6 +174,7 @@ def test_saved_as_one_file(page, kind, name):
         assert file.width == 4 * 64 + 3 * 6
 
 
+@pytest.mark.newer_frontend_too
 def test_frames_survive_undo_and_other_tabs(page):
     tracker = "app.extensionManager.workflow.activeWorkflow.changeTracker"
     page.page.evaluate(f"{tracker}.captureCanvasState()")
@@ -255,6 +259,14 @@ def test_a_sweep_that_fails_says_why(page):
     sweep_button(page).click()
     page.page.wait_for_function("document.querySelector('[role=alert]')?.textContent.includes('gone.safetensors')")
     assert "sweep" in sweep_button(page).inner_text()
+
+
+def test_the_help_page_s_picture_of_a_filmstrip(view, same_or_redrawn):
+    opened(view, live_graph())
+    if not view.page.evaluate("app.extensionManager.setting.get('Comfy.VueNodes.Enabled')"):
+        return
+    swept(view, 7)
+    same_or_redrawn(FILMSTRIP, picture_of(view, (NODE,), 640))
 
 
 def test_the_form_is_saved_and_nonsense_is_mended(page):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import urllib.parse
 from typing import Any
 
@@ -180,11 +181,13 @@ def test_nodes_show_what_was_inverted_and_what_is_remembered(server, view):
 def test_every_node_has_a_help_page_that_names_its_inputs(server):
     info = {name: node for name, node in server.object_info().items() if name.startswith(OURS)}
     for name, node in info.items():
-        page = server.get(f"/extensions/{PACK}/docs/{name}/en.md").decode()
+        page = server.get(f"/extensions/{PACK}/docs/{name}.md").decode()
         assert page.startswith(f"# {node['display_name']}\n")
         inputs = [key for kind in ("required", "optional") for key in node["input"].get(kind, {})]
         hidden = {f"strength_{k}" for k in range(2, 50)}  # strength_1 ... strength_50
         assert [key for key in inputs if key not in hidden and key not in page] == [], name
+        for picture in re.findall(r"!\[.*?\]\((.+?)\)", page):
+            Image.open(io.BytesIO(server.get(f"/extensions/{PACK}/docs/{picture}"))).load()
 
 
 def test_the_readme_names_every_node_and_template_and_its_pictures_exist(server):

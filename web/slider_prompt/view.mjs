@@ -201,7 +201,7 @@ export class View {
     number.addEventListener('change', () => {
       const value = Number(number.value)
       if (number.value.trim() && Number.isFinite(value)) this.move(k, value)
-      else if (this.state) this.show(this.state)
+      number.value = String(this.strengths[k])
     })
     row.append(chip, words, range, number)
     return row
@@ -239,8 +239,7 @@ export class View {
   showRow(phrase, k, state) {
     const shown = JSON.stringify([phrase.text, state.strengths[k], state.linked[k], state.lowest, state.highest])
     const row = /** @type {HTMLElement} */ (this.rows.children[k])
-    const typed = /** @type {HTMLInputElement} */ (row.lastElementChild).value
-    if (row.dataset.shown === shown && typed === String(state.strengths[k])) return
+    if (row.dataset.shown === shown) return
     row.dataset.shown = shown
     const [, words, range, number] = /** @type {[Element, HTMLElement, HTMLInputElement, HTMLInputElement]} */ ([
       ...row.children

@@ -1,27 +1,23 @@
-"""Draws the templates' thumbnails and the README's picture anew, as the frontend shows them.
-
-COMFYUI_PATH=... python tests/support/template_pictures.py
-"""
+"""The pictures of README, help pages and templates, as the frontend shows the nodes."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
-import sys
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 
+from .browser import ComfyPage, browser, write_settings
+from .comfy_server import ComfyServer
+
 REPO = Path(__file__).resolve().parents[2]
-sys.path.append(str(REPO / "tests"))
-
-from support.browser import ComfyPage, browser, write_settings  # noqa: E402
-from support.comfy_server import ComfyServer  # noqa: E402
-
 WORKFLOWS = REPO / "workflows"
-OVERVIEW = REPO / "web" / "docs" / "two_sliders.jpg"
+DOCS = REPO / "web" / "docs" / "pictures"
+OVERVIEW = DOCS / "two_sliders.jpg"
+FILMSTRIP = DOCS / "filmstrip.jpg"
+QUALITY = 86
 CORNER = (120, 120)  # of the picture in the page: nothing of the frontend lies over it from here on
 MARGIN = 24
 THUMBNAIL = 512
@@ -56,8 +52,8 @@ LOOK_AT = """([x, y, scale, left, top]) => {
 }"""
 
 
-def draw(comfyui: Path, base: Path) -> None:
-    """Write all pictures; `base` becomes the folder of a server."""
+def drawn(comfyui: Path, base: Path) -> Iterator[tuple[Path, Image.Image]]:
+    """The templates' thumbnails and the README's picture with their places; `base` becomes the folder of a server."""
     workflows = {name: json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")) for name in SUBJECTS}
     write_settings(base)
     for workflow in workflows.values():
@@ -68,12 +64,20 @@ def draw(comfyui: Path, base: Path) -> None:
         view.page.set_viewport_size({"width": 2400, "height": 1400})
         for name, workflow in workflows.items():
             view.open(workflow)
-            _picture(view, SUBJECTS[name], THUMBNAIL, square=True).save(WORKFLOWS / f"{name}.jpg", quality=88)
+            yield WORKFLOWS / f"{name}.jpg", picture_of(view, SUBJECTS[name], THUMBNAIL, square=True)
         view.open(workflows["slider_prompt"])
-        _picture(view, (), OVERVIEW_WIDTH).save(OVERVIEW, quality=85)
+        yield OVERVIEW, picture_of(view, (), OVERVIEW_WIDTH)
 
 
-def _picture(view: ComfyPage, types: tuple[str, ...], width: int, square: bool = False) -> Image.Image:
+def alike(one: Image.Image, other: Image.Image) -> bool:
+    """Whether two pictures show the same but for fonts."""
+    small = [picture.convert("L").resize((32, 32)) for picture in (one, other)]
+    apart = sum(abs(a - b) for a, b in zip(*(picture.tobytes() for picture in small))) / 32**2
+    return abs(one.width / one.height - other.width / other.height) < 0.1 and apart < 10
+
+
+def picture_of(view: ComfyPage, types: tuple[str, ...], width: int, square: bool = False) -> Image.Image:
+    """The nodes of these types, or all, and nothing else of the page."""
     left, top, right, bottom = view.page.evaluate(BOUNDS, types)
     across, down = right - left + 2 * MARGIN, bottom - top + 2 * MARGIN
     if square:
@@ -95,8 +99,3 @@ def _pretend_files(workflow: dict, models: Path) -> None:
         for folder, name in wanted:
             (models / folder).mkdir(parents=True, exist_ok=True)
             (models / folder / name).touch()
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        draw(Path(os.environ["COMFYUI_PATH"]), Path(folder))
