@@ -350,10 +350,11 @@ def test_a_number_being_typed_is_left_alone(page):
     assert strengths(page) == [1, 0.3, 1]
     number(page, 1).fill("500")
     number(page, 1).press("Enter")
-    assert number(page, 1).input_value() == "100"
+    assert number(page, 1).input_value() == "5"
     number(page, 1).fill("400")
     number(page, 1).press("Enter")
-    assert number(page, 1).input_value() == "100"
+    assert number(page, 1).input_value() == "5"
+    assert strengths(page) == [1, 5, 1]
 
 
 def test_words_that_become_no_token_are_said_while_typing(page):

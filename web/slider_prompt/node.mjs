@@ -44,9 +44,12 @@ export function addSliders(node) {
 export function settle(node, frames = FRAMES_TO_SETTLE) {
   const ours = prompts.get(node)
   if (!ours || !frames) return
-  if (!ours.view.element.isConnected)
-    document.querySelector(`[data-node-id="${node.id}"] .es-slider-prompt`)?.replaceWith(ours.view.element)
-  if (ours.film !== ours.shownFilm) ours.refresh()
+  if (ours.isPlaced) {
+    const { element } = ours.view
+    if (!element.isConnected && node.graph === app.canvas.graph)
+      document.querySelector(`[data-node-id="${node.id}"] .es-slider-prompt`)?.replaceWith(element)
+    if (ours.film !== ours.shownFilm) ours.refresh()
+  }
   requestAnimationFrame(() => settle(node, frames - 1))
 }
 
@@ -297,10 +300,13 @@ class SliderPrompt {
     return graph && !graph.isRootGraph ? `${graph.id}:${id}` : `${id}`
   }
 
-  /** The last sweep; none for a node that is no longer, or not yet, in a graph. */
+  /** Not so before a node is put into a graph, and after another has taken its place there. */
+  get isPlaced() {
+    return this.node.graph?.getNodeById(this.node.id) === this.node
+  }
+
   get film() {
-    const { graph, id } = this.node
-    return graph?.getNodeById(id) === this.node ? this.films.get(this.place) : undefined
+    return this.isPlaced ? this.films.get(this.place) : undefined
   }
 
   get sweep() {

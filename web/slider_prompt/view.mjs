@@ -254,7 +254,8 @@ export class View {
     range.min = String(state.lowest)
     range.max = String(state.highest)
     range.value = String(strength)
-    number.value = String(strength)
+    if (row.dataset.strength !== String(strength)) number.value = String(strength) // else somebody may be typing there
+    row.dataset.strength = String(strength)
     number.title = state.linked[k] ? t('strengthLinked') : ''
   }
 
