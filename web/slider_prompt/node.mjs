@@ -96,6 +96,8 @@ class SliderPrompt {
     this.phrases = []
     /** @type {Film | undefined} */
     this.shownFilm = undefined
+    /** @type {Map<number, number>} slider -> strength that its widget does not have yet */
+    this.unwritten = new Map()
     this.writing = false
     this.quick = false
     const { element } = this.view
@@ -149,6 +151,7 @@ class SliderPrompt {
     const { onConfigure, onConnectionsChange, onRemoved } = node
     node.onConfigure = (...args) => {
       onConfigure?.apply(node, args)
+      this.unwritten.clear()
       this.sanitise()
       this.refresh()
     }
@@ -169,6 +172,7 @@ class SliderPrompt {
 
   /** @param {string} text */
   setText(text) {
+    this.write()
     const before = this.phrases
     this.text.value = text
     const after = this.parsed().phrases
@@ -179,19 +183,29 @@ class SliderPrompt {
   }
 
   get strengths() {
-    return this.sliders.map(({ value }) => Number(value))
+    return this.sliders.map(({ value }, k) => this.unwritten.get(k) ?? Number(value))
   }
 
   /** @param {[number, number][]} strengths pairs of slider, from 0, and strength */
   setStrengths(strengths) {
-    this.writing = true
     for (const [k, strength] of strengths) {
       if (!this.sliders[k] || this.isLinked(this.sliders[k].name)) continue
-      this.sliders[k].value = Math.min(Math.max(strength, -LIMIT), LIMIT)
-      this.sliders[k].callback?.(this.sliders[k].value)
+      this.unwritten.set(k, Math.min(Math.max(strength, -LIMIT), LIMIT))
+    }
+    if (!this.view.dragging) this.write()
+    this.changed()
+  }
+
+  /** Put into the node's widgets what is only shown while a slider is dragged: it is slow, so once, not every frame. */
+  write() {
+    const unwritten = [...this.unwritten]
+    this.unwritten.clear()
+    this.writing = true
+    for (const [k, strength] of unwritten) {
+      this.sliders[k].value = strength
+      this.sliders[k].callback?.(strength)
     }
     this.writing = false
-    this.changed()
   }
 
   /** Whatever a file holds, the widgets hold strengths. */
@@ -254,6 +268,8 @@ class SliderPrompt {
 
   /** What was run with fewer steps while a slider was dragged is run in full. */
   released() {
+    this.write()
+    this.refresh()
     if (!this.quick) return
     this.quick = false
     if (this.isLive) this.live.changed()
@@ -278,6 +294,7 @@ class SliderPrompt {
 
   /** The graph as it is now, down to the outputs that depend on this node. */
   async job() {
+    this.write()
     const { graph, workflow, definitions } = await queueable()
     const dependent = below(graph, idsOf(graph, this.node.id))
     const targets = outputsAmong(graph, dependent, definitions)
