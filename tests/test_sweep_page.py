@@ -266,7 +266,7 @@ def test_the_help_page_s_picture_of_a_filmstrip(view, same_or_redrawn):
     if not view.page.evaluate("app.extensionManager.setting.get('Comfy.VueNodes.Enabled')"):
         return
     swept(view, 7)
-    same_or_redrawn(FILMSTRIP, picture_of(view, (NODE,), 640))
+    same_or_redrawn(FILMSTRIP, picture_of(view, (NODE,), 384))
 
 
 def test_the_form_is_saved_and_nonsense_is_mended(page):
