@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from functools import cache
@@ -21,6 +23,7 @@ from ..slider_core.token_preview import phrase_tokens
 from .slider_prompt import last_clip
 
 MOST_PICTURES = 1024
+MOST_PIXELS = 200_000_000
 
 
 def add_routes(routes: web.RouteTableDef) -> None:
@@ -70,7 +73,10 @@ def _sweep_file(wanted: Mapping[str, Any]) -> web.Response:
         raise SliderError(f"columns is {columns!r}; expected 1 to {len(frames)}.")
     if not (isinstance(heading, str) and isinstance(metadata, dict) and _are(str, [*metadata, *metadata.values()])):
         raise SliderError("Expected a heading and metadata that are texts.")
-    pictures = [_picture(frame) for frame in frames]
+    metadata = {
+        name: json.dumps(json.loads(value)) for name, value in metadata.items()
+    }  # in ASCII, as ComfyUI writes it
+    pictures = [_picture(frame, MOST_PIXELS // len(frames)) for frame in frames]
     if wanted.get("format") == "webp":
         return web.Response(body=animated_webp(pictures, metadata), content_type="image/webp")
     if wanted.get("format") not in ("strip", "grid"):
@@ -84,8 +90,8 @@ def _are(kind: type, values: object) -> bool:
     return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
-def _picture(frame: Mapping[str, Any]) -> Image.Image:
-    """A picture that a node has saved or previewed."""
+def _picture(frame: Mapping[str, Any], most_pixels: int) -> Image.Image:
+    """A picture that a node has saved or previewed, made smaller if it has more pixels than there is room for."""
     kind, name = frame.get("type"), os.path.join(str(frame.get("subfolder", "")), str(frame.get("filename", "")))
     folder = folder_paths.get_directory_by_type(kind) if isinstance(kind, str) else None
     path = os.path.realpath(os.path.join(folder or "", name))
@@ -93,6 +99,7 @@ def _picture(frame: Mapping[str, Any]) -> Image.Image:
         raise SliderError(f"{name!r} of {kind!r} is no picture of ComfyUI's output, temp or input folder.")
     try:
         with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except OSError:
+            smaller = min(1.0, math.sqrt(most_pixels / (picture.width * picture.height)))
+            return picture.convert("RGB").resize([max(round(side * smaller), 1) for side in picture.size])
+    except (OSError, SyntaxError, Image.DecompressionBombError):
         raise SliderError(f"The picture {name!r} cannot be read any more. Render the sweep again.") from None

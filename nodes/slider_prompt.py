@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from inspect import Parameter, Signature
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from comfy.sd import CLIP
 from comfy_api.latest import io
@@ -16,7 +16,8 @@ STRENGTHS = tuple(f"strength_{k}" for k in range(1, 51))
 
 _Encoded = tuple[Conditioning, str, list[Span]]
 _last_encoded: WeakKeyDictionary[CLIP, tuple[tuple[str, str, bool], _Encoded]] = WeakKeyDictionary()
-"""What each CLIP encoded last, so that a moved slider does not run the text encoders again. The last used is last."""
+"""What each CLIP encoded last, so that a moved slider does not run the text encoders again."""
+_last_clip: list[ref[CLIP]] = []
 
 
 class SliderPrompt(io.ComfyNode):
@@ -52,8 +53,8 @@ class SliderPrompt(io.ComfyNode):
                     io.Float.Input(
                         name,
                         default=default,
-                        min=-100.0,
-                        max=100.0,
+                        min=-5.0,
+                        max=5.0,
                         step=0.01,
                         advanced=True,
                         tooltip="Where the sliders end. More can be typed.",
@@ -102,12 +103,12 @@ SliderPrompt.validate_inputs.__func__.__signature__ = Signature(  # type: ignore
 
 def last_clip() -> CLIP | None:
     """The CLIP that a Slider Prompt used last, while some node still keeps it."""
-    return next(reversed(list(_last_encoded)), None)
+    return _last_clip[0]() if _last_clip else None
 
 
 def _encoded(clip: CLIP, text: str, mode: str, pad_to_512: bool) -> _Encoded:
-    how, known = (text, mode, pad_to_512), _last_encoded.pop(clip, None)
+    _last_clip[:] = [ref(clip)]
+    how, known = (text, mode, pad_to_512), _last_encoded.get(clip)
     if known is None or known[0] != how:
-        known = how, encode_sub_instructions(clip, *how)
-    _last_encoded[clip] = known
+        known = _last_encoded[clip] = how, encode_sub_instructions(clip, *how)
     return known[1]

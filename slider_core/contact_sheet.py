@@ -20,6 +20,7 @@ def contact_sheet(
 ) -> Image.Image:
     """The pictures in rows of `columns`, each with its caption under it; columns = their number gives a strip."""
     width, height = pictures[0].size
+    heading = heading if _can_draw(heading) else ""
     rows = -(-len(pictures) // columns)
     top = CAPTION_HEIGHT if heading else 0
     across, down = width + GAP, height + CAPTION_HEIGHT
@@ -59,6 +60,13 @@ def _file(picture: Image.Image, kind: str, **options: object) -> bytes:
     file = BytesIO()
     picture.save(file, kind, **options)
     return file.getvalue()
+
+
+def _can_draw(text: str) -> bool:
+    """Whether the font has all these letters; it has none of Chinese, for example."""
+    font = ImageFont.load_default(size=FONT_SIZE)
+    missing = bytes(font.getmask("\uffff"))
+    return all(char.isspace() or bytes(font.getmask(char)) != missing for char in text)
 
 
 def _font(text: str, width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -30,10 +30,14 @@ def parse_list(text: str) -> Strength:
 def latent_for_sweep(latent: dict[str, Any], count: int) -> dict[str, Any]:
     """Repeat one latent image (samples of shape (1, ...)) `count` times, all with the first image's noise.
 
-    A noise mask of one image is left for ComfyUI to repeat. Raises SliderError for a batch of several images.
+    A batch that already has `count` images only gets the same noise for all. A noise mask of one image is left for
+    ComfyUI to repeat. Raises SliderError for a batch of another number of images.
     """
     samples = latent["samples"]
-    if samples.shape[0] != 1:
-        raise SliderError(f"The latent has {samples.shape[0]} images; expected one, which is repeated per strength.")
-    noise = latent.get("batch_index", [0])[0]
-    return {**latent, "samples": samples.repeat(count, *[1] * (samples.ndim - 1)), "batch_index": [noise] * count}
+    if samples.shape[0] not in (1, count):
+        raise SliderError(
+            f"The latent has {samples.shape[0]} images; expected one, which is repeated per strength, or {count}."
+        )
+    if samples.shape[0] == 1:
+        samples = samples.repeat(count, *[1] * (samples.ndim - 1))
+    return {**latent, "samples": samples, "batch_index": [latent.get("batch_index", [0])[0]] * count}

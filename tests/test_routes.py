@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import urllib.error
-import urllib.request
 
 import pytest
 from PIL import Image, ImageSequence
@@ -14,22 +13,15 @@ from support.graphs import Graph
 FRAME = {"filename": "photo.png", "subfolder": "", "type": "input"}
 
 
-def post(server, path: str, body: object) -> bytes:
-    data = json.dumps(body).encode()
-    request = urllib.request.Request(server.url + path, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request) as answer:
-        return answer.read()
-
-
 def refused(server, path: str, body: object) -> str:
     with pytest.raises(urllib.error.HTTPError) as refusal:
-        post(server, path, body)
+        server.post(path, body)
     assert refusal.value.code == 400
     return json.load(refusal.value)["error"]
 
 
 def tokens(server, text: str, mode: str = "one per line") -> list[dict]:
-    return json.loads(post(server, "/edit_sliders/tokens", {"text": text, "mode": mode}))["phrases"]
+    return json.loads(server.post("/edit_sliders/tokens", {"text": text, "mode": mode}))["phrases"]
 
 
 def test_the_tokens_of_each_phrase(server):
@@ -64,7 +56,7 @@ def test_prompts_without_tokens(server):
 
 def sweep_file(server, kind: str, count: int = 5, **changes) -> bytes:
     body = {"format": kind, "frames": [FRAME] * count, "captions": [f"{k}" for k in range(count)], "columns": 3}
-    return post(server, "/edit_sliders/sweep_file", {**body, **changes})
+    return server.post("/edit_sliders/sweep_file", {**body, **changes})
 
 
 def test_a_sweep_as_one_file(server):
@@ -81,6 +73,15 @@ def test_a_sweep_as_one_file(server):
     photo = Image.open(io.BytesIO(server.view(FRAME))).convert("RGB")
     second_row = grid.height - 36 - 64
     assert grid.crop((70, second_row, 134, second_row + 64)).tobytes() == photo.tobytes()
+
+
+def test_every_language_survives_in_the_workflow(server):
+    workflow = json.dumps({"text": "让她变老 é 😀"}, ensure_ascii=False)
+    png = Image.open(io.BytesIO(sweep_file(server, "strip", heading="让她", metadata={"workflow": workflow})))
+    webp = Image.open(io.BytesIO(sweep_file(server, "webp", metadata={"workflow": workflow})))
+    assert json.loads(png.text["workflow"]) == json.loads(workflow)
+    assert json.loads(webp.getexif()[0x010F].removeprefix("workflow:")) == json.loads(workflow)
+    assert png.size == Image.open(io.BytesIO(sweep_file(server, "strip"))).size  # a heading that has no letters here
 
 
 def test_an_animation_runs_there_and_back(server):

@@ -22,6 +22,7 @@ from support.slider_page import (
     number,
     opened,
     prompt_graph,
+    queued,
     rows,
     show,
     slider,
@@ -90,6 +91,29 @@ def test_strengths_stay_with_their_words(page):
     assert strengths(page) == [0.3, 1, 1]
 
 
+def test_strengths_stay_while_a_mark_is_being_typed(page):
+    page.set_widget(NODE, "mode", "[[marked]] phrases")
+    typed(page).fill("a [[red]] b [[blue]]")
+    number(page, 0).fill("0.3")
+    number(page, 0).press("Enter")
+    number(page, 1).fill("0.7")
+    number(page, 1).press("Enter")
+    typed(page).fill("a [red]] b [[blue]]")
+    typed(page).fill("a [[red]] b [[blue]]")
+    assert strengths(page) == [0.3, 0.7, 1]
+
+
+def test_lines_end_where_the_server_ends_them(page):
+    typed(page).evaluate(
+        """area => {
+            area.value = 'older\u2028golden\u0085hat'
+            area.dispatchEvent(new Event('input'))
+        }"""
+    )
+    assert words(page) == ["older", "golden", "hat"]
+    assert page.page.locator(".es-shade mark").all_inner_texts() == ["older", "golden", "hat"]
+
+
 def test_buttons(page):
     def click(name: str) -> None:
         page.page.locator(".es-bar").get_by_text(name).click()
@@ -143,6 +167,13 @@ def test_saved_and_opened_again(page):
     page.open(workflow)
     show(page)
     assert strengths(page) == [1, 1, 1]
+    node["widgets_values"][names.index("lowest")] = "much"
+    page.open(workflow)
+    show(page)
+    slider(page, 0).focus()
+    page.page.keyboard.press("ArrowLeft")
+    assert strengths(page) == [0.95, 1, 1]
+    assert inputs(page)["lowest"] == -0.5
     assert page.errors == []
 
 
@@ -257,16 +288,17 @@ def test_live_drops_its_own_job_and_no_other(server, view):
     opened(view, live_graph(steps=3000))
     before = set(jobs_of(server))
     live(view).check()
-    wait_for(lambda: not idle(server))
+    wait_for(lambda: queued(server, "running"))
+    [own] = queued(server, "running")
     strange = server.submit(foreign)
     slider(view, 0).focus()
     view.page.keyboard.press("ArrowLeft")
-    wait_for(lambda: any(key not in before for key in jobs_of(server)))
-    [dropped] = [job for key, job in jobs_of(server).items() if key not in before]
-    assert dropped["status"]["status_str"] == "error"  # interrupted
+    wait_for(lambda: queued(server, "running") == [strange])
     live(view).uncheck()
     assert server.wait(strange).ok
     wait_for(lambda: idle(server))
+    assert set(jobs_of(server)) - before == {strange}  # what was dropped does not stay as an error
+    assert own != strange
     assert view.errors == []
 
 
@@ -278,7 +310,7 @@ def test_live_drops_its_waiting_job_and_not_the_running_one(server, view):
     wait_for(lambda: json.loads(server.get("/queue"))["queue_running"])
 
     def waiting() -> list[str]:
-        return [job[1] for job in json.loads(server.get("/queue"))["queue_pending"]]
+        return queued(server, "pending")
 
     live(view).check()
     wait_for(waiting)
@@ -292,6 +324,33 @@ def test_live_drops_its_waiting_job_and_not_the_running_one(server, view):
     assert server.wait(strange).ok
     assert not {*first} & set(jobs_of(server))
     assert view.errors == []
+
+
+def test_live_goes_on_after_somebody_has_cleared_the_queue(server, view):
+    foreign = Graph()
+    foreign.save(foreign.sample(foreign.model(), foreign.edited(foreign.stock_text("a bird")), steps=100))
+    opened(view, live_graph())
+    strange = server.submit(foreign)
+    wait_for(lambda: queued(server, "running"))
+    live(view).check()
+    wait_for(lambda: queued(server, "pending"))
+    server.post("/queue", {"clear": True})
+    before = set(jobs_of(server))
+    slider(view, 0).focus()
+    view.page.keyboard.press("ArrowLeft")
+    wait_for(lambda: len(set(jobs_of(server)) - before - {strange}) == 1 and idle(server))
+    live(view).uncheck()
+
+
+def test_a_muted_node_is_said(view):
+    opened(view, live_graph())
+    view.page.evaluate("type => { app.graph.findNodesByType(type)[0].mode = 2 }", NODE)
+    view.page.locator(".es-sweep").click()
+    view.page.wait_for_function("document.querySelector('[role=alert]')?.textContent.includes('muted or bypassed')")
+    live(view).check()
+    view.page.wait_for_timeout(600)
+    assert "muted or bypassed" in view.page.locator("[role=alert]").inner_text()
+    live(view).uncheck()
 
 
 def test_live_shows_what_went_wrong(server, view):

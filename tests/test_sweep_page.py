@@ -198,6 +198,7 @@ def test_frames_survive_undo_and_other_tabs(page):
     opened(page, live_graph())
     page.page.wait_for_timeout(700)
     assert addresses(page) == []
+    assert picture_shown(page) == ""
     page.page.evaluate(
         """async path => {
             const { workflow } = app.extensionManager
@@ -219,9 +220,7 @@ def test_a_sweep_can_be_stopped(server, view):
     wait_for(lambda: not idle(server))
     view.page.wait_for_function("document.querySelector('.es-sweep').textContent.includes('stop')")
     sweep_button(view).click()
-    wait_for(lambda: idle(server))
-    [dropped] = set(jobs_of(server)) - before
-    assert jobs_of(server)[dropped]["status"]["status_str"] == "error"  # interrupted
+    wait_for(lambda: idle(server) and set(jobs_of(server)) == before)
     view.page.wait_for_function("document.querySelector('.es-sweep').textContent.includes('sweep')")
     assert addresses(view) == []
 
@@ -238,6 +237,68 @@ def test_a_moved_slider_leaves_a_sweep_alone(server, view):
     wait_for(lambda: idle(server) and len(set(jobs_of(server)) - before) >= 2)
     live(view).uncheck()
     assert frames(view).locator("img").count() == 2
+
+
+def test_a_sweep_stays_with_its_words(page):
+    set_sweep(page, [{"slider": 1, "from": 0, "to": 1, "count": 2}], 2)
+    swept(page, 2)
+    typed(page).fill("make it night\n" + typed(page).input_value())
+    summary = page.page.locator(".es-film summary")
+    assert summary.inner_text() == "make the wall golden: 0 to 1, 2 pictures"
+    page.page.locator(".es-frames").focus()
+    page.page.keyboard.press("Home")
+    page.page.locator(".es-film button", has_text="use").click()
+    assert strengths(page) == [1, 1, 0]
+
+
+def test_what_is_made_of_a_graph(view):
+    """The pure part: chained samplers, a way through pixels, nodes outside, steps."""
+    found = view.page.evaluate(
+        """async () => {
+            const { sweepGraph, withFewerSteps, below, idsOf, sweepStrengths } =
+                await import('/extensions/ComfyUI-EditSliders/slider_prompt/api_graph.mjs')
+            const node = (class_type, inputs) => ({ class_type, inputs })
+            const graph = {
+                1: node('EditSlidersSliderPrompt', { text: 'a', strength_1: 1 }),
+                2: node('ReferenceLatent', { conditioning: ['1', 0], latent: ['9', 0] }),
+                3: node('KSampler', { positive: ['2', 0], negative: ['8', 0], latent_image: ['9', 0], steps: 20 }),
+                4: node('VAEDecode', { samples: ['3', 0] }),
+                5: node('VAEEncode', { pixels: ['4', 0] }),
+                6: node('KSampler', { positive: ['2', 0], negative: ['8', 0], latent_image: ['5', 0], steps: 4 }),
+                7: node('VAEDecode', { samples: ['6', 0] }),
+                8: node('CLIPTextEncode', { text: '' }),
+                9: node('EmptyLatentImage', {}),
+                10: node('SaveImage', { images: ['7', 0] }),
+                '11:1': node('EditSlidersSliderPrompt', {}),
+                12: node('KSampler', { positive: ['8', 0], latent_image: ['9', 0], steps: 20 }),
+            }
+            const definitions = await (await fetch('/object_info')).json()
+            const axes = [{ slider: 0, from: 0, to: 1, count: 3 }]
+            const { graph: swept, targets } = sweepGraph(graph, '1', definitions, axes, 2)
+            const fewer = withFewerSteps(graph, below(graph, ['1']), definitions, 8)
+            return {
+                swept, targets, outer: idsOf(graph, 1, false), inner: idsOf(graph, 1, true),
+                steps: [fewer[3].inputs.steps, fewer[6].inputs.steps, fewer[12].inputs.steps],
+                grid: sweepStrengths([{ from: 0, to: 1, count: 2 }, { from: 2, to: 3, count: 2 }]),
+                nothing: sweepGraph({ 1: graph[1] }, '1', definitions, axes, 2) === undefined,
+            }
+        }"""
+    )
+    swept = found["swept"]
+    assert found["targets"] == ["sweep0_pictures", "sweep2_pictures"]
+    assert [swept[f"sweep{k}_strengths0"]["inputs"]["values"] for k in (0, 2)] == ["0, 0.5", "1"]
+    for sampler, source in (("3", "9"), ("6", "sweep0_5")):
+        latent = swept[f"sweep0_{sampler}"]["inputs"]["latent_image"]
+        assert swept[latent[0]]["class_type"] == "EditSlidersLatentForSweep"
+        assert swept[latent[0]]["inputs"]["latent"] == [source, 0]
+    assert swept["sweep0_2"]["inputs"] == {"conditioning": ["sweep0_1", 0], "latent": ["9", 0]}
+    assert swept["sweep0_1"]["inputs"]["strength_1"] == ["sweep0_strengths0", 0]
+    assert swept["sweep0_pictures"]["inputs"]["images"] == ["sweep0_7", 0]
+    assert not {"sweep0_8", "sweep0_9", "sweep0_10", "sweep0_12"} & set(swept)
+    assert (found["outer"], found["inner"]) == (["1"], ["11:1"])
+    assert found["steps"] == [8, 4, 20]
+    assert found["grid"] == [[0, 2], [1, 2], [0, 3], [1, 3]]
+    assert found["nothing"]
 
 
 def test_what_cannot_be_swept_is_said(page):

@@ -4,7 +4,7 @@ import { api } from '../../scripts/api.js'
 import { app } from '../../scripts/app.js'
 import { SETTINGS } from './settings.mjs'
 import { showText } from './shown_text.mjs'
-import { addSliders, NODE, settle, slidersOf } from './slider_prompt/node.mjs'
+import { addSliders, forgetFilms, NODE, settle, slidersOf } from './slider_prompt/node.mjs'
 import { listen } from './slider_prompt/own_jobs.mjs'
 import { loadTexts } from './texts.mjs'
 
@@ -27,9 +27,9 @@ app.registerExtension({
   ],
 
   async init() {
-    const language = app.extensionManager.setting.get('Comfy.Locale')
-    await loadTexts(api, String(language))
     listen(api)
+    api.addEventListener('graphCleared', forgetFilms)
+    await loadTexts(api, String(app.extensionManager.setting.get('Comfy.Locale')))
   },
 
   setup() {

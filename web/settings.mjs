@@ -15,13 +15,13 @@ export const SETTINGS = [
     name: 'Where the sliders of new nodes begin',
     category: [CATEGORY, 'Slider Prompt', 'lowest'],
     defaultValue: -0.5,
-    attrs: { min: -100, max: 0, step: 0.1, maxFractionDigits: 2 }
+    attrs: { min: -5, max: 0, step: 0.1, maxFractionDigits: 2 }
   }),
   numeric('highest', {
     name: 'Where the sliders of new nodes end',
     category: [CATEGORY, 'Slider Prompt', 'highest'],
     defaultValue: 2,
-    attrs: { min: 0, max: 100, step: 0.1, maxFractionDigits: 2 }
+    attrs: { min: 0, max: 5, step: 0.1, maxFractionDigits: 2 }
   }),
   {
     id: idOf('live'),

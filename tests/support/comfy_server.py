@@ -175,6 +175,10 @@ class ComfyServer:
         """What the server answers at a path such as '/extensions'."""
         return self._request(path)
 
+    def post(self, path: str, body: object) -> bytes:
+        """What the server answers to JSON sent to a path such as '/queue'."""
+        return self._request(path, body)
+
     def put_input(self, name: str, image: Image.Image) -> str:
         """Store a picture where LoadImage finds it; returns its name."""
         image.save(self.base / "input" / name)

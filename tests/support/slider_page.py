@@ -121,6 +121,11 @@ def idle(server: ComfyServer) -> bool:
     return not queue["queue_running"] and not queue["queue_pending"]
 
 
+def queued(server: ComfyServer, which: str) -> list[str]:
+    """Ids of the jobs that are 'running' or 'pending'."""
+    return [job[1] for job in json.loads(server.get("/queue"))[f"queue_{which}"]]
+
+
 def into_a_subgraph(view: ComfyPage) -> None:
     """Put the node into a subgraph and open that."""
     view.page.evaluate(

@@ -28,9 +28,10 @@ const sources = (node) => Object.values(node.inputs).filter(isLink).map(([id]) =
  * The ids under which a node of the page is queued: several if it lies in a subgraph that is used several times.
  * @param {ApiGraph} graph
  * @param {string | number} id of the node in its own graph
+ * @param {boolean} inside whether that is a subgraph
  */
-export function idsOf(graph, id) {
-  return Object.keys(graph).filter((key) => key === `${id}` || key.endsWith(`:${id}`))
+export function idsOf(graph, id, inside) {
+  return Object.keys(graph).filter((key) => (inside ? key.endsWith(`:${id}`) : key === `${id}`))
 }
 
 /**
@@ -70,8 +71,8 @@ export function withFewerSteps(graph, ids, definitions, steps) {
   const changed = { ...graph }
   for (const id of [...ids, ...schedulers]) {
     const { inputs } = graph[id]
-    const partial = 'start_at_step' in inputs
-    if (typeof inputs.steps !== 'number' || inputs.steps <= steps || partial) continue
+    const samples = gives(graph, id, definitions, LATENT) || gives(graph, id, definitions, SIGMAS)
+    if (!samples || 'start_at_step' in inputs || typeof inputs.steps !== 'number' || inputs.steps <= steps) continue
     changed[id] = { ...graph[id], inputs: { ...inputs, steps } }
   }
   return changed
@@ -111,7 +112,7 @@ export function sweepGraph(graph, id, definitions, axes, atOnce) {
   if (!picture) return
   const needed = above(graph, [picture[0]])
   const chain = dependent.filter((key) => needed.has(key))
-  const starts = firstLatents(graph, chain, definitions)
+  const latents = latentInputs(graph, chain, definitions)
   const strengths = sweepStrengths(axes)
   const swept = { ...graph }
   const targets = []
@@ -131,11 +132,12 @@ export function sweepGraph(graph, id, definitions, axes, atOnce) {
         ])
       )
       if (key === id) axes.forEach(({ slider }, k) => (inputs[`strength_${slider + 1}`] = [lists[k], 0]))
-      if (starts.has(key)) {
+      const input = latents.get(key)
+      if (input) {
         const repeated = name(`latent_${key}`)
-        const latent = inputs[starts.get(key) ?? '']
-        swept[repeated] = { class_type: 'EditSlidersLatentForSweep', inputs: { latent, strengths: [lists[0], 0] } }
-        inputs[starts.get(key) ?? ''] = [repeated, 0]
+        const strengths = [lists[0], 0]
+        swept[repeated] = { class_type: 'EditSlidersLatentForSweep', inputs: { latent: inputs[input], strengths } }
+        inputs[input] = [repeated, 0]
       }
       swept[name(key)] = { ...graph[key], inputs }
     }
@@ -161,26 +163,21 @@ function firstPicture(graph, dependent, definitions) {
 }
 
 /**
- * Where the batch has to be made longer: the nodes that make a latent of a latent and do so before all others, with the
- * name of the input.
+ * The nodes that make a latent of a latent, with the name of the input: there the batch is made as long as the list of
+ * strengths, and all its pictures get the same noise, which a way through pixels would have lost.
  * @param {ApiGraph} graph @param {string[]} chain @param {Definitions} definitions
  * @returns {Map<string, string>}
  */
-function firstLatents(graph, chain, definitions) {
-  /** @type {[string, string][]} */
-  const samplers = []
+function latentInputs(graph, chain, definitions) {
+  const found = new Map()
   for (const id of chain) {
     const definition = definitions[graph[id].class_type]
-    const input = Object.keys(graph[id].inputs).find((name) => takes(definition, name) === LATENT)
-    if (input && gives(graph, id, definitions, LATENT)) samplers.push([id, input])
+    const input = Object.entries(graph[id].inputs).find(
+      ([name, value]) => takes(definition, name) === LATENT && isLink(value)
+    )?.[0]
+    if (input && gives(graph, id, definitions, LATENT)) found.set(id, input)
   }
-  return new Map(
-    samplers.filter(([id, input]) => {
-      const latent = graph[id].inputs[input]
-      const earlier = isLink(latent) ? above(graph, [latent[0]]) : new Set()
-      return !samplers.some(([other]) => earlier.has(other))
-    })
-  )
+  return found
 }
 
 /** @param {Definition | undefined} definition @param {string} input */

@@ -182,12 +182,13 @@ export class Filmstrip {
     if (this.state?.film) act(this.state.film)
   }
 
-  /** Take what was typed into the form. */
+  /** Take what was typed into the form; it then shows what was understood. */
   read() {
+    delete this.element.dataset.form
     const axes = this.form
       .filter(({ slider, optional }) => !(optional && Number(slider.value) === NONE))
       .map(({ slider, from, to, count }) => ({
-        slider: Number(slider.value),
+        slider: slider.value ? Number(slider.value) : NaN,
         from: numberIn(from),
         to: numberIn(to),
         count: numberIn(count)

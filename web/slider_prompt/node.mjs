@@ -6,7 +6,7 @@ import { setting } from '../settings.mjs'
 import { t } from '../texts.mjs'
 import { below, idsOf, outputsAmong, sweepGraph, withFewerSteps } from './api_graph.mjs'
 import { Film, Filmstrip, sanitised } from './filmstrip.mjs'
-import { addressOf, OwnJobs } from './own_jobs.mjs'
+import { addressOf, OwnJobs, post } from './own_jobs.mjs'
 import { carried, parse } from './phrases.mjs'
 import { Tokens } from './tokens.mjs'
 import { View } from './view.mjs'
@@ -16,11 +16,16 @@ import { View } from './view.mjs'
 /** @import { Parsed, Phrase } from './phrases.mjs' */
 
 export const NODE = 'EditSlidersSliderPrompt'
-const LIMIT = 100
+const LIMIT = 5
+const NEUTRAL = 1
+const NONE = -1
 const HEIGHT = 220
 const SIZE = /** @type {[number, number]} */ ([360, 460])
 const HEIGHT_WITH_FILM = 720
 const FRAMES_TO_SETTLE = 30
+
+/** @type {ReturnType<typeof api.getNodeDefs> | undefined} what the server knows of nodes: megabytes, so once per page */
+let known
 
 /** @type {WeakMap<LGraphNode, SliderPrompt>} */
 const prompts = new WeakMap()
@@ -48,7 +53,7 @@ export function settle(node, frames = FRAMES_TO_SETTLE) {
     const { element } = ours.view
     if (!element.isConnected && node.graph === app.canvas.graph)
       document.querySelector(`[data-node-id="${node.id}"] .es-slider-prompt`)?.replaceWith(element)
-    if (ours.film !== ours.shownFilm) ours.refresh()
+    ours.changeFilm()
   }
   requestAnimationFrame(() => settle(node, frames - 1))
 }
@@ -63,8 +68,7 @@ class SliderPrompt {
       stop: () => this.film?.stop(),
       setSweep: (sweep) => this.setSweep(sweep),
       show: (film) => this.showFrame(film),
-      use: (film) =>
-        this.setStrengths(film.axes.map(({ slider }, k) => [slider, film.strengths[film.shown][k]])),
+      use: (film) => this.use(film),
       save: (film, format) => this.saveSweep(film, format),
       address: (file) => addressOf(api, file)
     })
@@ -83,7 +87,7 @@ class SliderPrompt {
       api,
       () => this.job(),
       {
-        onPictures: (files) => (this.view.picture.src = addressOf(api, files[files.length - 1])),
+        onPictures: (files) => files.length && (this.view.picture.src = addressOf(api, files[files.length - 1])),
         onPreview: (address) => (this.view.picture.src = address),
         onProgress: (share) => this.showProgress(share),
         onError: (message) => (this.view.failure.textContent = message)
@@ -92,8 +96,10 @@ class SliderPrompt {
     )
     this.text = this.hide('text')
     this.sliders = this.widgets.filter(({ name }) => name.startsWith('strength_')).map(({ name }) => this.hide(name))
-    /** @type {Phrase[]} */
+    /** @type {Phrase[]} as shown */
     this.phrases = []
+    /** @type {Phrase[]} of the last text without an error */
+    this.known = []
     /** @type {Film | undefined} */
     this.shownFilm = undefined
     /** @type {Map<number, number>} slider -> strength that its widget does not have yet */
@@ -107,7 +113,8 @@ class SliderPrompt {
       hideOnZoom: false
     })
     widget.serialize = false
-    for (const name of ['mode', 'lowest', 'highest']) this.follow(this.widget(name))
+    for (const name of ['mode', 'pad_to_512', 'channel']) this.follow(this.widget(name), () => this.changed())
+    for (const name of ['lowest', 'highest']) this.follow(this.widget(name), () => this.refresh())
     this.followNode()
     this.widget('lowest').value = setting('lowest')
     this.widget('highest').value = setting('highest')
@@ -133,16 +140,16 @@ class SliderPrompt {
     const widget = this.widget(name)
     widget.hidden = true
     widget.options.hidden = true
-    this.follow(widget)
+    this.follow(widget, () => this.changed())
     return widget
   }
 
-  /** Show what the widget holds whenever someone else sets it. @param {Widget} widget */
-  follow(widget) {
+  /** Act whenever something else than the sliders sets the widget. @param {Widget} widget @param {() => void} act */
+  follow(widget, act) {
     const callback = widget.callback
     widget.callback = (...args) => {
       callback?.apply(widget, args)
-      if (!this.writing) this.refresh()
+      if (!this.writing) act()
     }
   }
 
@@ -173,13 +180,20 @@ class SliderPrompt {
   /** @param {string} text */
   setText(text) {
     this.write()
-    const before = this.phrases
     this.text.value = text
-    const after = this.parsed().phrases
-    const moved = carried(before, after, this.strengths.slice(0, before.length))
-    this.sliders.forEach((slider, k) => (slider.value = moved[k] ?? 1))
+    if (!parse(text, this.mode).error) this.carry(this.known, this.parsed().phrases)
     this.text.callback?.(text)
-    this.changed()
+  }
+
+  /** Let strengths and the sweep stay with their words. @param {Phrase[]} before @param {Phrase[]} after */
+  carry(before, after) {
+    const strengths = carried(before, after, this.strengths.slice(0, before.length), NEUTRAL)
+    this.sliders.forEach((slider, k) => (slider.value = strengths[k] ?? NEUTRAL))
+    const sliders = carried(before, after, [...before.keys()], NONE)
+    const { axes, atOnce } = this.sweep
+    if (axes.every(({ slider }) => sliders[slider] === slider)) return
+    const moved = axes.map((axis) => ({ ...axis, slider: Math.max(sliders.indexOf(axis.slider), 0) }))
+    this.node.properties.sweep = /** @type {any} */ ({ axes: moved, atOnce })
   }
 
   get strengths() {
@@ -189,7 +203,7 @@ class SliderPrompt {
   /** @param {[number, number][]} strengths pairs of slider, from 0, and strength */
   setStrengths(strengths) {
     for (const [k, strength] of strengths) {
-      if (!this.sliders[k] || this.isLinked(this.sliders[k].name)) continue
+      if (!this.sliders[k] || this.isLinked(this.sliders[k].name) || !Number.isFinite(strength)) continue
       this.unwritten.set(k, Math.min(Math.max(strength, -LIMIT), LIMIT))
     }
     if (!this.view.dragging) this.write()
@@ -211,10 +225,11 @@ class SliderPrompt {
   /** Whatever a file holds, the widgets hold strengths. */
   sanitise() {
     if (typeof this.text.value !== 'string') this.text.value = ''
-    for (const slider of this.sliders) {
-      const value = typeof slider.value === 'number' ? slider.value : NaN
-      slider.value = Number.isFinite(value) ? Math.min(Math.max(value, -LIMIT), LIMIT) : 1
-    }
+    for (const slider of this.sliders) slider.value = bounded(slider.value, NEUTRAL)
+    const [lowest, highest] = [this.widget('lowest'), this.widget('highest')]
+    lowest.value = bounded(lowest.value, -0.5)
+    highest.value = bounded(highest.value, 2)
+    if (lowest.value >= highest.value) [lowest.value, highest.value] = [-0.5, 2]
   }
 
   /** @returns {Parsed} */
@@ -244,6 +259,7 @@ class SliderPrompt {
     const answered = !textLinked && !parsed.error
     if (answered) this.tokens.of(text, this.mode)
     this.phrases = parsed.phrases
+    if (answered) this.known = parsed.phrases
     const count = parsed.phrases.length
     this.view.show({
       text,
@@ -296,7 +312,7 @@ class SliderPrompt {
   async job() {
     this.write()
     const { graph, workflow, definitions } = await queueable()
-    const dependent = below(graph, idsOf(graph, this.node.id))
+    const dependent = below(graph, queuedAs(graph, this.node))
     const targets = outputsAmong(graph, dependent, definitions)
     if (!targets.length) throw new Error(t('nothingToRun'))
     const prompt = this.quick ? withFewerSteps(graph, dependent, definitions, setting('dragSteps')) : graph
@@ -337,19 +353,25 @@ class SliderPrompt {
   }
 
   showStrip() {
+    this.strip.show({ sweep: this.sweep, words: this.phrases.map(({ text }) => text), film: this.shownFilm })
+  }
+
+  /** Show the sweep of this place in this workflow, if it is another one than is shown. */
+  changeFilm() {
     const { film } = this
-    if (film !== this.shownFilm) {
-      this.shownFilm = film
-      if (film) this.showFilm(film)
-      return
+    if (film === this.shownFilm) return
+    if (this.shownFilm) this.view.clear()
+    this.shownFilm = film
+    if (film) {
+      film.changed = () => this.film === film && this.showFilm(film)
+      this.showFilm(film)
     }
-    this.strip.show({ sweep: this.sweep, words: this.phrases.map(({ text }) => text), film })
+    this.showStrip()
   }
 
   /** A sweep that has come or gone on. @param {Film} film */
   showFilm(film) {
-    film.changed = () => this.showFilm(film)
-    this.view.failure.textContent = film.error
+    if (film.error) this.view.failure.textContent = film.error
     this.showProgress(film.progress)
     this.showFrame(film)
   }
@@ -359,6 +381,14 @@ class SliderPrompt {
     const file = film.files[film.shown]
     if (file) this.view.picture.src = addressOf(api, file)
     this.showStrip()
+  }
+
+  /** Set the sliders of the swept words, wherever they stand now, to the strengths of the shown frame. @param {Film} film */
+  use(film) {
+    const sliders = film.axes.map(({ slider }, k) =>
+      this.phrases[slider]?.text === film.words[k] ? slider : this.phrases.findIndex(({ text }) => text === film.words[k])
+    )
+    this.setStrengths(sliders.map((slider, k) => [slider, film.strengths[film.shown][k]]))
   }
 
   renderSweep() {
@@ -373,9 +403,11 @@ class SliderPrompt {
       axes,
       axes.map(({ slider }) => this.phrases[slider].text)
     )
+    this.view.clear()
     this.films.set(this.place, film)
     if (this.node.size[1] < HEIGHT_WITH_FILM) this.node.setSize([this.node.size[0], HEIGHT_WITH_FILM])
-    render(film, this.node.id, atOnce)
+    render(film, this.node, atOnce)
+    this.changeFilm()
     this.refresh()
   }
 
@@ -389,17 +421,13 @@ class SliderPrompt {
   async saveSweep(film, format) {
     const { files: frames, columns, heading, metadata } = film
     const captions = frames.map((_, k) => film.caption(k))
-    const answer = await api.fetchApi('/edit_sliders/sweep_file', {
-      method: 'POST',
-      headers: { 'Content-Type': 'application/json' },
-      body: JSON.stringify({ format, frames, captions, columns, heading, metadata })
+    const wanted = { format, frames, captions, columns, heading, metadata }
+    const file = await post(api, '/edit_sliders/sweep_file', wanted).catch((error) => {
+      this.view.failure.textContent = error.message
     })
-    if (!answer.ok) {
-      this.view.failure.textContent = (await answer.json()).error
-      return
-    }
+    if (!file) return
     const link = document.createElement('a')
-    link.href = URL.createObjectURL(await answer.blob())
+    link.href = URL.createObjectURL(await file.blob())
     link.download = format === 'webp' ? 'sweep.webp' : `sweep_${format}.png`
     link.click()
     URL.revokeObjectURL(link.href)
@@ -409,17 +437,17 @@ class SliderPrompt {
 /**
  * Have the pictures of a sweep made, as one job.
  * @param {Film} film
- * @param {string | number} id of the Slider Prompt
+ * @param {LGraphNode} node the Slider Prompt
  * @param {number} atOnce
  */
-function render(film, id, atOnce) {
+function render(film, node, atOnce) {
   /** @type {string[]} */
   let batches = []
   const jobs = new OwnJobs(
     api,
     async () => {
       const { graph, workflow, definitions } = await queueable()
-      const swept = sweepGraph(graph, idsOf(graph, id)[0], definitions, film.axes, atOnce)
+      const swept = sweepGraph(graph, queuedAs(graph, node)[0], definitions, film.axes, atOnce)
       if (!swept) throw new Error(t('nothingToRun'))
       batches = swept.targets
       film.metadata = { workflow: JSON.stringify(workflow), prompt: JSON.stringify(graph) }
@@ -427,11 +455,13 @@ function render(film, id, atOnce) {
       return { prompt, partial_execution_targets, extra_data: { extra_pnginfo: { workflow } } }
     },
     {
-      onPictures: (files, node) => {
-        const first = batches.indexOf(node) * atOnce
+      onPictures: (files, source) => {
+        const first = batches.indexOf(source) * atOnce
         if (first < 0) return
-        files.forEach((file, k) => (film.files[first + k] = file))
-        film.shown = first
+        const wanted = Math.min(atOnce, film.files.length - first)
+        if (files.length !== wanted) film.error = t('otherPictures', files.length, wanted)
+        else files.forEach((file, k) => (film.files[first + k] = file))
+        if (!film.files[film.shown]) film.shown = first
         film.changed()
       },
       onPreview: () => {},
@@ -452,9 +482,32 @@ function render(film, id, atOnce) {
 
 /** The graph of the page as it is queued, and what is known of its nodes. */
 async function queueable() {
-  const [{ output, workflow }, definitions] = await Promise.all([app.graphToPrompt(), api.getNodeDefs()])
-  const known = /** @type {Definitions} */ (/** @type {unknown} */ (definitions))
-  return { graph: /** @type {ApiGraph} */ (output), workflow, definitions: known }
+  known ??= api.getNodeDefs()
+  const [{ output, workflow }, definitions] = await Promise.all([app.graphToPrompt(), known])
+  return {
+    graph: /** @type {ApiGraph} */ (output),
+    workflow,
+    definitions: /** @type {Definitions} */ (/** @type {unknown} */ (definitions))
+  }
+}
+
+/** @param {ApiGraph} graph @param {LGraphNode} node a Slider Prompt */
+function queuedAs(graph, node) {
+  const ids = idsOf(graph, node.id, !node.graph?.isRootGraph).filter((id) => graph[id].class_type === NODE)
+  if (!ids.length) throw new Error(t('notQueued'))
+  return ids
+}
+
+/** Forget the sweeps of a workflow that was cleared: new nodes take the places of the old ones. */
+export function forgetFilms() {
+  const kept = films.get(app.extensionManager.workflow.activeWorkflow ?? app)
+  for (const film of kept?.values() ?? []) film.stop()
+  kept?.clear()
+}
+
+/** @param {unknown} value @param {number} usual */
+function bounded(value, usual) {
+  return typeof value === 'number' && Number.isFinite(value) ? Math.min(Math.max(value, -LIMIT), LIMIT) : usual
 }
 
 /** On the canvas the wheel over a node zooms; Nodes 2.0 sees to that itself. @param {WheelEvent} event */

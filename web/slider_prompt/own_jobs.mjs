@@ -1,5 +1,7 @@
 // Runs jobs of our own, one at a time per queue: the newest state wins, nobody else's job is touched.
 
+import { t } from '../texts.mjs'
+
 /**
  * @typedef {{ filename: string, subfolder: string, type: string }} File a picture on the server
  *
@@ -23,9 +25,14 @@ const running = new Map()
 export function listen(server) {
   const ours = (/** @type {CustomEvent} */ { detail }) => running.get(detail?.prompt_id ?? detail?.jobId)
   server.addEventListener('execution_start', (event) => ours(event)?.began())
-  server.addEventListener('reconnected', () => [...running.values()].forEach((queue) => queue.ended()))
-  for (const end of ['execution_success', 'execution_interrupted'])
-    server.addEventListener(end, (event) => ours(event)?.ended())
+  server.addEventListener('reconnected', () => endLost(server))
+  server.addEventListener('execution_success', (event) => ours(event)?.ended())
+  server.addEventListener('execution_interrupted', (event) => {
+    const queue = ours(event)
+    if (!queue) return
+    queue.ended()
+    post(server, '/history', { delete: [event.detail.prompt_id] }).catch(() => {}) // our own dropped job is no news
+  })
   server.addEventListener('execution_error', (event) => ours(event)?.failed(event.detail.exception_message))
   server.addEventListener('executed', (event) => {
     const { output, node } = event.detail
@@ -39,10 +46,18 @@ export function listen(server) {
   })
 }
 
+/** After a lost connection: end what the server does not have any more. @param {Server} server */
+async function endLost(server) {
+  const answer = await server.fetchApi('/queue').catch(() => undefined)
+  const { queue_running: first = [], queue_pending: later = [] } = answer?.ok ? await answer.json() : {}
+  const kept = [...first, ...later].map(([, id]) => id)
+  for (const [id, queue] of running) if (!kept.includes(id)) queue.failed(t('connectionLost'))
+}
+
 export class OwnJobs {
   /**
    * @param {Server} server
-   * @param {() => Promise<object | undefined>} body what to queue now, without prompt_id; undefined = nothing
+   * @param {() => Promise<object>} body what to queue now, without prompt_id
    * @param {Listener} listener
    * @param {() => number} [delay] milliseconds from the last change to its run
    */
@@ -55,6 +70,7 @@ export class OwnJobs {
     this.id = undefined
     this.dirty = false
     this.unwanted = false
+    this.accepted = false
     this.onServer = false
     /** @type {ReturnType<typeof setTimeout> | undefined} */
     this.timer = undefined
@@ -89,31 +105,27 @@ export class OwnJobs {
     this.listener.onProgress(0)
     try {
       const body = await this.body()
-      if (!body) return this.ended()
-      const content = JSON.stringify({ ...body, prompt_id: id, client_id: this.server.clientId })
-      const answer = await this.server.fetchApi('/prompt', {
-        method: 'POST',
-        headers: { 'Content-Type': 'application/json' },
-        body: content
-      })
-      if (!answer.ok) this.failed(reasons(await answer.json()))
-      else if (this.dirty || this.unwanted) await this.cancel()
+      await post(this.server, '/prompt', { ...body, prompt_id: id, client_id: this.server.clientId })
+      if (this.id !== id) return
+      this.accepted = true
+      if (this.dirty || this.unwanted) await this.cancel()
     } catch (error) {
-      this.failed(error instanceof Error ? error.message : String(error))
+      if (this.id === id) this.failed(error instanceof Error ? error.message : String(error))
     }
   }
 
   async cancel() {
     const id = this.id
     if (!id) return
-    const answer = await this.server.fetchApi('/jobs/cancel', {
-      method: 'POST',
-      headers: { 'Content-Type': 'application/json' },
-      body: JSON.stringify({ job_ids: [id] })
-    })
-    const { cancelled } = answer.ok ? await answer.json() : { cancelled: false }
-    // A job that had not begun ends without an event.
-    if (cancelled && !this.onServer && this.id === id) this.ended()
+    try {
+      const answer = await post(this.server, '/jobs/cancel', { job_ids: [id] })
+      const { cancelled } = await answer.json()
+      // A job that had not begun ends without an event, and so does one that somebody else took out of the queue.
+      const silent = cancelled ? !this.onServer : this.accepted
+      if (silent && this.id === id) this.ended()
+    } catch (error) {
+      this.listener.onError(error instanceof Error ? error.message : String(error))
+    }
   }
 
   began() {
@@ -129,7 +141,9 @@ export class OwnJobs {
   ended() {
     if (this.id) running.delete(this.id)
     this.id = undefined
+    this.accepted = false
     this.onServer = false
+    URL.revokeObjectURL(this.shown)
     this.listener.onProgress(1)
     if (this.dirty) {
       this.dirty = false
@@ -145,15 +159,28 @@ export class OwnJobs {
   }
 }
 
+/**
+ * Send JSON. Throws an error with the server's reasons if it refuses.
+ * @param {{ fetchApi: (path: string, options?: RequestInit) => Promise<Response> }} server
+ * @param {string} path
+ * @param {object} content
+ */
+export async function post(server, path, content) {
+  const headers = { 'Content-Type': 'application/json' }
+  const answer = await server.fetchApi(path, { method: 'POST', headers, body: JSON.stringify(content) })
+  if (answer.ok) return answer
+  throw new Error(reasons(await answer.json().catch(() => ({ error: `${answer.status} ${answer.statusText}` }))))
+}
+
 /** Where the page finds a picture. @param {{ apiURL: (path: string) => string }} server @param {File} file */
 export function addressOf(server, { filename, subfolder, type }) {
   return server.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`)
 }
 
-/** @param {{ error?: { message: string }, node_errors?: Record<string, { errors: { details: string }[] }> }} refusal */
+/** @param {{ error?: string | { message: string }, node_errors?: Record<string, { errors: { details: string }[] }> }} no */
 function reasons({ error, node_errors: nodes }) {
   const details = Object.values(nodes ?? {}).flatMap(({ errors }) => errors.map(({ details }) => details))
-  return [error?.message ?? 'The graph was refused.', ...new Set(details)].join('\n')
+  return [typeof error === 'object' ? error.message : error, ...new Set(details)].filter(Boolean).join('\n')
 }
 
 /** A UUID; crypto.randomUUID is missing where the page does not come by https. */

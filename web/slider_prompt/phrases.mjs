@@ -9,6 +9,7 @@ import { t } from '../texts.mjs'
 
 export const LINES = 'one per line'
 
+const LINE_END = /\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]/g // Python's splitlines
 const MARK = /\\?(\[\[|\]\])/g
 const VISIBLE = /[^\p{C}\p{Z}]/u
 const WEIGHT = /:\s*[-+]?[\d.]+\s*\)/g
@@ -26,12 +27,13 @@ export function parse(text, mode) {
 function parseLines(text) {
   const phrases = []
   let start = 0
-  for (const line of text.split('\n')) {
+  for (const end of [...text.matchAll(LINE_END), { index: text.length, 0: '' }]) {
+    const line = text.slice(start, end.index)
     if (VISIBLE.test(line)) {
       const first = start + line.length - line.trimStart().length
       phrases.push(phrase(text, first, first + line.trim().length))
     }
-    start += line.length + 1
+    start = end.index + end[0].length
   }
   return { phrases, error: phrases.length ? '' : t('emptyPrompt') }
 }
@@ -68,24 +70,24 @@ function phrase(text, start, end) {
 }
 
 /**
- * The strengths after an edit of the text: those of phrases before and after the place that changed stay with them.
+ * One value per phrase after an edit of the text: those of phrases before and after the place that changed stay with them.
  * @param {Phrase[]} before
  * @param {Phrase[]} after
- * @param {number[]} strengths
+ * @param {number[]} values
+ * @param {number} fresh value of a phrase that is new
  * @returns {number[]}
  */
-export function carried(before, after, strengths) {
-  if (before.length === after.length) return strengths.slice(0, after.length)
+export function carried(before, after, values, fresh) {
+  if (before.length === after.length) return values.slice(0, after.length)
   const shorter = Math.min(before.length, after.length)
   let head = 0
   while (head < shorter && before[head].text === after[head].text) head++
   let tail = 0
   while (tail < shorter - head && before.at(-1 - tail)?.text === after.at(-1 - tail)?.text) tail++
-  const fresh = Array(Math.max(0, after.length - head - tail)).fill(1)
-  const kept = strengths.slice(head, before.length - tail)
+  const kept = values.slice(head, before.length - tail)
   return [
-    ...strengths.slice(0, head),
-    ...fresh.map((value, k) => kept[k] ?? value),
-    ...strengths.slice(before.length - tail, before.length)
+    ...values.slice(0, head),
+    ...Array.from({ length: Math.max(0, after.length - head - tail) }, (_, k) => kept[k] ?? fresh),
+    ...values.slice(before.length - tail, before.length)
   ]
 }

@@ -1,5 +1,7 @@
 // What the text encoders make of the phrases, as the server knows it.
 
+import { post } from './own_jobs.mjs'
+
 /** @typedef {{ tokens: Record<string, string[]>, error: string }} PhraseTokens encoder -> pieces */
 
 const PAUSE = 400
@@ -37,12 +39,16 @@ export class Tokens {
 
   /** @param {string} asked */
   async ask(asked) {
-    const headers = { 'Content-Type': 'application/json' }
-    const answer = await this.server.fetchApi('/edit_sliders/tokens', { method: 'POST', headers, body: asked })
-    const { phrases = [], error = '' } = await answer.json().catch(() => ({}))
-    if (asked !== this.asked) return
-    this.phrases = phrases
-    this.error = error || (phrases.find((/** @type {PhraseTokens} */ phrase) => phrase.error)?.error ?? '')
+    try {
+      const answer = await post(this.server, '/edit_sliders/tokens', JSON.parse(asked))
+      const { phrases } = await answer.json()
+      if (asked !== this.asked) return
+      this.phrases = phrases
+      this.error = phrases.find((/** @type {PhraseTokens} */ phrase) => phrase.error)?.error ?? ''
+    } catch (error) {
+      if (asked !== this.asked) return
+      this.error = error instanceof Error ? error.message : String(error)
+    }
     this.onAnswer()
   }
 }

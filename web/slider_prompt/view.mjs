@@ -181,6 +181,13 @@ export class View {
     if (this.hovered !== NONE) this.showTokens(this.hovered)
   }
 
+  /** Nothing of an earlier run is shown any more. */
+  clear() {
+    this.picture.removeAttribute('src')
+    this.failure.textContent = ''
+    this.progress.style.width = '0'
+  }
+
   /** @param {number} k */
   row(k) {
     const row = element('div', 'es-row')
