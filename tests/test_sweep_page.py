@@ -87,8 +87,8 @@ def test_one_job_fills_the_filmstrip_and_scrubbing_queues_nothing(server, page):
     assert "UNETLoader" not in copied
     assert frames(page).all_inner_texts() == ["0", "0.5", "1", "1.5"]
     live(page).check()
-    wait_for(lambda: idle(server))
-    page.page.wait_for_timeout(1500)
+    wait_for(lambda: len(set(jobs_of(server)) - before) == 2 and idle(server))
+    page.page.wait_for_timeout(500)
     after = set(jobs_of(server))
 
     page.page.locator(".es-scrub").focus()

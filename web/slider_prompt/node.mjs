@@ -180,8 +180,9 @@ class SliderPrompt {
   /** @param {string} text */
   setText(text) {
     this.write()
+    const before = this.known
     this.text.value = text
-    if (!parse(text, this.mode).error) this.carry(this.known, this.parsed().phrases)
+    if (!parse(text, this.mode).error) this.carry(before, this.parsed().phrases)
     this.text.callback?.(text)
   }
 
@@ -192,7 +193,8 @@ class SliderPrompt {
     const sliders = carried(before, after, [...before.keys()], NONE)
     const { axes, atOnce } = this.sweep
     if (axes.every(({ slider }) => sliders[slider] === slider)) return
-    const moved = axes.map((axis) => ({ ...axis, slider: Math.max(sliders.indexOf(axis.slider), 0) }))
+    const now = (/** @type {number} */ slider) => (sliders.includes(slider) ? sliders.indexOf(slider) : slider)
+    const moved = axes.map((axis) => ({ ...axis, slider: now(axis.slider) }))
     this.node.properties.sweep = /** @type {any} */ ({ axes: moved, atOnce })
   }
 
