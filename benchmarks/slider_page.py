@@ -2,8 +2,8 @@
 
     python run.py benchmark [--repeats N]
 
-With 50 sub-instructions: frames a second while a slider is dragged (a mouse move every frame), while nothing moves, and
-tasks of more than 50 ms, as the browser's own tracing counts them; the longest task of typing one more line.
+With 49 sub-instructions: frames a second while a slider is dragged (a mouse move every frame), while nothing moves, and
+tasks of more than 50 ms, as the browser's own tracing counts them; the longest task of typing a 50th.
 On the canvas and in Nodes 2.0. Medians of the repeats.
 """
 
