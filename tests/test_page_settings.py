@@ -230,3 +230,9 @@ def test_the_languages_are_complete(server):
         known = {**ours[key]["input"].get("required", {}), **ours[key]["input"].get("optional", {})}
         assert set(texts["inputs"]) == set(known), key
         assert len(texts.get("outputs", {})) == len(ours[key]["output"]), key
+
+
+def test_the_page_keeps_to_itself():
+    for file in (REPO / "web").rglob("*js"):
+        code = file.read_text()
+        assert not re.search(r"\bwindow\b|globalThis|document\.(addEventListener|on\w+\s*=)", code), file.name
