@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from slider_core.errors import SliderError
@@ -52,6 +52,7 @@ def test_wrong_marks(text, message):
         read_marks(text)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.text("ab c(:1)", min_size=1).filter(str.strip), min_size=1, max_size=4))
 def test_marks_give_back_what_was_marked(phrases):
     prompt, found = marked(" ; ".join(f"[[{phrase}]]" for phrase in phrases))

@@ -267,13 +267,20 @@ def test_live_runs_the_newest_state_only(server, view):
         view.page.mouse.move(box["x"] + box["width"] * (0.6 - k * 0.004), y)
     view.page.mouse.up()
     [last, *_] = strengths(view)
-    wait_for(lambda: set(jobs_of(server)) - before and idle(server))
+    assert last != 1
+
+    def new_jobs() -> list[dict]:
+        return [job for key, job in jobs_of(server).items() if key not in before]
+
+    def strength_of(job: dict) -> float:
+        [sent] = [node["inputs"] for node in job["prompt"][2].values() if node["class_type"] == NODE]
+        return sent["strength_1"]
+
+    wait_for(lambda: idle(server) and last in map(strength_of, new_jobs()))
     time.sleep(1)
-    new = [job for key, job in jobs_of(server).items() if key not in before]
-    assert 1 <= len(new) <= 2
-    sent = new[-1]["prompt"][2]
-    [inputs_sent] = [node["inputs"] for node in sent.values() if node["class_type"] == NODE]
-    assert inputs_sent["strength_1"] == last != 1
+    new = new_jobs()
+    assert len(new) <= 2
+    assert strength_of(new[-1]) == last
     view.page.wait_for_function("document.querySelector('.es-picture')?.src.includes('/view?')")
     picture = view.page.locator(".es-picture").get_attribute("src")
     [image] = [out["images"] for out in new[-1]["outputs"].values() if "images" in out]
