@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 from PIL import Image
+from playwright.sync_api import Browser
 
 REPO = Path(__file__).resolve().parent.parent
 GOLDEN = REPO / "tests" / "data" / "golden"
@@ -80,11 +81,18 @@ def server(frontend: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield running
 
 
-@pytest.fixture(scope="session", params=["canvas", "nodes 2.0"])
-def view(request: pytest.FixtureRequest, server: ComfyServer) -> Iterator[ComfyPage]:
-    """The server's page in a browser, in both of the frontend's ways to draw nodes."""
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
     with browser() as running:
-        yield ComfyPage(running, server, vue=request.param == "nodes 2.0")
+        yield running
+
+
+@pytest.fixture(scope="session", params=["canvas", "nodes 2.0"])
+def view(request: pytest.FixtureRequest, server: ComfyServer, chromium: Browser) -> Iterator[ComfyPage]:
+    """The server's page in a browser, in both of the frontend's ways to draw nodes."""
+    page = ComfyPage(chromium, server, vue=request.param == "nodes 2.0")
+    yield page
+    page.close()
 
 
 @pytest.fixture(scope="session")

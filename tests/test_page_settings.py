@@ -71,6 +71,15 @@ def test_new_nodes_begin_as_the_settings_say(view, settings):
     assert view.errors == []
 
 
+def live_and_idle(server, view: ComfyPage) -> set[str]:
+    """Switch live on and let its first run end; the jobs so far."""
+    live(view).check()
+    wait_for(lambda: idle(server))
+    view.page.wait_for_timeout(1000)
+    wait_for(lambda: idle(server))
+    return set(jobs_of(server))
+
+
 def dragged(view: ComfyPage, to: float) -> None:
     """Press the mouse on the first slider and move it; it stays pressed."""
     box = slider(view, 0).bounding_box()
@@ -96,11 +105,7 @@ def sampled(server, before: set[str]) -> list[tuple[int, float]]:
 def test_few_steps_while_dragging_and_all_on_release(server, view, settings):
     settings("EditSliders.DragSteps", 1)
     opened(view, live_graph(steps=3))
-    live(view).check()
-    wait_for(lambda: idle(server))
-    view.page.wait_for_timeout(1000)
-    wait_for(lambda: idle(server))
-    before = set(jobs_of(server))
+    before = live_and_idle(server, view)
     dragged(view, 0.3)
     view.page.wait_for_timeout(600)
     wait_for(lambda: sampled(server, before) and idle(server))
@@ -115,11 +120,7 @@ def test_few_steps_while_dragging_and_all_on_release(server, view, settings):
 
 def test_letting_go_queues_nothing_else(server, view):
     opened(view, live_graph(steps=2))
-    live(view).check()
-    wait_for(lambda: idle(server))
-    view.page.wait_for_timeout(1000)
-    wait_for(lambda: idle(server))
-    before = set(jobs_of(server))
+    before = live_and_idle(server, view)
     dragged(view, 0.4)
     view.page.wait_for_timeout(600)
     wait_for(lambda: sampled(server, before) and idle(server))

@@ -6,6 +6,6 @@ from conftest import COMFYUI
 from support.pictures import drawn
 
 
-def test_thumbnails_and_overview(tmp_path, same_or_redrawn):
-    for place, picture in drawn(COMFYUI, tmp_path):
+def test_thumbnails_and_overview(tmp_path, chromium, same_or_redrawn):
+    for place, picture in drawn(COMFYUI, tmp_path, chromium):
         same_or_redrawn(place, picture)

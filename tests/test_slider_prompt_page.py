@@ -185,6 +185,7 @@ def test_undone_and_redone(page):
     page.page.evaluate("app.extensionManager.workflow.activeWorkflow.changeTracker.captureCanvasState()")
     page.page.evaluate("app.extensionManager.workflow.activeWorkflow.changeTracker.undo()")
     page.page.wait_for_function("document.querySelector('.es-row input[type=number]')?.value === '1'")
+    show(page)
     slider(page, 1).focus()
     page.page.keyboard.press("ArrowLeft")
     assert strengths(page) == [1, 0.95, 1]

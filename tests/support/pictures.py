@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
+from playwright.sync_api import Browser
 
-from .browser import ComfyPage, browser, write_settings
+from .browser import ComfyPage, write_settings
 from .comfy_server import ComfyServer
 
 REPO = Path(__file__).resolve().parents[2]
@@ -52,13 +53,13 @@ LOOK_AT = """([x, y, scale, left, top]) => {
 }"""
 
 
-def drawn(comfyui: Path, base: Path) -> Iterator[tuple[Path, Image.Image]]:
+def drawn(comfyui: Path, base: Path, running: Browser) -> Iterator[tuple[Path, Image.Image]]:
     """The templates' thumbnails and the README's picture with their places; `base` becomes the folder of a server."""
     workflows = {name: json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")) for name in SUBJECTS}
     write_settings(base)
     for workflow in workflows.values():
         _pretend_files(workflow, base / "models")
-    with ComfyServer(comfyui, base, {"ComfyUI-EditSliders": REPO}) as server, browser() as running:
+    with ComfyServer(comfyui, base, {"ComfyUI-EditSliders": REPO}) as server:
         server.put_input("example.png", Image.open(REPO / "demo" / "photo.jpg"))
         view = ComfyPage(running, server, vue=True)
         view.page.set_viewport_size({"width": 2400, "height": 1400})
@@ -67,6 +68,7 @@ def drawn(comfyui: Path, base: Path) -> Iterator[tuple[Path, Image.Image]]:
             yield WORKFLOWS / f"{name}.jpg", picture_of(view, SUBJECTS[name], THUMBNAIL, square=True)
         view.open(workflows["slider_prompt"])
         yield OVERVIEW, picture_of(view, (), OVERVIEW_WIDTH)
+        view.close()
 
 
 def alike(one: Image.Image, other: Image.Image) -> bool:

@@ -26,7 +26,7 @@ import { t } from '../texts.mjs'
  * @property {Film | undefined} film
  */
 
-export const MOST_SLIDERS = 50
+const MOST_SLIDERS = 50
 const MOST_COUNT = 32
 const NONE = -1
 /** @type {Axis} */

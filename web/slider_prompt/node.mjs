@@ -367,8 +367,7 @@ class SliderPrompt {
     if (film) {
       film.changed = () => this.film === film && this.showFilm(film)
       this.showFilm(film)
-    }
-    this.showStrip()
+    } else this.showStrip()
   }
 
   /** A sweep that has come or gone on. @param {Film} film */
@@ -485,7 +484,10 @@ function render(film, node, atOnce) {
 /** The graph of the page as it is queued, and what is known of its nodes. */
 async function queueable() {
   known ??= api.getNodeDefs()
-  const [{ output, workflow }, definitions] = await Promise.all([app.graphToPrompt(), known])
+  const [{ output, workflow }, definitions] = await Promise.all([app.graphToPrompt(), known]).catch(error => {
+    known = undefined
+    throw error
+  })
   return {
     graph: /** @type {ApiGraph} */ (output),
     workflow,
