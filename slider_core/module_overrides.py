@@ -165,10 +165,7 @@ def _run(
     for operation in operations:
         transformer_options = _with_attention_patches(transformer_options, operation.attention_patches(call))
     model = diffusion_model_of(base)
-    with contextlib.ExitStack() as stack:
-        for change in changes:
-            for path, around in change.items():
-                stack.enter_context(_overridden(model.get_submodule(path), around))
+    with overridden(model, changes):
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **others)
 
 
@@ -186,6 +183,16 @@ def _with_attention_patches(options: Mapping[str, Any], patches: Sequence[Attent
         )
     known = options.get("patches", {})
     return {**options, "patches": {**known, "attn1_patch": [*known.get("attn1_patch", ()), *patches]}}
+
+
+@contextlib.contextmanager
+def overridden(model: torch.nn.Module, changes: Sequence[Mapping[str, Around]]) -> Iterator[None]:
+    """Until the context ends the named submodules of a diffusion model run with these changes, the last outermost."""
+    with contextlib.ExitStack() as stack:
+        for change in changes:
+            for path, around in change.items():
+                stack.enter_context(_overridden(model.get_submodule(path), around))
+        yield
 
 
 @contextlib.contextmanager

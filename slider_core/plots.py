@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,20 @@ def attention_plot(
     colours = [VITAL if layer in vital else OTHER for layer in attention.text]
     panels["shares"].bar(list(attention.text), list(attention.text.values()), color=colours)
     panels["shares"].set(xlabel="layer (vital ones red)", ylabel="share of text", ylim=(0, 1))
+    return _image(figure)
+
+
+def curves_plot(
+    across: Sequence[float], curves: Mapping[str, Sequence[float]], xlabel: str, ylabel: str
+) -> torch.Tensor:
+    """Lines over a common axis, the last of them on top."""
+    figure = _figure(9, 5)
+    axes = figure.subplots()
+    for name, values in curves.items():
+        axes.plot(across, values, label=name, marker="o" if len(values) < 30 else "")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.legend()
     return _image(figure)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -66,10 +66,11 @@ class Projector:
 
         pooled: (prompts, pooled_width). One strength, one prompt, or as many of both.
         """
-        s = torch.tensor(strength, dtype=torch.float32)[:, None]
+        device = self.extender[0].device
+        s = torch.tensor(strength, dtype=torch.float32, device=device)[:, None]
         x = linear(torch.cat([(math.pi * s).sin(), (math.pi * s).cos()], dim=1), *self.extender)
         count = max(len(x), len(pooled))
-        x = torch.cat([x.expand(count, -1), pooled.float().cpu().expand(count, -1)], dim=1)
+        x = torch.cat([x.expand(count, -1), pooled.float().to(device).expand(count, -1)], dim=1)
         *inner, last = self.layers
         for layer in inner:
             x = relu(linear(x, *layer))
@@ -178,10 +179,15 @@ class ModulationOffset(Operation):
                 f"The strength on the conditioning comes from a projector for hidden size {offsets.shape[1] // 2}, the "
                 f"model has {self.width}. Give 'Projector Strength' the projector that is applied to the model."
             )
-        changes = dict.fromkeys(self.paths, _offset(*offsets[:, None].chunk(2, dim=-1)))
+        changes = modulation_offsets(self.paths, offsets)
         if self.side_model is not None:
             changes |= self.side_model.model.around(torch.ones((), device=call.device))
         return changes
+
+
+def modulation_offsets(paths: Sequence[str], offsets: torch.Tensor) -> dict[str, Around]:
+    """Overrides that add offsets of shape (batch, 2 * width), as Projector.offsets gives them, to text modulations."""
+    return dict.fromkeys(paths, _offset(*offsets[:, None].chunk(2, dim=-1)))
 
 
 def _offset(scale: torch.Tensor, shift: torch.Tensor) -> Around:

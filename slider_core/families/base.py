@@ -68,6 +68,10 @@ class Family(ABC):
         """Hidden size of a loaded model."""
 
     @abstractmethod
+    def pooled_width(self, diffusion_model: Any) -> int:
+        """Length of the pooled text vector that a loaded model reads."""
+
+    @abstractmethod
     def text_modulations(self, diffusion_model: Any) -> list[str]:
         """Paths of the modules that give the text stream its modulation, as (attention, mlp) with shift and scale."""
 
@@ -87,6 +91,31 @@ class Family(ABC):
     @abstractmethod
     def layer_of(self, options: Mapping[str, Any], diffusion_model: Any) -> int:
         """The layer, counted as in `blocks`, that ComfyUI's extra_options for an attention patch tell of."""
+
+    @abstractmethod
+    def adapter_layers(self, kind: str, diffusion_model: Any) -> list[str]:
+        """The layers that an adapter of this kind ('STLoRA', 'GSTLoRA') is trained on, by names of `targets`."""
+
+    @abstractmethod
+    def overwritten_inputs(self, diffusion_model: Any) -> list[str]:
+        """Paths of modules whose inputs the model overwrites later, so that gradients need copies of them."""
+
+    @abstractmethod
+    def velocity(
+        self,
+        diffusion_model: Any,
+        latent: torch.Tensor,
+        sigma: torch.Tensor,
+        text: torch.Tensor,
+        pooled: torch.Tensor,
+        guidance: torch.Tensor,
+        references: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """What the bare network says, in its own scaling of latents: noise - data, shaped as `latent`.
+
+        latent: (batch, channels, height, width). sigma, guidance: (batch,). text: (batch, rows, width).
+        pooled: (batch, width). references: latents of reference pictures, each (batch, channels, height, width).
+        """
 
     @abstractmethod
     def with_positions(

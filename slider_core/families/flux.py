@@ -18,6 +18,21 @@ from .base import Block, Family, Target
 
 _DEPTH = 64
 _PATCH = 2
+_TEXT_LAYERS = (
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+)
+_QKV_LAYERS = ("attn.to_q", "attn.to_k", "attn.to_v")
+_IMAGE_LAYERS = (*_QKV_LAYERS, "attn.to_out.0", "ff.net.0.proj", "ff.net.2")
+_ADAPTER_LAYERS = {  # in each double block, in each single block; SliderEdit's released target sets
+    "STLoRA": (_TEXT_LAYERS, ()),
+    "GSTLoRA": ((*_IMAGE_LAYERS, *_TEXT_LAYERS), _QKV_LAYERS),
+}
+_OVERWRITTEN_IN_DOUBLE = ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")
 _TEXT_STREAM = re.compile(r"double_blocks\.\d+\.txt_(attn\.(qkv|proj)|mlp\.[02])")
 
 
@@ -43,6 +58,9 @@ class Flux(Family):
     def width(self, diffusion_model: Any) -> int:
         return diffusion_model.hidden_size
 
+    def pooled_width(self, diffusion_model: Any) -> int:
+        return diffusion_model.params.vec_in_dim
+
     def text_modulations(self, diffusion_model: Any) -> list[str]:
         return [f"double_blocks.{k}.txt_mod" for k in range(len(diffusion_model.double_blocks))]
 
@@ -60,6 +78,39 @@ class Flux(Family):
     def layer_of(self, options: Mapping[str, Any], diffusion_model: Any) -> int:
         before = len(diffusion_model.double_blocks) if options["block_type"] == "single" else 0
         return before + options["block_index"]
+
+    def adapter_layers(self, kind: str, diffusion_model: Any) -> list[str]:
+        double, single = _ADAPTER_LAYERS[kind]
+        return [
+            *(f"transformer_blocks.{k}.{layer}" for k in range(len(diffusion_model.double_blocks)) for layer in double),
+            *(
+                f"single_transformer_blocks.{k}.{layer}"
+                for k in range(len(diffusion_model.single_blocks))
+                for layer in single
+            ),
+        ]
+
+    def overwritten_inputs(self, diffusion_model: Any) -> list[str]:
+        doubles, singles = range(len(diffusion_model.double_blocks)), range(len(diffusion_model.single_blocks))
+        return [
+            *(f"double_blocks.{k}.{norm}" for k in doubles for norm in _OVERWRITTEN_IN_DOUBLE),
+            *(f"single_blocks.{k}.pre_norm" for k in singles),
+            "final_layer.norm_final",
+        ]
+
+    def velocity(
+        self,
+        diffusion_model: Any,
+        latent: torch.Tensor,
+        sigma: torch.Tensor,
+        text: torch.Tensor,
+        pooled: torch.Tensor,
+        guidance: torch.Tensor,
+        references: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        return diffusion_model(
+            latent, sigma, text, pooled, guidance, list(references) or None, ref_latents_method="offset"
+        )
 
     def with_positions(
         self, queries: torch.Tensor, keys: torch.Tensor, positions: Any

@@ -1,0 +1,98 @@
+"""python -m training: train an adapter, prepare pictures for it, look at it, export it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .comfyui import use_comfyui
+from .config import Config, read_config
+from .errors import TrainingError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m training", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train an adapter; goes on where an earlier run stopped")
+    train.add_argument("config", type=Path)
+    train.add_argument(
+        "--dry-run", action="store_true", help="check everything, estimate memory and time, train nothing"
+    )
+    inspect = commands.add_parser("inspect", help="say what an adapter file is")
+    inspect.add_argument("file", type=Path)
+    inspect.add_argument("--comfyui", type=Path)
+    export = commands.add_parser("export", help="write an adapter in the layout of its paper's own code")
+    export.add_argument("file", type=Path)
+    export.add_argument("folder", type=Path)
+    export.add_argument("--comfyui", type=Path)
+    chosen = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        return {"train": _train, "inspect": _inspect, "export": _export}[chosen.command](chosen)
+    except TrainingError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def _train(chosen: argparse.Namespace) -> int:
+    config = read_config(chosen.config)
+    use_comfyui(config.base.comfyui, config.base.cpu, config.base.models)
+    return _train_on_comfyui(config, chosen.dry_run)
+
+
+def _train_on_comfyui(config: Config, dry_run: bool) -> int:
+    from accelerate import Accelerator
+
+    from .run import Run
+    from .watching import Watching
+
+    trackers = [
+        *(["tensorboard"] if config.watching.tensorboard else []),
+        *(["wandb"] if config.watching.wandb else []),
+    ]
+    accelerator = Accelerator(cpu=config.base.cpu, log_with=trackers or None, project_dir=str(config.output))
+    config.output.mkdir(parents=True, exist_ok=True)
+    run = Run(config, accelerator, _say_progress)
+    run.resume()
+    run.train(Watching(config, accelerator))
+    return 0
+
+
+def _inspect(chosen: argparse.Namespace) -> int:
+    use_comfyui(chosen.comfyui, cpu=True)
+    from slider_core.adapter_file import read_adapter
+    from slider_core.errors import SliderError
+    from slider_core.strength_projector import read_projector
+
+    from .adapter_writing import read_metadata
+
+    metadata = read_metadata(chosen.file)
+    try:
+        reads = read_projector if metadata.get("method") == "projector" else read_adapter
+        print(reads(chosen.file).describe())
+    except SliderError as error:
+        raise TrainingError(str(error)) from error
+    for name, value in metadata.items():
+        print(f"{name}: {value}")
+    return 0
+
+
+def _export(chosen: argparse.Namespace) -> int:
+    use_comfyui(chosen.comfyui, cpu=True)
+    from .adapter_writing import export
+
+    for file in export(chosen.file, chosen.folder):
+        print(file)
+    return 0
+
+
+def _say_progress(what: str, done: int, of: int) -> None:
+    if done == of or done % 50 == 0:
+        logging.getLogger(__name__).info("%s encoded: %d of %d", what, done, of)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

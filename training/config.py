@@ -1,0 +1,277 @@
+"""The one file that says what to train, read strictly: everything wrong in it is reported at once, with its line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from .errors import TrainingError
+
+Method = Literal["stlora", "gstlora", "projector"]
+
+PAPERS: dict[str, dict[str, dict[str, Any]]] = {
+    "stlora": {
+        "adapter": {"rank": 16},
+        "objective": {"kind": "pps", "guidance": 3.5},
+        "optimiser": {"learning_rate": 5e-5},
+        "run": {"steps": 1000, "batch": 6, "resolution": 1024},
+    },
+    "gstlora": {
+        "adapter": {"rank": 16},
+        "objective": {"kind": "spps", "guidance": 3.5},
+        "optimiser": {"learning_rate": 5e-5},
+        "run": {"steps": 1000, "batch": 6, "resolution": 1024},
+    },
+    "projector": {
+        "adapter": {"rank": 4},
+        "objective": {"kind": "flow", "guidance": 1.0},
+        "optimiser": {"learning_rate": 2e-5},
+        "run": {"steps": 110_000, "batch": 8, "resolution": 512},
+    },
+}
+"""What SliderEdit and Kontinuous Kontext used; a config need not repeat it."""
+
+_OBJECTIVES = {"stlora": ("pps", "spps"), "gstlora": ("spps", "pps"), "projector": ("flow",)}
+_INSTRUCTIONS_KINDS = ("combinations", "pairs", "huggingface")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _path(value: Path, info: ValidationInfo) -> Path:
+    """Relative paths count from the config's folder."""
+    folder = (info.context or {}).get("folder", Path())
+    return (folder / value.expanduser()).resolve()
+
+
+class Base(_Section):
+    """The model to train on, by file names in ComfyUI's model folders or by paths.
+
+    comfyui: where it lies, if not around this pack. models: one more folder with diffusion_models, text_encoders, vae.
+    """
+
+    comfyui: Path | None = None
+    models: Path | None = None
+    model: str
+    weight_dtype: Literal["default", "float8_e4m3fn", "float8_e5m2", "bfloat16", "float32"] = "default"
+    text_encoders: Annotated[list[str], Field(min_length=1, max_length=2)]
+    encoder_options: dict[str, Any] = {}
+    vae: str
+    cpu: bool = False
+
+    @field_validator("comfyui", "models")
+    @classmethod
+    def _resolve(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        return None if value is None else _path(value, info)
+
+
+class Combinations(_Section):
+    """A folder of pictures, and instructions that are combined at random."""
+
+    kind: Literal["combinations"]
+    images: Path
+    instructions: Annotated[list[str], Field(min_length=1)] | Path
+    never_together: list[Annotated[list[str], Field(min_length=2)]] = []
+    most_in_a_prompt: Annotated[int, Field(ge=1, le=10)] = 3
+    examples: Annotated[int, Field(ge=1)] = 1000
+    held_out: Annotated[int, Field(ge=0)] = 2
+
+    @field_validator("images", "instructions")
+    @classmethod
+    def _resolve(cls, value: Any, info: ValidationInfo) -> Any:
+        return _path(value, info) if isinstance(value, Path) else value
+
+
+class Pairs(_Section):
+    """Pictures with their own instructions: JSON lines {"image": ..., "instructions": [...]}, or a folder of pictures
+    each with a text file of the same name, one instruction per line."""
+
+    kind: Literal["pairs"]
+    path: Path
+    most_in_a_prompt: Annotated[int, Field(ge=1, le=10)] = 3
+    held_out: Annotated[int, Field(ge=0)] = 2
+
+    _resolve = field_validator("path")(_path)
+
+
+class HuggingFace(_Section):
+    """A dataset of the Hugging Face hub, or one on disk, with a picture and an instruction per row (as HQ-Edit)."""
+
+    kind: Literal["huggingface"]
+    dataset: str
+    split: str = "train"
+    image_column: str = "input_image"
+    instruction_column: str = "edit"
+    most_in_a_prompt: Annotated[int, Field(ge=1, le=10)] = 3
+    examples: Annotated[int, Field(ge=1)] = 8000
+    held_out: Annotated[int, Field(ge=0)] = 2
+
+
+class Stacks(_Section):
+    """Kontinuous Kontext's layout: horizontal stacks of pictures with a JSON record beside each."""
+
+    kind: Literal["stacks"]
+    path: Path
+    most_kl: Annotated[float, Field(ge=0)] = 0.15
+    category_thresholds: bool = True
+    held_out: Annotated[int, Field(ge=0)] = 2
+
+    _resolve = field_validator("path")(_path)
+
+
+Data = Annotated[Combinations | Pairs | HuggingFace | Stacks, Field(discriminator="kind")]
+
+
+class Adapter(_Section):
+    rank: Annotated[int, Field(ge=1, le=1024)]
+
+
+class Objective(_Section):
+    """What is learned. Timesteps: 'uniform', or 'logit_normal' around the middle."""
+
+    kind: Literal["pps", "spps", "flow"]
+    guidance: Annotated[float, Field(ge=0, le=100)]
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    timestep_mean: float = 0.0
+    timestep_spread: Annotated[float, Field(gt=0)] = 1.0
+    loss: Literal["mse", "huber"] = "mse"
+    strength_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
+
+
+class Optimiser(_Section):
+    kind: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)]
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Run(_Section):
+    """batch: samples per step, over all processes. micro_batch: of them at once on a device."""
+
+    steps: Annotated[int, Field(ge=1)]
+    batch: Annotated[int, Field(ge=1)]
+    micro_batch: Annotated[int, Field(ge=1)] = 1
+    resolution: Annotated[int, Field(ge=16)]
+    seed: Annotated[int, Field(ge=0)] = 0
+    checkpointing: bool = True
+
+
+class Samples(_Section):
+    """Pictures of the held-out examples at several strengths while training."""
+
+    every: Annotated[int, Field(ge=0)] = 100
+    steps: Annotated[int, Field(ge=1)] = 20
+    strengths: Annotated[list[float], Field(min_length=2)] = [-0.5, 0.0, 0.5, 1.0, 1.5]
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Checkpoints(_Section):
+    every: Annotated[int, Field(ge=1)] = 100
+    keep: Annotated[int, Field(ge=1)] = 3
+
+
+class Watching(_Section):
+    tensorboard: bool = True
+    wandb: str | None = None
+
+
+class Config(_Section):
+    """A training run. Sections that are left out have the papers' values for the method."""
+
+    method: Method
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    output: Path
+    cache: Path | None = None
+    base: Base
+    data: Data
+    adapter: Adapter
+    objective: Objective
+    optimiser: Optimiser
+    run: Run
+    samples: Samples = Samples()
+    checkpoints: Checkpoints = Checkpoints()
+    watching: Watching = Watching()
+
+    @field_validator("output", "cache")
+    @classmethod
+    def _resolve(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        return None if value is None else _path(value, info)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        allowed = _OBJECTIVES[self.method]
+        if self.objective.kind not in allowed:
+            raise ValueError(f"objective.kind is {self.objective.kind!r}; for {self.method} it is {_listed(allowed)}")
+        kinds = ("stacks",) if self.method == "projector" else _INSTRUCTIONS_KINDS
+        if self.data.kind not in kinds:
+            raise ValueError(f"data.kind is {self.data.kind!r}; for {self.method} it is {_listed(kinds)}")
+        if self.run.resolution % 16:
+            raise ValueError(f"run.resolution is {self.run.resolution}; it must be a multiple of 16")
+        return self
+
+    @property
+    def cache_folder(self) -> Path:
+        return self.cache or self.output / "cache"
+
+
+def read_config(path: Path) -> Config:
+    """Read a config. Raises TrainingError with everything that is wrong in it, each with its line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TrainingError(f"The config {path} cannot be read: {error.strerror}.") from error
+    try:
+        tree, content = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise TrainingError(f"{path.name} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise TrainingError(f"{path.name} holds {type(content).__name__}; expected sections such as 'method: stlora'.")
+    for section, values in PAPERS.get(str(content.get("method")), {}).items():
+        given = content.get(section)
+        if given is None or isinstance(given, dict):
+            content[section] = {**values, **(given or {})}
+    try:
+        return Config.model_validate(content, context={"folder": path.resolve().parent})
+    except ValidationError as error:
+        problems = sorted({_problem(path, tree, one) for one in error.errors()})
+        raise TrainingError("\n".join(text for _, text in problems)) from error
+
+
+def _problem(path: Path, tree: yaml.Node | None, error: Any) -> tuple[int, str]:
+    """Line and message of one thing that is wrong."""
+    places = [part for part in error["loc"] if part not in _INSTRUCTIONS_KINDS and part != "stacks"]
+    line, known = _line(tree, places)
+    where = ".".join(map(str, places)) or "the whole"
+    said = error["msg"].removeprefix("Value error, ")
+    found = f", found {error['input']!r}" if known and isinstance(error["input"], (str, int, float)) else ""
+    return line, f"{path.name}, line {line}: {where}: {said}{found}"
+
+
+def _line(node: yaml.Node | None, places: Sequence[Any]) -> tuple[int, bool]:
+    """The line of a value, else of what it should be in; whether the value itself is there."""
+    line = 1
+    for place in places:
+        if isinstance(node, yaml.MappingNode):
+            found = next(((key, value) for key, value in node.value if key.value == str(place)), None)
+            if found is None:
+                return line, False
+            line, node = found[0].start_mark.line + 1, found[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(place, int) and place < len(node.value):
+            node = node.value[place]
+            line = node.start_mark.line + 1
+        else:
+            return line, False
+    return line, True
+
+
+def _listed(values: Sequence[str]) -> str:
+    return " or ".join(map(repr, values))
