@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from support.graphs import Graph
 from support.tiny_models import write_tiny_models
-from support.training_run import INSTRUCTIONS, started, write_config, write_pictures
+from support.training_run import INSTRUCTIONS, started, write_config, write_pictures, write_stacks
 
 from slider_core.adapter_file import read_adapter
 from slider_core.strength_projector import read_projector
@@ -29,7 +29,6 @@ from training.base_model import BaseModel
 from training.config import read_config
 from training.errors import TrainingError
 from training.run import Run
-from training.stacks import COLUMNS, stacked
 from training.trainable import TrainableLora, TrainableProjector
 from training.watching import Watching, read_log
 
@@ -250,7 +249,7 @@ def files(place, accelerator):
     """An adapter file of each method."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comfy.model_management, "in_training", True)
-        write_stacks(place / "stacks")
+        write_stacks(place / "stacks", 3)
         changes = {
             "stlora": {},
             "gstlora": {"method": "gstlora"},
@@ -262,24 +261,6 @@ def files(place, accelerator):
             trained(place, accelerator, **named(f"file_{method}", **fast, **more))
             found[method] = place / f"out_file_{method}" / f"file_{method}.safetensors"
     return found
-
-
-def write_stacks(folder) -> None:
-    """Circles that become redder."""
-    folder.mkdir()
-    for k in range(3):
-        row = [Image.new("RGB", (32, 32), (20 * column, 60 * k, 90)) for column in range(COLUMNS)]
-        stacked(row).save(folder / f"{k}.png")
-        record = {
-            "image_name": f"{k}.png",
-            "edit_instruction": "make it red",
-            "category": "attribute_change",
-            "lpips_kontext_edit": 0.3,
-            "lpips_edit_inversion": 0.1,
-            "lpips_inversion_edit": 0.2,
-            "lpips_sequence": [0.1] * 8,
-        }
-        (folder / f"{k}.json").write_text(json.dumps(record))
 
 
 def test_files_tell_what_they_are(files, capsys):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .comfyui import use_comfyui
-from .config import Config, read_config
+from .config import read_config
 from .errors import TrainingError
 
 
@@ -21,6 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument(
         "--dry-run", action="store_true", help="check everything, estimate memory and time, train nothing"
     )
+    evaluate = commands.add_parser("evaluate", help="render the held-out examples of a config with an adapter")
+    evaluate.add_argument("config", type=Path)
+    evaluate.add_argument("--adapter", type=Path, help="a file; without it, what the config has trained")
     inspect = commands.add_parser("inspect", help="say what an adapter file is")
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--comfyui", type=Path)
@@ -32,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger(__package__).setLevel(logging.INFO)  # ComfyUI's own says much at that level
     try:
-        return {"train": _train, "inspect": _inspect, "export": _export}[chosen.command](chosen)
+        return {"train": _train, "evaluate": _evaluate, "inspect": _inspect, "export": _export}[chosen.command](chosen)
     except TrainingError as error:
         print(error, file=sys.stderr)
         return 1
@@ -41,15 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(chosen: argparse.Namespace) -> int:
     config = read_config(chosen.config)
     use_comfyui(config.base.comfyui, config.base.cpu, config.base.models)
-    return _train_on_comfyui(config, chosen.dry_run)
-
-
-def _train_on_comfyui(config: Config, dry_run: bool) -> int:
     from accelerate import Accelerator
 
+    from .dry_run import dry_run
     from .run import Run
     from .watching import Watching
 
+    if chosen.dry_run:
+        print(dry_run(config, Accelerator(cpu=config.base.cpu), _say_progress))
+        return 0
     trackers = [
         *(["tensorboard"] if config.watching.tensorboard else []),
         *(["wandb"] if config.watching.wandb else []),
@@ -59,6 +62,18 @@ def _train_on_comfyui(config: Config, dry_run: bool) -> int:
     run = Run(config, accelerator, _say_progress)
     run.resume()
     run.train(Watching(config, accelerator))
+    return 0
+
+
+def _evaluate(chosen: argparse.Namespace) -> int:
+    config = read_config(chosen.config)
+    use_comfyui(config.base.comfyui, config.base.cpu, config.base.models)
+    from accelerate import Accelerator
+
+    from .evaluating import evaluate
+
+    folder, summary = evaluate(config, chosen.adapter, Accelerator(cpu=config.base.cpu), _say_progress)
+    print(f"{summary}\n{folder}")
     return 0
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .config import Combinations, Data, HuggingFace, Pairs, Stacks
+from .config import Combinations, Config, Data, HuggingFace, Pairs, Stacks
 from .draws import generator
 from .errors import TrainingError
 from .stacks import read_stacks
@@ -55,9 +55,10 @@ class Examples(NamedTuple):
     held_out: list[Example]
 
 
-def read_examples(data: Data, seed: int, cache: Path) -> Examples:
+def read_examples(config: Config) -> Examples:
     """All examples, those that are held out apart. Raises TrainingError when there is nothing to learn from."""
-    found = list(_examples(data, seed, cache))
+    data, seed = config.data, config.run.seed
+    found = list(_examples(data, seed, config.cache_folder))
     if len(found) <= data.held_out:
         raise TrainingError(
             f"There are {len(found)} examples, and {data.held_out} of them are to be held out: nothing is left to "

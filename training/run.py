@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from slider_core.strength_projector import StrengthProjector
+
 from .adapter_writing import SIGN, write_adapter
 from .base_model import BaseModel
 from .batches import micro_batches
@@ -22,6 +24,7 @@ from .comfyui import model_file
 from .config import Config
 from .errors import TrainingError
 from .examples import Example, Examples, Picture, read_examples
+from .held_out import Slider
 from .objectives import FlowMatching, Objective, Sample, Suppression
 from .optimising import average, optimiser, schedule
 from .sample_cache import Progress, Prompt, SampleCache
@@ -58,7 +61,9 @@ def objective_of(config: Config, learning: Learning) -> Objective:
 class Run:
     """A run that can be stopped at any time and goes on where its last checkpoint is."""
 
-    def __init__(self, config: Config, accelerator: Accelerator, on_progress: Progress):
+    def __init__(
+        self, config: Config, accelerator: Accelerator, on_progress: Progress, most_examples: int | None = None
+    ):
         self.config, self.accelerator = config, accelerator
         file = model_file("diffusion_models", config.base.model)
         self.base = BaseModel.load(file, config.base.weight_dtype, config.run.checkpointing)
@@ -68,7 +73,7 @@ class Run:
         self.learning = Learning(config, self.base)
         self.objective = objective_of(config, self.learning)
         with accelerator.main_process_first():
-            self.examples = self._prepared(on_progress)
+            self._prepare(on_progress, most_examples)
         self.base.to_device(config.run.micro_batch, self.tokens)
         self.optimiser = optimiser(config.optimiser, self.learning.parameters())
         self.schedule = schedule(config.optimiser, self.optimiser, config.run.steps)
@@ -110,8 +115,14 @@ class Run:
         parameters = list(self.learning.parameters())
         share = 1 / self.config.run.batch
         total = torch.zeros((), device=self.base.device)
-        for batch in micro_batches(self._own_samples(), self.cache, self.base, self.config.run.micro_batch):
-            total += self.objective.learn(self.base, batch, share).sum() * share
+        try:
+            for batch in micro_batches(self._own_samples(), self.cache, self.base, self.config.run.micro_batch):
+                total += self.objective.learn(self.base, batch, share).sum() * share
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"{self.base.device} has not enough memory for a step. Set run.micro_batch to 1, run.checkpointing to "
+                "true, base.weight_dtype to float8_e4m3fn, or run.resolution to less."
+            ) from error
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([*(g.flatten() for g in gradients), total[None], total.new_tensor([self.stopped])])
         flat = self.accelerator.reduce(flat, reduction="sum")
@@ -138,6 +149,13 @@ class Run:
         averaged = self.learning if self.average is None else self.average.module
         assert isinstance(averaged, Learning)
         return averaged
+
+    def slider(self) -> Slider:
+        """The adapter as it is now, as the nodes would read it from its file."""
+        adapter = self.result.lora.adapter(self.config.name)
+        if self.result.projector is None:
+            return adapter
+        return StrengthProjector(self.result.projector.projector, adapter)
 
     def write_adapter(self, file: Path) -> None:
         """The adapter as it is now."""
@@ -178,9 +196,10 @@ class Run:
         samples = self.objective.samples(self.examples.training, self.step, self.config.run.batch)
         return samples[self.accelerator.process_index :: self.accelerator.num_processes]
 
-    def _prepared(self, on_progress: Progress) -> Examples:
-        """The examples, with everything that is needed of them in the cache; those with bad pictures left out."""
-        examples = read_examples(self.config.data, self.config.run.seed, self.config.cache_folder)
+    def _prepare(self, on_progress: Progress, most: int | None) -> None:
+        """Have the examples, with everything that is needed of them in the cache; those with bad pictures left out."""
+        self.all_examples = read_examples(self.config)
+        examples = Examples(*(part[:most] for part in self.all_examples))
         bad = self.cache.fill_latents(_pictures([*examples.training, *examples.held_out]), on_progress)
         for picture, reason in bad.items():
             _LOG.warning("%s is left out: %s", picture.file, reason)
@@ -191,7 +210,6 @@ class Run:
             raise TrainingError(f"None of the pictures can be read, such as {next(iter(bad)).file}.")
         self.examples = Examples(training, held_out)
         self.cache.fill_texts(self._prompts(), on_progress)
-        return self.examples
 
     def _prompts(self) -> Iterator[Prompt]:
         config = self.config.run

@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from slider_core.plots import curves_plot
 
-from . import held_out
 from .config import Config
 from .examples import as_picture
+from .held_out import Renderer
 
 if TYPE_CHECKING:
     from .run import Run
@@ -59,7 +59,8 @@ class Watching:
 
     def _render(self, run: Run) -> None:
         folder = self.config.output / "samples" / f"step_{run.step:06}"
-        curves = held_out.write(run, folder)
+        renderer = Renderer(run.base.patcher, run.cache, self.config.samples)
+        curves = renderer.write(run.slider(), run.examples.held_out, folder)
         run.base.to_device(self.config.run.micro_batch, run.tokens)
         for k, found in enumerate(curves):
             values = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import random
 import subprocess
@@ -13,6 +14,8 @@ from typing import Any
 
 import yaml
 from PIL import Image, ImageDraw
+
+from training.stacks import COLUMNS, stacked
 
 REPO = Path(__file__).resolve().parents[2]
 ENCODER_OPTIONS = {
@@ -54,6 +57,24 @@ def write_pictures(folder: Path, count: int) -> None:
         left, top = chance.randrange(8, 40), chance.randrange(8, 40)
         ImageDraw.Draw(picture).ellipse((left, top, left + 18, top + 18), fill=colours[1])
         picture.save(folder / f"{k}.png")
+
+
+def write_stacks(folder: Path, count: int) -> None:
+    """Plain pictures that become redder from column to column, in the projector's layout."""
+    folder.mkdir()
+    for k in range(count):
+        row = [Image.new("RGB", (64, 64), (28 * column, 20 * k, 90)) for column in range(COLUMNS)]
+        stacked(row).save(folder / f"{k}.png")
+        record = {
+            "image_name": f"{k}.png",
+            "edit_instruction": "make it red",
+            "category": "attribute_change",
+            "lpips_kontext_edit": 0.3,
+            "lpips_edit_inversion": 0.1,
+            "lpips_inversion_edit": 0.2,
+            "lpips_sequence": [0.1] * (COLUMNS - 1),
+        }
+        (folder / f"{k}.json").write_text(json.dumps(record))
 
 
 def write_config(folder: Path, changes: Mapping[str, Any] = {}) -> Path:

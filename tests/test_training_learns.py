@@ -1,0 +1,158 @@
+"""What is learned is what the papers want, measured on pictures and prompts that were not trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import comfy.model_management
+import folder_paths
+import pytest
+import torch
+from accelerate import Accelerator
+from support.tiny_models import write_tiny_models
+from support.training_run import INSTRUCTIONS, write_config, write_pictures, write_stacks
+
+from training.batches import micro_batches
+from training.config import read_config
+from training.objectives import Batch
+from training.run import Run
+
+UNSEEN = 10**6
+"""A step that no run gets to: its noise and noise levels are new."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("learning")
+    write_tiny_models(folder / "models")
+    for part in (folder / "models").iterdir():
+        if part.is_dir():
+            folder_paths.add_model_folder_path(part.name, str(part))
+    write_pictures(folder / "pictures", 8)
+    write_stacks(folder / "stacks", 6)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_training(monkeypatch):
+    monkeypatch.setattr(comfy.model_management, "in_training", True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """More would wait for each other: the model is tiny."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@dataclass
+class Learned:
+    run: Run
+    losses: list[float]
+    held_out: list[Batch]
+
+    def distance(self, changes) -> float:
+        """Mean distance from what is wanted on the held-out samples, with the model changed as `changes` says."""
+        total = count = 0.0
+        for batch in self.held_out:
+            objective, base = self.run.objective, self.run.base
+            with torch.no_grad(), base.changed(changes(batch)):
+                velocity = objective.velocity(base, batch, batch.text)
+            total += objective.distances(velocity, objective.wanted(base, batch)).sum().item()
+            count += len(batch.samples)
+        return total / count
+
+
+def learned(place, name: str, **changes) -> Learned:
+    """A run in full, with samples of its held-out examples."""
+    data = {"kind": "combinations", "images": "pictures", "instructions": INSTRUCTIONS, "examples": 32, "held_out": 8}
+    settings = {"data": data, "adapter": {"rank": 8}, "optimiser": {"learning_rate": 3e-3}, **changes}
+    config = read_config(write_config(place, {"name": name, "output": f"out_{name}", **settings}))
+    run = Run(config, Accelerator(cpu=True), lambda *_: None)
+    samples = [run.objective.draw(e, UNSEEN + k, k) for k in range(3) for e in run.examples.held_out]
+    run.cache.fill_texts([p for sample in samples for p in (sample.prompt, sample.teacher or ())], lambda *_: None)
+    held_out = list(micro_batches(samples, run.cache, run.base, 8))
+    losses = []
+    while run.step < config.run.steps:
+        losses.append(run.take_step()[0])
+        run.step += 1
+    return Learned(run, losses, held_out)
+
+
+def fell(losses: list[float], to: float) -> bool:
+    tenth = len(losses) // 5
+    return sum(losses[-tenth:]) < to * sum(losses[:tenth])
+
+
+def test_an_stlora_deletes_the_instructions_that_it_acts_on(place):
+    """PPS on random weights: the loss falls, and held-out prompts are answered as if they lacked the instruction."""
+    it = learned(place, "pps", run={"steps": 150, "batch": 8, "micro_batch": 8})
+    assert fell(it.losses, 0.8)
+    chosen, bare = it.distance(it.run.objective.changes), it.distance(lambda _: {})
+    assert chosen < 0.8 * bare
+
+    lora, partly = it.run.learning.lora, []
+    for batch in it.held_out:
+        some = [k for k, sample in enumerate(batch.samples) if sample.teacher]
+        partly.append(only(batch, some))
+    it.held_out = [batch for batch in partly if batch.samples]
+
+    def everywhere(batch):
+        return lora.around(torch.ones(batch.text.states.shape[:2]))
+
+    def on_the_others(batch):
+        kept = [s._replace(suppressed=tuple(set(range(len(s.prompt))) - set(s.suppressed))) for s in batch.samples]
+        return it.run.objective.changes(batch._replace(samples=kept))
+
+    chosen = it.distance(it.run.objective.changes)
+    assert chosen < 0.97 * it.distance(everywhere)
+    assert chosen < 0.97 * it.distance(on_the_others)
+
+
+def only(batch: Batch, places: list[int]) -> Batch:
+    def pick(text):
+        return None if text is None else type(text)(*(part[places] for part in text))
+
+    return Batch(
+        samples=[batch.samples[k] for k in places],
+        source=batch.source[places],
+        clean=batch.clean[places],
+        noise=batch.noise[places],
+        sigma=batch.sigma[places],
+        text=pick(batch.text),
+        teacher=pick(batch.teacher),
+        rows=[batch.rows[k] for k in places],
+    )
+
+
+def test_a_gstlora_makes_every_instruction_neutral(place):
+    """SPPS on random weights."""
+    it = learned(place, "spps", method="gstlora", run={"steps": 60, "batch": 8, "micro_batch": 8})
+    assert fell(it.losses, 0.8)
+    assert it.distance(it.run.objective.changes) < 0.8 * it.distance(lambda _: {})
+
+
+def test_a_projector_tells_strengths_apart(place):
+    """Flow matching, mostly at high noise, on pictures that redden: its own strength predicts a sample best."""
+    it = learned(
+        place,
+        "projector",
+        method="projector",
+        data={"kind": "stacks", "path": "stacks", "held_out": 2},
+        objective={"strength_dropout": 0.0, "timesteps": "logit_normal", "timestep_mean": 2.0},
+        run={"steps": 120, "batch": 8, "micro_batch": 8},
+    )
+    assert fell(it.losses, 0.8)
+
+    def at(move):
+        def changes(batch):
+            moved = [sample._replace(strength=move(sample.strength)) for sample in batch.samples]
+            return it.run.objective.changes(batch._replace(samples=moved))
+
+        return changes
+
+    right = it.distance(at(lambda s: s))
+    assert right < 0.95 * it.distance(at(lambda s: 1 - s))
+    assert right < 0.99 * it.distance(at(lambda _: 0.5))
