@@ -24,6 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluate = commands.add_parser("evaluate", help="render the held-out examples of a config with an adapter")
     evaluate.add_argument("config", type=Path)
     evaluate.add_argument("--adapter", type=Path, help="a file; without it, what the config has trained")
+    tryout = commands.add_parser(
+        "tryout", help="make a model of random weights, pictures and a config to try things out"
+    )
+    tryout.add_argument("folder", type=Path)
+    tryout.add_argument("--comfyui", type=Path)
     inspect = commands.add_parser("inspect", help="say what an adapter file is")
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--comfyui", type=Path)
@@ -35,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger(__package__).setLevel(logging.INFO)  # ComfyUI's own says much at that level
     try:
-        return {"train": _train, "evaluate": _evaluate, "inspect": _inspect, "export": _export}[chosen.command](chosen)
+        return _COMMANDS[chosen.command](chosen)
     except TrainingError as error:
         print(error, file=sys.stderr)
         return 1
@@ -77,6 +82,14 @@ def _evaluate(chosen: argparse.Namespace) -> int:
     return 0
 
 
+def _tryout(chosen: argparse.Namespace) -> int:
+    use_comfyui(chosen.comfyui, cpu=True)
+    from .tryout import write_tryout
+
+    print(f"python -m training train {write_tryout(chosen.folder)}")
+    return 0
+
+
 def _inspect(chosen: argparse.Namespace) -> int:
     use_comfyui(chosen.comfyui, cpu=True)
     from slider_core.adapter_file import read_adapter
@@ -108,6 +121,9 @@ def _export(chosen: argparse.Namespace) -> int:
 def _say_progress(what: str, done: int, of: int) -> None:
     if done == of or done % 50 == 0:
         logging.getLogger(__name__).info("%s encoded: %d of %d", what, done, of)
+
+
+_COMMANDS = {"train": _train, "evaluate": _evaluate, "tryout": _tryout, "inspect": _inspect, "export": _export}
 
 
 if __name__ == "__main__":
