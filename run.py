@@ -148,9 +148,9 @@ def download_comfyui(staging: Path, log: Path) -> Path:
 
 def find_venv(cache: Path, comfyui: Path) -> Path:
     """The python of an environment with ComfyUI's requirements, the pack's and the tools, built first if need be."""
-    requirements, own = comfyui / "requirements.txt", ROOT / "requirements.txt"
+    requirements, own = comfyui / "requirements.txt", (ROOT / "requirements.txt", ROOT / "training/requirements.txt")
     base = "\n".join([sys.version, requirements.read_text(encoding="utf-8"), *TORCH])
-    added = "\n".join([own.read_text(encoding="utf-8"), *TOOLS])
+    added = "\n".join([*(file.read_text(encoding="utf-8") for file in own), *TOOLS])
     venv = cache / f"venv-{hashlib.sha256(base.encode()).hexdigest()[:12]}"
     has_base, has_added, log = venv / ".base", venv / ".added", cache / "setup.log"
     if not has_base.is_file():
@@ -161,7 +161,8 @@ def find_venv(cache: Path, comfyui: Path) -> Path:
         pip(python, ["install", "-r", str(requirements)], "ComfyUI's requirements", log)
         has_base.touch()
     if not has_added.is_file() or has_added.read_text(encoding="utf-8") != added:
-        pip(venv_python(venv), ["install", "-r", str(own), *TOOLS], "the pack's requirements and test tools", log)
+        listed = [part for file in own for part in ("-r", str(file))]
+        pip(venv_python(venv), ["install", *listed, *TOOLS], "the pack's requirements and test tools", log)
         has_added.write_text(added, encoding="utf-8")
     say(f"environment: {venv}")
     return venv_python(venv)
