@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from .attention_view import PointAttention
 from .errors import SliderError
-from .layer_analysis import LayerScores
+
+if TYPE_CHECKING:
+    from .attention_view import PointAttention
+    from .layer_analysis import LayerScores
 
 VITAL, OTHER = "#d1495b", "#8d99ae"
 _DPI = 100
