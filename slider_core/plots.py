@@ -79,6 +79,36 @@ def curves_plot(
     return _image(figure)
 
 
+def stacks_plot(
+    unevenness: Sequence[float],
+    most: float,
+    ends: Mapping[str, Sequence[tuple[float, float]]],
+    thresholds: Mapping[str, tuple[float, float]],
+) -> torch.Tensor:
+    """Of prepared edits: how unevenly they change, and for each category how far the edit and its reconstruction are.
+
+    most: of the unevenness. ends: (edit from source, reconstruction from edit) of each. thresholds: least of the first,
+    most of the second.
+    """
+    columns = min(len(ends) + 1, 4)
+    rows = -(-(len(ends) + 1) // columns)
+    figure = _figure(4 * columns, 4 * rows)
+    first, *others = figure.subplots(rows, columns, squeeze=False).flat
+    first.hist(unevenness, bins=30, color=OTHER)
+    first.axvline(most, color=VITAL, label="threshold")
+    first.set(xlabel="KL from even changes, nats", ylabel="stacks", title="evenness")
+    first.legend()
+    for axes, (category, points) in zip(others, sorted(ends.items())):
+        axes.scatter(*zip(*points), color=OTHER, s=12)
+        if category in thresholds:
+            axes.axvline(thresholds[category][0], color=VITAL)
+            axes.axhline(thresholds[category][1], color=VITAL)
+        axes.set(xlabel="edit from source", ylabel="reconstruction from edit", title=category)
+    for axes in others[len(ends) :]:
+        axes.set_axis_off()
+    return _image(figure)
+
+
 def check_plots() -> None:
     """Raise SliderError where nothing can be drawn; to be called before long work."""
     if importlib.util.find_spec("matplotlib") is None:

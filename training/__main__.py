@@ -21,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument(
         "--dry-run", action="store_true", help="check everything, estimate memory and time, train nothing"
     )
+    prepare = commands.add_parser("prepare", help="render edits at several strengths, as data for a projector")
+    prepare.add_argument("config", type=Path)
     inspect = commands.add_parser("inspect", help="say what an adapter file is")
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--comfyui", type=Path)
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        return {"train": _train, "inspect": _inspect, "export": _export}[chosen.command](chosen)
+        return {"train": _train, "prepare": _prepare, "inspect": _inspect, "export": _export}[chosen.command](chosen)
     except TrainingError as error:
         print(error, file=sys.stderr)
         return 1
@@ -58,6 +60,18 @@ def _train_on_comfyui(config: Config, dry_run: bool) -> int:
     run = Run(config, accelerator, _say_progress)
     run.resume()
     run.train(Watching(config, accelerator))
+    return 0
+
+
+def _prepare(chosen: argparse.Namespace) -> int:
+    from .prepare import prepare
+    from .prepare_config import read_prepare_config
+
+    try:
+        print(prepare(read_prepare_config(chosen.config)))
+    except KeyboardInterrupt:
+        print("Stopped. What is done is kept; the same command goes on from there.", file=sys.stderr)
+        return 130
     return 0
 
 
