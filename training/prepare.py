@@ -178,7 +178,7 @@ class _Preparation:
             raise _BadPicture(f"the distances between its pictures are no numbers: {error}") from error
 
     def _is_done(self, edit: Edit) -> bool:
-        """Whether its stack is there, made of just this. When only distance or category changed, the record is mended."""
+        """Whether its stack is there, made of just this. A record with another distance or category is made anew."""
         files = StackFiles(self.stacks, edit.name)
         known, described = files.known(), self._described(edit)
         try:
