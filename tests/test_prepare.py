@@ -239,114 +239,68 @@ def test_a_server_that_dies(tmp_path, server, given, run, capfd):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
 def test_stopped_and_killed(tmp_path, server, given, run):
     """A run that is killed, then one that is stopped by Ctrl-C, then one to the end."""
-    data = {**given["data"], "instructions": ["make it red", "make it blue", "make it old"]}
+    data = {**given["data"], "instructions": [f"add hat {k}" for k in range(4)]}
     config = written(tmp_path, {**given, "data": data})
-    for number, way in ((1, signal.SIGKILL), (2, signal.SIGINT)):
+    kept: dict[Path, int] = {}
+    for way in (signal.SIGKILL, signal.SIGINT):
         command = [sys.executable, "-m", "training", "prepare", str(config)]
         with subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True) as process:
-            while len(stacks_of(tmp_path)) < number and process.poll() is None:
+            while len(stacks_of(tmp_path)) == len(kept) and process.poll() is None:
                 time.sleep(0.02)
             process.send_signal(way)
             _, told = process.communicate()
-        assert len(stacks_of(tmp_path)) == number, told
-        assert list((tmp_path / "out").rglob("*.part")) == []
+        assert all(file.stat().st_mtime_ns == when for file, when in kept.items())
+        kept = {file: file.stat().st_mtime_ns for file in stacks_of(tmp_path)}
+        assert len(read_stacks(tmp_path / "out" / "stacks", 10, False)) == len(kept), told
     assert process.returncode == 130, told
     assert told.endswith("Stopped. What is done is kept; the same command goes on from there.\n")
-    kept = {file: file.stat().st_mtime_ns for file in stacks_of(tmp_path)}
     run(data=data)
-    assert len(stacks_of(tmp_path)) == 3
+    assert len(stacks_of(tmp_path)) == 4
     assert all(file.stat().st_mtime_ns == when for file, when in kept.items())
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"unet_name": "absent.safetensors"}, "UNETLoader (UNETLoader_0): Value not in list"),
-        ({"text": " "}, "EditSlidersEncodeSubInstructions: The prompt is empty"),
-    ],
-)
-def test_a_graph_that_fails(tmp_path, run, change, told):
-    """Refused by validation, or stopped by a node: in the server's words, and nothing is left behind."""
-    graph = strengths_graph()
-    for node in graph.values():
-        node["inputs"] |= {key: value for key, value in change.items() if key in node["inputs"]}
-    (tmp_path / "strengths.json").write_text(json.dumps(graph))
-    report = run()
-    assert told in report
-    assert "0 of 0 stacks" in report
-    assert stacks_of(tmp_path) == []
-    assert not (tmp_path / "out" / "report.png").exists()
+BUILT_INS = {
+    "latents": {"kind": "latents", "renoise": 0.02},
+    "stlora": {"kind": "sliders", "adapter": "selective_lora.pt", "adapter_kind": "stlora"},
+    "gstlora": {"kind": "sliders", "adapter": "gst_peft.safetensors", "adapter_kind": "gstlora"},
+}
 
 
-def test_a_server_without_the_model_does_not_spoil_the_work():
-    """What one fails at goes to the other; what all fail at is given up."""
-
-    async def works(shared, worker, can):
-        did = []
-        while (piece := await shared.take(worker)) is not None:
-            await asyncio.sleep(0)
-            if can(piece):
-                did.append(piece)
-                await shared.done(worker)
-            else:
-                await shared.failed(worker, f"{worker} cannot")
-        await shared.leave(worker)
-        return did
-
-    async def both():
-        shared = Shared(range(6), ["good", "bad"])
-        did = await asyncio.gather(works(shared, "good", lambda k: k != 3), works(shared, "bad", lambda k: False))
-        return did, shared
-
-    (good, bad), shared = asyncio.run(both())
-    assert sorted(good) == [0, 1, 2, 4, 5]
-    assert bad == []
-    assert set(shared.given_up) == {3}
-    assert "good cannot" in shared.given_up[3]
-    assert not shared.waiting
-
-
-def test_a_lost_worker_hands_its_piece_back():
-    async def lost():
-        shared = Shared("xy", ["one", "other"])
-        assert await shared.take("one") == "x"
-        assert await shared.take("other") == "y"
-        await shared.done("other")
-        waiting = asyncio.ensure_future(shared.take("other"))
-        await asyncio.sleep(0)
-        await shared.leave("one")
-        assert await waiting == "x"
-        await shared.leave("other")
-        return list(shared.waiting)
-
-    assert asyncio.run(lost()) == ["x"]
-
-
-def test_built_in_graphs_are_accepted(server, tmp_path, given):
-    """By the server's validation, with the files that it has; they then stop at text encoders that are too small."""
-    files = {
+@pytest.mark.parametrize("name", BUILT_INS)
+def test_built_in_graphs(name, server, tmp_path, given, run):
+    """As they are the server takes them, and stops only at text encoders that are too small for the stock loader."""
+    render = {
         "model": "tiny-kontext.safetensors",
         "text_encoders": ["tiny-clip-l.safetensors", "tiny-t5xxl.safetensors"],
         "vae": "taef1",
+        "steps": 1,
+        **BUILT_INS[name],
     }
-    values = {"image": "photo.png", "edit": "photo.png", "instruction": "make it red", "seed": 1, "strength": 0.5}
-    renders = [
-        {"kind": "latents"},
-        {"kind": "sliders", "adapter": "selective_lora.pt", "adapter_kind": "stlora"},
-        {"kind": "sliders", "adapter": "gst_peft.safetensors", "adapter_kind": "gstlora"},
-    ]
-    for render in renders:
-        config = read_prepare_config(written(tmp_path, {**given, "render": {**files, **render}}))
-        for graph in graphs_for(config.render):
-            whole = filled(graph, values)
-            assert server.run(whole).error["node_type"] == "DualCLIPLoader"
-            clip_l, t5xxl = files["text_encoders"]
-            whole["clip"] = {"class_type": "TinyTestTextEncoders", "inputs": {"clip_l": clip_l, "t5xxl": t5xxl}}
-            whole["sampled"]["inputs"]["steps"] = 1
-            result = server.run(whole)
-            assert result.ok, result.error
-            [rendered] = result.images("picture")
-            assert rendered.size == (SIDE, SIDE)
+    assert "DualCLIPLoader: Error(s) in loading state_dict" in run(render=render)
+
+    config = read_prepare_config(written(tmp_path, {**given, "render": render}))
+    clip_l, t5xxl = render["text_encoders"]
+    tiny = {"class_type": "TinyTestTextEncoders", "inputs": {"clip_l": clip_l, "t5xxl": t5xxl}}
+    for role, graph in zip(("edit", "strengths"), graphs_for(config.render)):
+        (tmp_path / f"{role}.json").write_text(json.dumps({**graph, "clip": tiny}))
+    run()
+    [file] = stacks_of(tmp_path)
+    columns = columns_of(file.with_suffix(".png"))
+    from_edit = [pixel_distance(column, columns[-1]) for column in columns]
+    assert from_edit[1] > from_edit[7] > 0
+    if name == "latents":
+        assert from_edit[1] > from_edit[3] > from_edit[5] > from_edit[7]
+
+
+def test_a_server_that_fails_at_everything(tmp_path, given, run):
+    graph = edit_graph()
+    graph["UNETLoader_0"]["inputs"]["unet_name"] = "absent.safetensors"
+    (tmp_path / "edit.json").write_text(json.dumps(graph))
+    instructions = [f"add hat {k}" for k in range(12)]
+    with pytest.raises(TrainingError) as error:
+        run(data={**given["data"], "instructions": instructions})
+    assert "10 could not be made" in str(error.value)
+    assert "No server is left, and 2 edits are not rendered" in str(error.value)
 
 
 def test_placeholders():

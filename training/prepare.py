@@ -18,12 +18,12 @@ from tqdm import tqdm
 from slider_core.errors import SliderError
 from slider_core.plots import check_plots
 
-from .comfy_server import ComfyServer, RenderingFailed, ServerGone
 from .distances import distance_named
 from .edits import Edit, read_edits
 from .errors import TrainingError
 from .examples import resized
 from .prepare_config import PrepareConfig
+from .rendering_server import RenderingFailed, RenderingServer, ServerGone
 from .sharing import Shared
 from .stack_graphs import filled, graphs_for
 from .stack_report import write_report
@@ -47,7 +47,8 @@ def prepare(config: PrepareConfig) -> str:
     except SliderError as error:
         raise TrainingError(str(error)) from error
     preparation = _Preparation(config)
-    left = asyncio.run(preparation.run())
+    missing = preparation.missing()
+    left = asyncio.run(preparation.make(missing)) if missing else 0
     report = write_report(config, preparation.stacks, preparation.given_up)
     if left:
         raise TrainingError(
@@ -77,26 +78,28 @@ class _Preparation:
         self._bar: Any = None
         self._say = tqdm.write
 
-    async def run(self) -> int:
-        """Returns how many edits are left because no server was."""
+    def missing(self) -> list[Edit]:
+        """The edits whose stacks are not there yet."""
         try:
             self.stacks.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise TrainingError(
                 f"{self.stacks} cannot be made: {error.strerror}. Set output to another folder."
             ) from error
-        missing = [edit for edit in self.edits if not self._is_done(edit)]
-        if not missing:
-            return 0
+        edits = tqdm(self.edits, desc="what is there", unit="edit", leave=False, dynamic_ncols=True)
+        return [edit for edit in edits if not self._is_done(edit)]
+
+    async def make(self, missing: Sequence[Edit]) -> int:
+        """Returns how many are left because no server was."""
         async with aiohttp.ClientSession() as session:
-            servers = await self._answering(ComfyServer(url, session) for url in self.config.servers)
+            servers = await self._answering(RenderingServer(url, session) for url in self.config.servers)
             shared = Shared(missing, (server.url for server in servers))
             with tqdm(total=len(missing) * RENDERINGS, unit="picture", dynamic_ncols=True) as self._bar:
                 await _all_or_none(self._work(server, shared) for server in servers)
         self.given_up = shared.given_up
         return len(shared.waiting)
 
-    async def _answering(self, servers: Any) -> list[ComfyServer]:
+    async def _answering(self, servers: Any) -> list[RenderingServer]:
         """The servers that are there."""
         there = []
         for server in servers:
@@ -107,7 +110,7 @@ class _Preparation:
                 self._say(f"{server.url} is left out: {error}")
         return there
 
-    async def _work(self, server: ComfyServer, shared: Shared[Edit]) -> None:
+    async def _work(self, server: RenderingServer, shared: Shared[Edit]) -> None:
         """Make stacks on one server until there are none left, or the server is of no use."""
         failures = 0
         while edit := await shared.take(server.url):
@@ -131,7 +134,7 @@ class _Preparation:
                 await shared.done(server.url)
         await shared.leave(server.url)
 
-    async def _make(self, server: ComfyServer, edit: Edit) -> None:
+    async def _make(self, server: RenderingServer, edit: Edit) -> None:
         """Render what is missing of one stack, measure and write it."""
         source, made_of = await asyncio.to_thread(self._source, edit)
         rendered = self._rendered.setdefault(edit, [])
@@ -147,7 +150,9 @@ class _Preparation:
         full, *between = self._rendered.pop(edit)
         await asyncio.to_thread(self._write, edit, made_of, seed, [source, *between, full])
 
-    async def _render(self, server: ComfyServer, edit: Edit, graph: Mapping[str, Any], size: tuple[int, int]) -> None:
+    async def _render(
+        self, server: RenderingServer, edit: Edit, graph: Mapping[str, Any], size: tuple[int, int]
+    ) -> None:
         content = await server.render(graph)
         try:
             with Image.open(io.BytesIO(content)) as picture:
@@ -186,7 +191,7 @@ class _Preparation:
                 return False
             if any(known.get(key) != value for key, value in described.items()):
                 files.write_record({**known, **described, **measured(files.pictures(), self.distance)})
-        except OSError:  # the source or the stack cannot be read; _make tells of it
+        except _DAMAGED:  # source or stack; _make tells of it
             return False
         return True
 

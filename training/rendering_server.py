@@ -28,7 +28,7 @@ class RenderingFailed(Exception):
     """The server refused a graph or could not run it; says why in the server's words."""
 
 
-class ComfyServer:
+class RenderingServer:
     """url: its address, without a slash at the end."""
 
     def __init__(self, url: str, session: aiohttp.ClientSession):
