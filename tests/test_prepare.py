@@ -259,6 +259,73 @@ def test_stopped_and_killed(tmp_path, server, given, run):
     assert all(file.stat().st_mtime_ns == when for file, when in kept.items())
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            {"unet_name": "absent.safetensors"},
+            "UNETLoader (UNETLoader_8): Value not in list: unet_name: 'absent.safetensors' not in [",
+        ),
+        ({"text": " "}, "EditSlidersEncodeSubInstructions: The prompt is empty"),
+    ],
+)
+def test_a_graph_that_fails(tmp_path, run, change, told):
+    """Refused by validation, or stopped by a node: in the server's words, and nothing is left behind."""
+    graph = strengths_graph()
+    for node in graph.values():
+        node["inputs"] |= {key: value for key, value in change.items() if key in node["inputs"]}
+    (tmp_path / "strengths.json").write_text(json.dumps(graph))
+    report = run()
+    assert told in report
+    assert "0 of 0 stacks" in report
+    assert stacks_of(tmp_path) == []
+    assert not (tmp_path / "out" / "report.png").exists()
+
+
+def test_a_server_without_the_model_does_not_spoil_the_work():
+    """What one fails at goes to the other; what all fail at is given up."""
+
+    async def works(shared, worker, can):
+        did = []
+        while (piece := await shared.take(worker)) is not None:
+            await asyncio.sleep(0)
+            if can(piece):
+                did.append(piece)
+                await shared.done(worker)
+            else:
+                await shared.failed(worker, f"{worker} cannot")
+        await shared.leave(worker)
+        return did
+
+    async def both():
+        shared = Shared(range(6), ["good", "bad"])
+        did = await asyncio.gather(works(shared, "good", lambda k: k != 3), works(shared, "bad", lambda k: False))
+        return did, shared
+
+    (good, bad), shared = asyncio.run(both())
+    assert sorted(good) == [0, 1, 2, 4, 5]
+    assert bad == []
+    assert set(shared.given_up) == {3}
+    assert "good cannot" in shared.given_up[3]
+    assert not shared.waiting
+
+
+def test_a_lost_worker_hands_its_piece_back():
+    async def lost():
+        shared = Shared("xy", ["one", "other"])
+        assert await shared.take("one") == "x"
+        assert await shared.take("other") == "y"
+        await shared.done("other")
+        waiting = asyncio.ensure_future(shared.take("other"))
+        await asyncio.sleep(0)
+        await shared.leave("one")
+        assert await waiting == "x"
+        await shared.leave("other")
+        return list(shared.waiting)
+
+    assert asyncio.run(lost()) == ["x"]
+
+
 BUILT_INS = {
     "latents": {"kind": "latents", "renoise": 0.02},
     "stlora": {"kind": "sliders", "adapter": "selective_lora.pt", "adapter_kind": "stlora"},
