@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from urllib.request import ProxyHandler, Request, build_opener
 
+import aiohttp
 import numpy as np
 import pytest
 import yaml
@@ -29,8 +30,10 @@ from training.edits import read_edits
 from training.errors import TrainingError
 from training.prepare import prepare
 from training.prepare_config import read_prepare_config
+from training.rendering_server import RenderingServer
 from training.sharing import Shared
 from training.stack_graphs import filled, graphs_for
+from training.stack_writing import StackFiles, measured
 from training.stacks import COLUMNS, read_record, read_stacks
 
 OPENER = build_opener(ProxyHandler({}))
@@ -324,6 +327,50 @@ def test_a_lost_worker_hands_its_piece_back():
         return list(shared.waiting)
 
     assert asyncio.run(lost()) == ["x"]
+
+
+def test_a_cancelled_rendering_is_taken_from_the_server(server):
+    """The one that runs and the one that waits; the server is free at once, not after ten thousand steps."""
+    graph = edit_graph()
+    for node in graph.values():
+        node["inputs"].update({"steps": 10_000} if node["class_type"] == "KSampler" else {})
+    values = {"image": "photo.png", "instruction": "make it red"}
+
+    def in_queue() -> int:
+        return sum(map(len, json.loads(server.get("/queue")).values()))
+
+    async def cancelled():
+        async with aiohttp.ClientSession() as session:
+            rendering = RenderingServer(server.url, session)
+            tasks = [asyncio.ensure_future(rendering.render(filled(graph, {**values, "seed": k}))) for k in range(2)]
+            while in_queue() < 2:
+                await asyncio.sleep(0.02)
+            for task in reversed(tasks):
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert all(task.cancelled() for task in tasks)
+
+    asyncio.run(cancelled())
+    deadline = time.monotonic() + 60
+    while in_queue() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert in_queue() == 0
+
+
+def test_no_record_of_another_picture(tmp_path):
+    """A stack that could not be replaced in full is one that is not there."""
+    files = StackFiles(tmp_path, "one")
+    red, blue = ([Image.new("RGB", (4, 4), colour)] * COLUMNS for colour in ("red", "blue"))
+    distances = measured(red, lambda one, other: 0.1)
+    files.write(red, {"edit_instruction": "make it red", **distances})
+    assert files.known()["image_name"] == "one.png"
+    assert [one.tobytes() for one in files.pictures()] == [one.tobytes() for one in red]
+    with pytest.raises(ValueError, match="JSON"):
+        files.write(blue, {"edit_instruction": "make it blue", **distances, "lpips_kontext_edit": math.nan})
+    assert files.known() == {}
+    files.write(blue, {"edit_instruction": "make it blue", **distances})
+    files.picture.unlink()
+    assert files.known() == {}
 
 
 BUILT_INS = {

@@ -41,7 +41,7 @@ def _lpips() -> Distance:
     except OSError as error:
         raise TrainingError(
             f"The package lpips could not load its AlexNet ({error}). It fetches it once from PyTorch's site; without "
-            "that, put its weights into the folder that torch.hub.get_dir() names, or set distance: pixels."
+            "that, put its weights into the folder checkpoints in torch.hub.get_dir(), or set distance: pixels."
         ) from error
 
     def distance(one: Image.Image, other: Image.Image) -> float:
