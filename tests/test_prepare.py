@@ -183,6 +183,10 @@ def test_stacks(tmp_path, server, given, run):
     assert file.with_suffix(".png").is_file()
     assert stacks_of(tmp_path) == [file]
 
+    other = {**given["data"], "instructions": ["make it blue"]}
+    with pytest.raises(TrainingError, match="1 of them are of edits that this config does not name"):
+        run(seed=5, data=other, servers=[DEAD])
+
 
 def test_a_server_that_is_not_there(tmp_path, server, run, capfd):
     run(servers=[DEAD, server.url])

@@ -49,7 +49,7 @@ def prepare(config: PrepareConfig) -> str:
     preparation = _Preparation(config)
     missing = preparation.missing()
     left = asyncio.run(preparation.make(missing)) if missing else 0
-    report = write_report(config, preparation.stacks, preparation.given_up)
+    report = write_report(config, preparation.stacks, preparation.edits, preparation.given_up)
     if left:
         raise TrainingError(
             f"{report}\n\nNo server is left, and {left} edits are not rendered. Start a ComfyUI, set servers to its "

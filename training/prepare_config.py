@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
 from .stacks import MOST_KL
 from .strict_config import Section, from_here, read_strictly
@@ -18,6 +18,7 @@ def _address(url: str) -> str:
 
 
 Server = Annotated[str, AfterValidator(_address)]
+Instruction = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -26,7 +27,7 @@ class Folder(Section):
 
     kind: Literal["folder"]
     images: Path
-    instructions: Path | list[str] | dict[str, list[str]]
+    instructions: Path | list[Instruction] | dict[str, list[Instruction]]
     category: str = ""
 
     @field_validator("images", "instructions")

@@ -23,9 +23,13 @@ _PASS = "pass"
 _NAMELESS = "no category"
 
 
-def write_report(config: PrepareConfig, stacks: Path, given_up: Mapping[Edit, str]) -> str:
-    """Write report.json and, when there are stacks, report.png into the output. Returns it as text."""
-    records = [read_record(file) for file in sorted(stacks.glob("*.json"))]
+def write_report(config: PrepareConfig, stacks: Path, edits: Sequence[Edit], given_up: Mapping[Edit, str]) -> str:
+    """Write report.json and, when there are stacks, report.png into the output. Returns it as text.
+
+    All stacks of the folder count, as they do in training, whichever config they are of.
+    """
+    files = sorted(stacks.glob("*.json"))
+    records = [read_record(file) for file in files]
     outcomes = [_outcome(record, config.filter) for record in records]
     by_category: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for record, outcome in zip(records, outcomes):
@@ -37,6 +41,7 @@ def write_report(config: PrepareConfig, stacks: Path, given_up: Mapping[Edit, st
         "by category": by_category,
         "filter": config.filter.model_dump(),
         "distances": Counter(str(record.get("distance", "not told")) for record in records),
+        "of other configs": len({file.stem for file in files} - {edit.name for edit in edits}),
         "not made": failed,
     }
     write_whole(config.output / "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
@@ -66,6 +71,8 @@ def _text(report: Mapping[str, Any], stacks: Path, config: PrepareConfig) -> str
     for category, found in sorted(report["by category"].items()):
         known = "" if category in THRESHOLDS else " (has no thresholds)"
         lines.append(f"  {category}{known}: {found[_PASS]} of {found.total()}")
+    if others := report["of other configs"]:
+        lines.append(f"{others} of them are of edits that this config does not name; training uses them too.")
     if config.filter.category_thresholds and any(kind != "lpips" for kind in report["distances"]):
         lines.append("The category thresholds are made for LPIPS, but there are distances of another kind.")
     if failed := report["not made"]:
