@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy.sd import CLIP
 from comfy_api.latest import io, ui
 
-from ..slider_core.span_conditioning import SPLITTERS, encode_sub_instructions, select_phrase
+from ..slider_core.span_conditioning import SPLITTERS, TRAINING_LENGTH, encode_sub_instructions, select_phrase
 from ..slider_core.span_strengths import Conditioning, set_strengths
 from .types import CATEGORY, channel_input, check_strengths, strength_input
 
@@ -55,7 +55,7 @@ class EncodeSubInstructions(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip: CLIP, text: str, mode: str, pad_to_512: bool) -> io.NodeOutput:
-        conditioning, prompt, spans = encode_sub_instructions(clip, text, mode, pad_to_512)
+        conditioning, prompt, spans = encode_sub_instructions(clip, text, mode, TRAINING_LENGTH if pad_to_512 else None)
         shown = "\n".join(f"{k}  {span.text}  [{len(span.rows)} tokens]" for k, span in enumerate(spans, 1))
         return io.NodeOutput(conditioning, prompt, ui=ui.PreviewText(shown))
 

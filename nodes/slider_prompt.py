@@ -8,14 +8,14 @@ from weakref import WeakKeyDictionary, ref
 from comfy.sd import CLIP
 from comfy_api.latest import io
 
-from ..slider_core.span_conditioning import SPLITTERS, encode_sub_instructions
+from ..slider_core.span_conditioning import SPLITTERS, TRAINING_LENGTH, encode_sub_instructions
 from ..slider_core.span_strengths import Conditioning, Span, set_strengths
 from .types import CATEGORY, channel_input, check_strengths, strength_input
 
 STRENGTHS = tuple(f"strength_{k}" for k in range(1, 51))
 
 _Encoded = tuple[Conditioning, str, list[Span]]
-_last_encoded: WeakKeyDictionary[CLIP, tuple[tuple[str, str, bool], _Encoded]] = WeakKeyDictionary()
+_last_encoded: WeakKeyDictionary[CLIP, tuple[tuple[str, str, int | None], _Encoded]] = WeakKeyDictionary()
 """What each CLIP encoded last, so that a moved slider does not run the text encoders again."""
 _last_clip: list[ref[CLIP]] = []
 
@@ -108,7 +108,7 @@ def last_clip() -> CLIP | None:
 
 def _encoded(clip: CLIP, text: str, mode: str, pad_to_512: bool) -> _Encoded:
     _last_clip[:] = [ref(clip)]
-    how, known = (text, mode, pad_to_512), _last_encoded.get(clip)
+    how, known = (text, mode, TRAINING_LENGTH if pad_to_512 else None), _last_encoded.get(clip)
     if known is None or known[0] != how:
         known = _last_encoded[clip] = how, encode_sub_instructions(clip, *how)
     return known[1]

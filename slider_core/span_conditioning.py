@@ -24,16 +24,17 @@ SPLITTERS: dict[str, Callable[[str], tuple[str, list[Range]]]] = {
 
 
 def encode_sub_instructions(
-    clip: CLIP, text: str, mode: str, pad_to_training_length: bool
+    clip: CLIP, text: str, mode: str, pad_to: int | None
 ) -> tuple[Conditioning, str, list[Span]]:
     """Encode the sub-instructions of `text`, split as `mode` (a key of SPLITTERS) says.
 
+    pad_to: rows of text at least; None leaves that to ComfyUI.
     Returns the conditioning with its spans, the prompt that was encoded, and the spans.
     Raises SliderError for an empty prompt, bad marks, phrases without tokens, or an encoder of another family.
     """
     prompt, ranges = SPLITTERS[mode](text)
     family = family_of_encoders(set(encoders(clip)))
-    options = {f"{family.text_rows}_min_length": TRAINING_LENGTH} if pad_to_training_length else {}
+    options = {} if pad_to is None else {f"{family.text_rows}_min_length": pad_to}
     tokenized = tokenize(clip, prompt, **options)
     spans = [_span(tokenized, family.text_rows, r) for r in ranges]
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt, tokenizer_options=options))

@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.add_argument("folder", type=Path)
     export.add_argument("--comfyui", type=Path)
     chosen = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger(__package__).setLevel(logging.INFO)  # ComfyUI's own says much at that level
     try:
         return {"train": _train, "prepare": _prepare, "inspect": _inspect, "export": _export}[chosen.command](chosen)
     except TrainingError as error:

@@ -41,6 +41,7 @@ class Base(Section):
     """The model to train on, by file names in ComfyUI's model folders or by paths.
 
     comfyui: where it lies, if not around this pack. models: one more folder with diffusion_models, text_encoders, vae.
+    encoder_options: for text encoders of unusual sizes. text_rows: to which the text is padded, as when it is used.
     """
 
     comfyui: Path | None = None
@@ -49,6 +50,7 @@ class Base(Section):
     weight_dtype: Literal["default", "float8_e4m3fn", "float8_e5m2", "bfloat16", "float32"] = "default"
     text_encoders: Annotated[list[str], Field(min_length=1, max_length=2)]
     encoder_options: dict[str, Any] = {}
+    text_rows: Annotated[int, Field(ge=1)] = 512
     vae: str
     cpu: bool = False
 

@@ -62,7 +62,9 @@ class Run:
         self.config, self.accelerator = config, accelerator
         file = model_file("diffusion_models", config.base.model)
         self.base = BaseModel.load(file, config.base.weight_dtype, config.run.checkpointing)
-        self.cache = SampleCache(config.cache_folder, config.base, config.run.resolution, self.base.dtype)
+        self.cache = SampleCache(
+            config.cache_folder, config.base, config.run.resolution, self.base.dtype, self.base.family.text_rows
+        )
         self.learning = Learning(config, self.base)
         self.objective = objective_of(config, self.learning)
         with accelerator.main_process_first():
@@ -153,7 +155,7 @@ class Run:
             "targets": sorted({layer.split(".", 2)[2] for layers in lora.layers.values() for layer in layers}),
             "sign": SIGN if config.method != "projector" else "strength 0 to 1",
             "spans": "character ranges of ComfyUI's tokenization",
-            "text rows": "padded to 512",
+            "text rows": config.base.text_rows,
             "dataset": self.dataset_hash(),
             "steps": self.step,
             "pack version": PACK_VERSION,

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from slider_core.errors import SliderError
-from slider_core.span_conditioning import TRAINING_LENGTH, encode_sub_instructions
-from slider_core.span_strengths import spanned_text
+from slider_core.span_conditioning import encode_sub_instructions
+from slider_core.span_strengths import Span
 
 from .base_model import Text
 from .comfyui import model_file
@@ -53,17 +53,18 @@ class SampleCache:
     """The files of one base model's encoders.
 
     folder: latents/ and texts/ are made in it, and manifest.json, which tells what each file was made of.
+    dtype: of encoded prompts. encoder: the one whose tokens are the rows of the model's text.
     """
 
-    def __init__(self, folder: Path, base: Base, resolution: int, dtype: torch.dtype):
-        self.folder, self.base, self.resolution, self.dtype = folder, base, resolution, dtype
+    def __init__(self, folder: Path, base: Base, resolution: int, dtype: torch.dtype, encoder: str):
+        self.folder, self.base, self.resolution, self.dtype, self.encoder = folder, base, resolution, dtype, encoder
         for part in ("latents", "texts"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         self.manifest = _read_json(folder / "manifest.json")
         self._vae = _vae_identity(base.vae)
         options = json.dumps(base.encoder_options, sort_keys=True)
         encoders = [_identity(model_file("text_encoders", name)) for name in base.text_encoders]
-        self._encoders = f"{encoders} {options} {dtype} {TRAINING_LENGTH}"
+        self._encoders = f"{encoders} {options} {dtype} {base.text_rows}"
         self._pictures: dict[Path, str] = {}
 
     def latent(self, picture: Picture) -> torch.Tensor:
@@ -111,10 +112,27 @@ class SampleCache:
         if missing:
             clip = load_text_encoders(self.base)
             for done, prompt in enumerate(missing, 1):
-                _save(_encoded(clip, prompt, self.dtype), self._text_file(prompt))
+                _save(self._encoded(clip, prompt), self._text_file(prompt))
                 on_progress("prompts", done, len(missing))
             del clip
             release_models()
+
+    def _encoded(self, clip: comfy.sd.CLIP, prompt: Prompt) -> dict[str, torch.Tensor]:
+        """As the nodes encode it: joined, padded to the length of training, spans by the same code."""
+        spans: Sequence[Span] = ()
+        with torch.inference_mode():
+            if prompt:
+                try:
+                    lines = "\n".join(prompt)
+                    conditioning, _, spans = encode_sub_instructions(clip, lines, LINES, self.base.text_rows)
+                except SliderError as error:
+                    raise TrainingError(f"The instructions {list(prompt)} cannot be encoded: {error}") from error
+            else:
+                options = {f"{self.encoder}_min_length": self.base.text_rows}
+                conditioning = clip.encode_from_tokens_scheduled(clip.tokenize("", tokenizer_options=options))
+        [[states, more]] = conditioning
+        rows = {f"rows.{k}": torch.tensor(span.rows, dtype=torch.int32) for k, span in enumerate(spans)}
+        return {"states": states.to("cpu", self.dtype), "pooled": more["pooled_output"].to("cpu", self.dtype), **rows}
 
     def _tell_of_changes(self, what: str, now: Mapping[str, str]) -> None:
         known: dict[str, str] = self.manifest.get(what, {})
@@ -163,25 +181,6 @@ def release_models() -> None:
     gc.collect()
     comfy.model_management.cleanup_models()
     comfy.model_management.soft_empty_cache()
-
-
-def _encoded(clip: comfy.sd.CLIP, prompt: Prompt, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """As the nodes encode it: joined, padded to the length of training, spans by the same code."""
-    spans: Sequence[Any] = ()
-    with torch.inference_mode():
-        if prompt:
-            try:
-                conditioning, _, _ = encode_sub_instructions(clip, "\n".join(prompt), LINES, True)
-            except SliderError as error:
-                raise TrainingError(f"The instructions {list(prompt)} cannot be encoded: {error}") from error
-            known = spanned_text(conditioning[0][1])
-            spans = known.spans if known else ()
-        else:
-            options = {"t5xxl_min_length": TRAINING_LENGTH}
-            conditioning = clip.encode_from_tokens_scheduled(clip.tokenize("", tokenizer_options=options))
-    [[states, more]] = conditioning
-    rows = {f"rows.{k}": torch.tensor(span.rows, dtype=torch.int32) for k, span in enumerate(spans)}
-    return {"states": states.to("cpu", dtype), "pooled": more["pooled_output"].to("cpu", dtype), **rows}
 
 
 def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:

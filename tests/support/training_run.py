@@ -1,0 +1,80 @@
+"""Training runs on the tiny models, over pictures made by code."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image, ImageDraw
+
+REPO = Path(__file__).resolve().parents[2]
+ENCODER_OPTIONS = {
+    "model_config": {"num_hidden_layers": 2, "intermediate_size": 256},
+    "t5xxl_model_config": {"d_model": 64, "d_ff": 128, "num_heads": 1, "num_layers": 2},
+}
+INSTRUCTIONS = ["make the circle red", "make it night", "make the circle bigger"]
+CONFIG: dict[str, Any] = {
+    "method": "stlora",
+    "name": "tiny",
+    "output": "out",
+    "cache": "cache",
+    "base": {
+        "models": "models",
+        "model": "tiny-kontext.safetensors",
+        "text_encoders": ["tiny-clip-l.safetensors", "tiny-t5xxl.safetensors"],
+        "encoder_options": ENCODER_OPTIONS,
+        "text_rows": 16,
+        "vae": "taef1",
+        "cpu": True,
+    },
+    "data": {"kind": "combinations", "images": "pictures", "instructions": INSTRUCTIONS, "examples": 12},
+    "adapter": {"rank": 4},
+    "optimiser": {"learning_rate": 1e-3},
+    "run": {"steps": 4, "batch": 4, "micro_batch": 4, "resolution": 64},
+    "samples": {"every": 0, "steps": 2},
+    "checkpoints": {"every": 2},
+    "watching": {"tensorboard": False},
+}
+
+
+def write_pictures(folder: Path, count: int) -> None:
+    """Circles on plain grounds, 64x64."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chance = random.Random(0)
+    for k in range(count):
+        colours = [tuple(chance.randrange(256) for _ in range(3)) for _ in range(2)]
+        picture = Image.new("RGB", (64, 64), colours[0])
+        left, top = chance.randrange(8, 40), chance.randrange(8, 40)
+        ImageDraw.Draw(picture).ellipse((left, top, left + 18, top + 18), fill=colours[1])
+        picture.save(folder / f"{k}.png")
+
+
+def write_config(folder: Path, changes: Mapping[str, Any] = {}) -> Path:
+    """CONFIG with changes, sections merged, as a file in `folder`; paths in it are relative to there."""
+    content = copy.deepcopy(CONFIG)
+    for section, values in changes.items():
+        merge = isinstance(values, Mapping) and section != "data"
+        content[section] = {**content.get(section, {}), **values} if merge else values
+    file = folder / f"{content['name']}.yaml"
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return file
+
+
+def started(comfyui: Path, arguments: Sequence[str | Path], processes: int = 1) -> subprocess.Popen[str]:
+    """python -m training in a process of its own, or several by torchrun."""
+    launch = ["-m"] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "-m"]
+    return subprocess.Popen(
+        [sys.executable, *launch, "training", *map(str, arguments)],
+        cwd=REPO,
+        env={**os.environ, "COMFYUI_PATH": str(comfyui), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )

@@ -1,0 +1,182 @@
+"""Gradients through ComfyUI's frozen model: exact, with and without checkpointing."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.sd
+import pytest
+import torch
+
+from slider_core.families.flux import Flux
+from training.base_model import BaseModel, Text
+from training.config import Objective as Settings
+from training.objectives import Batch, FlowMatching, Sample, Suppression
+from training.trainable import TrainableLora, TrainableProjector
+
+ROWS = 12
+SIZE = 8
+
+
+@pytest.fixture(autouse=True)
+def in_training(monkeypatch):
+    monkeypatch.setattr(comfy.model_management, "in_training", True)
+
+
+@pytest.fixture(scope="module")
+def weights(recipe, manifest) -> dict[str, torch.Tensor]:
+    return recipe.flux_weights(manifest["model"])
+
+
+def model(weights, dtype: torch.dtype, checkpointing: bool) -> BaseModel:
+    patcher = comfy.sd.load_diffusion_model_state_dict(dict(weights), model_options={"dtype": dtype})
+    return BaseModel(patcher, checkpointing)
+
+
+def lora(base: BaseModel, kind: str, dtype: torch.dtype = torch.float32) -> TrainableLora:
+    """An adapter in the middle of its training: no factor is zero."""
+    learning = TrainableLora(base, kind, rank=3, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in learning.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return learning.to(dtype)
+
+
+def sample(prompt: tuple[str, ...], suppressed: tuple[int, ...], teacher: tuple[str, ...] | None) -> Sample:
+    nothing = None
+    return Sample(nothing, nothing, prompt, teacher, suppressed, 0.4, False, 0.6, (0, 0, 0))
+
+
+def batch(manifest, teacher: bool = True) -> Batch:
+    """Two samples; the first has its second instruction suppressed, the other its only one."""
+    generator = torch.Generator().manual_seed(3)
+    width, pooled = manifest["model"]["context_in_dim"], manifest["model"]["vec_in_dim"]
+
+    def text() -> Text:
+        return Text(torch.randn(2, ROWS, width, generator=generator), torch.randn(2, pooled, generator=generator))
+
+    latents = torch.randn(3, 2, 16, SIZE, SIZE, generator=generator)
+    return Batch(
+        samples=[sample(("a", "b"), (1,), ("a",)), sample(("c",), (0,), ())],
+        source=latents[0],
+        clean=latents[1],
+        noise=latents[2],
+        sigma=torch.tensor([0.6, 0.25]),
+        text=text(),
+        teacher=text() if teacher else None,
+        rows=[((1, 2), (4, 5, 6)), ((2, 3),)],
+    )
+
+
+def settings(kind: str) -> Settings:
+    return Settings(kind=kind, guidance=3.5)
+
+
+def gradients(base: BaseModel, learning, objective, of: Batch) -> dict[str, torch.Tensor]:
+    objective.learn(base, of, 0.5)
+    return {name: parameter.grad.double() for name, parameter in learning.named_parameters()}
+
+
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest relative error of a parameter's gradient."""
+    return max((one[name] - other[name]).norm().item() / other[name].norm().item() for name in other)
+
+
+@pytest.mark.parametrize("kind", ["STLoRA", "GSTLoRA"])
+def test_equal_to_float64_without_checkpointing(weights, manifest, kind):
+    of = batch(manifest)
+    found = {}
+    for dtype, checkpointing in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
+        base = model(weights, dtype, checkpointing)
+        learning = lora(base, kind, dtype)
+        found[dtype, checkpointing] = gradients(base, learning, Suppression(settings("pps"), 0, learning, True), of)
+    exact = found[torch.float64, False]
+    assert apart(found[torch.float32, False], exact) < 1e-4
+    assert apart(found[torch.float32, True], exact) < 1e-4
+
+
+def test_equal_to_finite_differences(weights, manifest):
+    of = batch(manifest)
+    base = model(weights, torch.float64, True)
+    learning = lora(base, "STLoRA", torch.float64)
+    objective = Suppression(settings("pps"), 0, learning, True)
+    exact = gradients(base, learning, objective, of)
+    generator = torch.Generator().manual_seed(4)
+    direction = {name: torch.randn(value.shape, generator=generator).double() for name, value in exact.items()}
+    expected = sum((exact[name] * direction[name]).sum() for name in exact).item()
+
+    def loss(step: float) -> float:
+        with torch.no_grad():
+            for name, parameter in learning.named_parameters():
+                parameter.add_(direction[name], alpha=step)
+        total = objective.learn(base, of, 0.5).sum().item() * 0.5
+        with torch.no_grad():
+            for name, parameter in learning.named_parameters():
+                parameter.add_(direction[name], alpha=-step)
+        return total
+
+    assert (loss(1e-3) - loss(-1e-3)) / 2e-3 == pytest.approx(expected, rel=2e-3)
+
+
+def test_of_the_projector_and_its_lora(weights, manifest):
+    of = batch(manifest, teacher=False)
+    found = {}
+    for checkpointing in (False, True):
+        base = model(weights, torch.float32, checkpointing)
+        learning = torch.nn.ModuleList([lora(base, "GSTLoRA"), TrainableProjector(base, seed=1)])
+        objective = FlowMatching(settings("flow"), 0, *learning)
+        found[checkpointing] = gradients(base, learning, objective, of)
+    assert apart(found[True], found[False]) < 1e-4
+    assert all(value.norm() > 0 for value in found[True].values())
+
+
+def test_without_copies_of_what_is_overwritten_gradients_are_wrong(weights, manifest, monkeypatch):
+    """It runs without an error under checkpointing, which is why the copies have to be proven."""
+    of = batch(manifest)
+    base = model(weights, torch.float32, True)
+    learning = lora(base, "STLoRA")
+    objective = Suppression(settings("pps"), 0, learning, True)
+    exact = gradients(base, learning, objective, of)
+    learning.zero_grad()
+    monkeypatch.setattr(Flux, "overwritten_inputs", lambda *_: [])
+    assert apart(gradients(base, learning, objective, of), exact) > 0.01
+
+
+def test_the_backward_pass_belongs_into_the_context(weights, manifest):
+    """Outside of it, checkpointed blocks run again without the adapter."""
+    of = batch(manifest)
+    base = model(weights, torch.float32, True)
+    learning = lora(base, "STLoRA")
+    objective = Suppression(settings("pps"), 0, learning, True)
+    wanted = objective.wanted(base, of)
+    with base.changed(objective.changes(of)):
+        losses = objective.distances(objective.velocity(base, of, of.text), wanted)
+    with pytest.raises((RuntimeError, torch.utils.checkpoint.CheckpointError)):
+        losses.sum().backward()
+
+
+def test_only_suppressed_rows_are_changed(weights, manifest):
+    of = batch(manifest)
+    base = model(weights, torch.float32, True)
+    objective = Suppression(settings("pps"), 0, lora(base, "STLoRA"), True)
+    place = "double_blocks.0.txt_mlp.0"
+    linear = base.network.get_submodule(place)
+    x = torch.randn(2, ROWS, linear.in_features)
+    with torch.no_grad():
+        moved = objective.changes(of)[place](linear.forward)(x) - linear(x)
+    assert [row for row in range(ROWS) if moved[0, row].any()] == [4, 5, 6]
+    assert [row for row in range(ROWS) if moved[1, row].any()] == [2, 3]
+
+
+def test_nothing_stays_on_the_model(weights, manifest):
+    of = batch(manifest)
+    base = model(weights, torch.float32, True)
+    learning = lora(base, "STLoRA")
+    with torch.no_grad():
+        before = base.velocity(of.noised, of.sigma, of.text, 3.5, [of.source])
+    Suppression(settings("pps"), 0, learning, True).learn(base, of, 1.0)
+    with torch.no_grad():
+        after = base.velocity(of.noised, of.sigma, of.text, 3.5, [of.source])
+    assert torch.equal(before, after)
+    assert not any("forward" in vars(module) for module in base.network.modules())
+    assert all(parameter.grad is None for parameter in base.network.parameters())

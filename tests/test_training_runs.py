@@ -1,0 +1,365 @@
+"""Training runs: cached inputs, checkpoints, going on after a stop, several processes, files for the nodes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import signal
+import time
+
+import comfy.model_management
+import folder_paths
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import COMFYUI, GOLDEN
+from PIL import Image
+from safetensors.torch import load_file
+from support.graphs import Graph
+from support.tiny_models import write_tiny_models
+from support.training_run import INSTRUCTIONS, started, write_config, write_pictures
+
+from slider_core.adapter_file import read_adapter
+from slider_core.strength_projector import read_projector
+from training import checkpoints, sample_cache
+from training.__main__ import main
+from training.adapter_writing import export, read_metadata, write_adapter
+from training.base_model import BaseModel
+from training.config import read_config
+from training.errors import TrainingError
+from training.run import Run
+from training.stacks import COLUMNS, stacked
+from training.trainable import TrainableLora, TrainableProjector
+from training.watching import Watching, read_log
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with models, pictures, and a cache that all runs share."""
+    folder = tmp_path_factory.mktemp("training")
+    write_tiny_models(folder / "models")
+    for part in (folder / "models").iterdir():
+        if part.is_dir():
+            folder_paths.add_model_folder_path(part.name, str(part))
+    write_pictures(folder / "pictures", 6)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_training(monkeypatch):
+    monkeypatch.setattr(comfy.model_management, "in_training", True)
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def one_thread():
+    """As in `started`, so that sums are made in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_of(place, accelerator, **changes) -> Run:
+    return Run(read_config(write_config(place, changes)), accelerator, lambda *_: None)
+
+
+def trained(place, accelerator, **changes) -> Run:
+    run = run_of(place, accelerator, **changes)
+    run.config.output.mkdir(exist_ok=True)
+    run.train(Watching(run.config, accelerator))
+    return run
+
+
+def result(place, name: str) -> dict[str, torch.Tensor]:
+    return load_file(place / f"out_{name}" / f"{name}.safetensors")
+
+
+def named(name: str, **changes):
+    return {"name": name, "output": f"out_{name}", **changes}
+
+
+def same(one, other, **tolerance) -> bool:
+    return one.keys() == other.keys() and all(torch.allclose(one[key], other[key], **tolerance) for key in one)
+
+
+def test_inputs_are_encoded_once(place, accelerator, monkeypatch):
+    run_of(place, accelerator)
+    monkeypatch.setattr(sample_cache, "load_vae", None)
+    monkeypatch.setattr(sample_cache, "load_text_encoders", None)
+    run_of(place, accelerator)
+    with pytest.raises(TypeError):
+        run_of(place, accelerator, run={"resolution": 48})
+
+
+def test_changed_inputs_are_noticed(place, accelerator, caplog, tmp_path):
+    shutil.copytree(place / "pictures", tmp_path / "pictures")
+    data = {"kind": "combinations", "images": str(tmp_path / "pictures"), "instructions": INSTRUCTIONS, "examples": 12}
+    one = run_of(place, accelerator, data=data, cache=str(tmp_path / "cache"))
+    source = next(example.source for example in one.examples.training if example.source.file.name == "0.png")
+    before = one.cache.latent(source)
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "pictures" / "0.png")
+    with caplog.at_level(logging.WARNING):
+        other = run_of(place, accelerator, data=data, cache=str(tmp_path / "cache"))
+    assert "1 pictures changed" in caplog.text
+    assert not torch.equal(other.cache.latent(source), before)
+    known = len(list((tmp_path / "cache" / "texts").iterdir()))
+    run_of(place, accelerator, data=data, cache=str(tmp_path / "cache"), base={"text_rows": 20})
+    assert len(list((tmp_path / "cache" / "texts").iterdir())) == 2 * known
+
+
+def test_bad_pictures_are_left_out(place, accelerator, caplog, tmp_path):
+    write_pictures(tmp_path / "pictures", 3)
+    (tmp_path / "pictures" / "1.png").write_bytes(b"no picture")
+    data = {"kind": "combinations", "images": str(tmp_path / "pictures"), "instructions": INSTRUCTIONS, "examples": 12}
+    with caplog.at_level(logging.WARNING):
+        run = run_of(place, accelerator, data=data)
+    assert "1.png is left out" in caplog.text
+    assert {example.source.file.name for example in run.examples.training} == {"0.png", "2.png"}
+    (tmp_path / "pictures" / "0.png").write_bytes(b"")
+    (tmp_path / "pictures" / "2.png").write_bytes(b"")
+    with pytest.raises(TrainingError, match="None of the pictures can be read"):
+        run_of(place, accelerator, data=data)
+
+
+def test_instructions_without_words_are_named(place, accelerator):
+    data = {"kind": "combinations", "images": "pictures", "instructions": ["make it red", "()"], "examples": 6}
+    with pytest.raises(TrainingError, match=r"'\(\)' has no words"):
+        run_of(place, accelerator, data=data)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(place, accelerator):
+    more = {"optimiser": {"learning_rate": 1e-3, "schedule": "constant", "warmup_steps": 3, "ema": 0.9}}
+    trained(place, accelerator, **named("whole", run={"steps": 6}, **more))
+    trained(place, accelerator, **named("parts", run={"steps": 3}, checkpoints={"every": 3}, **more))
+    later = run_of(place, accelerator, **named("parts", run={"steps": 6}, **more))
+    later.resume()
+    assert later.step == 3
+    later.train(Watching(later.config, accelerator))
+    assert same(result(place, "parts"), result(place, "whole"), rtol=0, atol=0)
+    losses = {name: [r["loss"] for r in read_log(place / f"out_{name}" / "log.jsonl")] for name in ("whole", "parts")}
+    assert losses["parts"] == losses["whole"]
+
+
+def test_killed_and_started_again_equals_never_stopped(place, accelerator, one_thread):
+    more = {"run": {"steps": 20}, "checkpoints": {"every": 2, "keep": 2}}
+    trained(place, accelerator, **named("never", **more))
+    config = write_config(place, named("killed", **more))
+    process = started(COMFYUI, ["train", config])
+    folder = place / "out_killed" / "checkpoints"
+    while len(list(folder.glob("*.pt"))) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    said, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, said
+    assert not (folder / "step_000020.pt").is_file()
+    process = started(COMFYUI, ["train", config])
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert "Going on from step" in said
+    assert same(result(place, "killed"), result(place, "never"), rtol=0, atol=0)
+
+
+def test_two_processes_learn_what_one_learns(place, accelerator):
+    trained(place, accelerator, **named("one", run={"steps": 4, "batch": 5, "micro_batch": 2}))
+    config = write_config(place, named("two", run={"steps": 4, "batch": 5, "micro_batch": 2}))
+    process = started(COMFYUI, ["train", config], processes=2)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert same(result(place, "two"), result(place, "one"), rtol=1e-3, atol=1e-6)
+    assert not same(result(place, "two"), result(place, "whole"), rtol=1e-3, atol=1e-6)
+
+
+def test_settings_of_another_run(place, accelerator):
+    other = run_of(place, accelerator, **named("whole", adapter={"rank": 4}, run={"steps": 6, "seed": 5}))
+    with pytest.raises(TrainingError, match=r"run.seed was 0, is 5"):
+        other.resume()
+
+
+def test_a_full_disk_loses_nothing(place, accelerator, caplog, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    run = run_of(place, accelerator, **named("full", run={"steps": 4}, checkpoints={"every": 1}))
+    run.config.output.mkdir(exist_ok=True)
+    whole = checkpoints.write_whole
+    tries = []
+
+    def sometimes(file, content):
+        tries.append(file.name)
+        return full() if file.name == "step_000002.pt" else whole(file, content)
+
+    monkeypatch.setattr(checkpoints, "write_whole", sometimes)
+    with caplog.at_level(logging.WARNING):
+        run.train(Watching(run.config, accelerator))
+    assert "Step 2 cannot be written" in caplog.text
+    assert tries == [f"step_{k:06}.pt" for k in (1, 2, 3, 4)]
+    assert run.checkpoints.steps == [1, 3, 4]
+
+    again = run_of(place, accelerator, **named("full2", run={"steps": 2}, checkpoints={"every": 1}))
+    again.config.output.mkdir(exist_ok=True)
+
+    def never(file, content):
+        return full() if file.name == "step_000002.pt" else whole(file, content)
+
+    monkeypatch.setattr(checkpoints, "write_whole", never)
+    with pytest.raises(TrainingError, match="the last whole checkpoint is of step 1"):
+        again.train(Watching(again.config, accelerator))
+    assert again.checkpoints.steps == [1]
+    assert not list(again.checkpoints.folder.glob("*.part"))
+
+
+def test_the_newest_states_are_kept(place, accelerator):
+    run = trained(place, accelerator, **named("kept", run={"steps": 5}, checkpoints={"every": 1, "keep": 2}))
+    assert run.checkpoints.steps == [4, 5]
+    (run.checkpoints.folder / "step_000005.pt").write_bytes(b"damaged")
+    with pytest.raises(TrainingError, match="go on from step 4"):
+        run.resume()
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(place, accelerator):
+    run = run_of(place, accelerator)
+    with torch.no_grad():
+        next(iter(run.learning.parameters())).fill_(float("nan"))
+    before = [parameter.clone() for parameter in run.learning.parameters()]
+    with pytest.raises(TrainingError, match="not finite"):
+        run.take_step()
+    assert all(torch.equal(a, b) or a.isnan().all() for a, b in zip(run.learning.parameters(), before))
+
+
+def test_pictures_and_curves_of_held_out_examples(place, accelerator):
+    trained(place, accelerator, **named("seen", run={"steps": 2}, samples={"every": 2, "strengths": [0.0, 1.0, 2.0]}))
+    folder = place / "out_seen" / "samples" / "step_000002"
+    curves = json.loads((folder / "curves.json").read_text())
+    sheets = [Image.open(folder / f"{k}.png").size for k in range(2)]
+    lines = sum(size[0] == 4 * 64 + 3 * 6 for size in sheets)
+    assert lines == len(curves)
+    for curve in curves:
+        assert curve["strengths"] == [0, 1, 2]
+        assert len(curve["distances"]) == 3
+    assert (place / "out_seen" / "loss.png").is_file()
+
+
+@pytest.fixture(scope="module")
+def files(place, accelerator):
+    """An adapter file of each method."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comfy.model_management, "in_training", True)
+        write_stacks(place / "stacks")
+        changes = {
+            "stlora": {},
+            "gstlora": {"method": "gstlora"},
+            "projector": {"method": "projector", "data": {"kind": "stacks", "path": "stacks", "held_out": 1}},
+        }
+        found = {}
+        for method, more in changes.items():
+            fast = {"optimiser": {"learning_rate": 0.03}, "run": {"steps": 5}}
+            trained(place, accelerator, **named(f"file_{method}", **fast, **more))
+            found[method] = place / f"out_file_{method}" / f"file_{method}.safetensors"
+    return found
+
+
+def write_stacks(folder) -> None:
+    """Circles that become redder."""
+    folder.mkdir()
+    for k in range(3):
+        row = [Image.new("RGB", (32, 32), (20 * column, 60 * k, 90)) for column in range(COLUMNS)]
+        stacked(row).save(folder / f"{k}.png")
+        record = {
+            "image_name": f"{k}.png",
+            "edit_instruction": "make it red",
+            "category": "attribute_change",
+            "lpips_kontext_edit": 0.3,
+            "lpips_edit_inversion": 0.1,
+            "lpips_inversion_edit": 0.2,
+            "lpips_sequence": [0.1] * 8,
+        }
+        (folder / f"{k}.json").write_text(json.dumps(record))
+
+
+def test_files_tell_what_they_are(files, capsys):
+    for method, kind in (("stlora", "STLoRA"), ("gstlora", "GSTLoRA")):
+        adapter = read_adapter(files[method])
+        assert adapter.kind == kind
+        assert adapter.ranks == [4]
+        metadata = read_metadata(files[method])
+        assert (metadata["method"], metadata["steps"], metadata["rank"]) == (method, 5, 4)
+    bundle = read_projector(files["projector"])
+    assert bundle.lora is not None
+    assert main(["inspect", str(files["projector"]), "--comfyui", str(COMFYUI)]) == 0
+    assert "strength projector for hidden size 128" in capsys.readouterr().out
+
+
+def test_exported_files_are_the_authors(golden_model, tmp_path):
+    """Keys and shapes of an adapter for the golden model, as in the authors' files for it."""
+    base = BaseModel(golden_model)
+    examples = GOLDEN / "examples"
+    for method, kind, exported in (
+        ("stlora", "STLoRA", {"selective_lora.pt": "selective_lora.pt"}),
+        ("gstlora", "GSTLoRA", {"pytorch_lora_weights.safetensors": "gstlora_pytorch_lora_weights.safetensors"}),
+        (
+            "projector",
+            "GSTLoRA",
+            {
+                "pytorch_lora_weights.safetensors": "kk_pytorch_lora_weights.safetensors",
+                "slider_projector.pth": "slider_projector.pth",
+            },
+        ),
+    ):
+        tensors = TrainableLora(base, kind, 4, seed=0).tensors()
+        if method == "projector":
+            tensors |= TrainableProjector(base, seed=0).tensors()
+        file = tmp_path / f"{method}.safetensors"
+        write_adapter(file, tensors, {"method": method})
+        assert {written.name for written in export(file, tmp_path / method)} == set(exported)
+        for name, example in exported.items():
+            ours, theirs = (tensors_of(place) for place in (tmp_path / method / name, examples / example))
+            assert shapes(ours, {}) == shapes(theirs, {64: 512} if "projector" in example else {})
+            assert {value.dtype for value in ours.values()} == {torch.float32}
+    write_adapter(tmp_path / "odd.safetensors", tensors, {})
+    with pytest.raises(TrainingError, match="does not say by which method"):
+        export(tmp_path / "odd.safetensors", tmp_path)
+
+
+def shapes(tensors, wider) -> dict[str, list[int]]:
+    """wider: sizes of a narrow example -> those of the golden model."""
+    return {key: [wider.get(size, size) for size in value.shape] for key, value in tensors.items()}
+
+
+def tensors_of(file) -> dict[str, torch.Tensor]:
+    return load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+
+
+def test_a_trained_file_moves_the_picture(files, server):
+    for method, file in files.items():
+        shutil.copy(file, server.base / "models" / "loras" / f"trained_{method}.safetensors")
+
+    def latent(graph, model, conditioning):
+        node = graph.save(graph.sample(model, graph.edited(conditioning)))
+        result = server.run(graph)
+        assert result.ok, result.error
+        return torch.from_numpy(result.latent(node))
+
+    found = {}
+    for strength in (0.0, 1.0):
+        g = Graph()
+        text = g.strengths(g.instructions("make it night"), strength)
+        found["stlora", strength] = latent(g, g.stlora(g.model(), "trained_stlora.safetensors"), text)
+        g = Graph()
+        model = g.gstlora(g.model(), strength, "trained_gstlora.safetensors")
+        found["gstlora", strength] = latent(g, model, g.instructions("make it night"))
+        g = Graph()
+        bundle = {"name": "trained_projector.safetensors", "lora": "none, or in the projector's file"}
+        text = g.at(g.instructions("make it red"), strength, **bundle)
+        found["projector", strength] = latent(g, g.projected(g.model(), **bundle), text)
+    g = Graph()
+    bare = latent(g, g.model(), g.instructions("make it night"))
+    for method in ("stlora", "gstlora"):
+        assert torch.equal(found[method, 1.0], bare)
+    for method in files:
+        assert (found[method, 0.0] - found[method, 1.0]).abs().max() > 1e-3
