@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from .attention_view import PointAttention
 from .errors import SliderError
-from .layer_analysis import LayerScores
+
+if TYPE_CHECKING:
+    from .attention_view import PointAttention
+    from .layer_analysis import LayerScores
 
 VITAL, OTHER = "#d1495b", "#8d99ae"
 _DPI = 100
@@ -74,6 +76,36 @@ def curves_plot(
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.legend()
+    return _image(figure)
+
+
+def stacks_plot(
+    unevenness: Sequence[float],
+    most: float,
+    ends: Mapping[str, Sequence[tuple[float, float]]],
+    thresholds: Mapping[str, tuple[float, float]],
+) -> torch.Tensor:
+    """Of prepared edits: how unevenly they change, and for each category how far the edit and its reconstruction are.
+
+    most: of the unevenness. ends: (edit from source, reconstruction from edit) of each. thresholds: least of the first,
+    most of the second.
+    """
+    columns = min(len(ends) + 1, 4)
+    rows = -(-(len(ends) + 1) // columns)
+    figure = _figure(4 * columns, 4 * rows)
+    first, *others = figure.subplots(rows, columns, squeeze=False).flat
+    first.hist(unevenness, bins=30, color=OTHER)
+    first.axvline(most, color=VITAL, label="threshold")
+    first.set(xlabel="KL from even changes, nats", ylabel="stacks", title="evenness")
+    first.legend()
+    for axes, (category, points) in zip(others, sorted(ends.items())):
+        axes.scatter(*zip(*points), color=OTHER, s=12)
+        if category in thresholds:
+            axes.axvline(thresholds[category][0], color=VITAL)
+            axes.axhline(thresholds[category][1], color=VITAL)
+        axes.set(xlabel="edit from source", ylabel="reconstruction from edit", title=category)
+    for axes in others[len(ends) :]:
+        axes.set_axis_off()
     return _image(figure)
 
 

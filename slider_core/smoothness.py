@@ -14,7 +14,8 @@ def first_order(adjacent: Sequence[float]) -> float:
 
     Raises SliderError when nothing changes at all.
     """
-    return max(adjacent) / _total(adjacent)
+    total = _total(adjacent)
+    return max(adjacent) / total
 
 
 def triangle_deficits(adjacent: Sequence[float], skipping: Sequence[float]) -> list[float]:
@@ -35,8 +36,11 @@ def triangle_deficits(adjacent: Sequence[float], skipping: Sequence[float]) -> l
 
 
 def delta_smooth(adjacent: Sequence[float], skipping: Sequence[float]) -> float:
-    """The largest triangle deficit: smaller is smoother."""
-    return max(triangle_deficits(adjacent, skipping))
+    """The largest triangle deficit: smaller is smoother. Raises SliderError for fewer than three pictures."""
+    deficits = triangle_deficits(adjacent, skipping)
+    if not deficits:
+        raise SliderError("How smoothly pictures change can be said of three or more; found two.")
+    return max(deficits)
 
 
 def kl_to_uniform(adjacent: Sequence[float]) -> float:

@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     tryout.add_argument("folder", type=Path)
     tryout.add_argument("--comfyui", type=Path)
+    prepare = commands.add_parser("prepare", help="render edits at several strengths, as data for a projector")
+    prepare.add_argument("config", type=Path)
     inspect = commands.add_parser("inspect", help="say what an adapter file is")
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--comfyui", type=Path)
@@ -90,6 +92,18 @@ def _tryout(chosen: argparse.Namespace) -> int:
     return 0
 
 
+def _prepare(chosen: argparse.Namespace) -> int:
+    from .prepare import prepare
+    from .prepare_config import read_prepare_config
+
+    try:
+        print(prepare(read_prepare_config(chosen.config)))
+    except KeyboardInterrupt:
+        print("Stopped. What is done is kept; the same command goes on from there.", file=sys.stderr)
+        return 130
+    return 0
+
+
 def _inspect(chosen: argparse.Namespace) -> int:
     use_comfyui(chosen.comfyui, cpu=True)
     from slider_core.adapter_file import read_adapter
@@ -123,7 +137,14 @@ def _say_progress(what: str, done: int, of: int) -> None:
         logging.getLogger(__name__).info("%s encoded: %d of %d", what, done, of)
 
 
-_COMMANDS = {"train": _train, "evaluate": _evaluate, "tryout": _tryout, "inspect": _inspect, "export": _export}
+_COMMANDS = {
+    "train": _train,
+    "prepare": _prepare,
+    "evaluate": _evaluate,
+    "tryout": _tryout,
+    "inspect": _inspect,
+    "export": _export,
+}
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from slider_core.errors import SliderError
 from slider_core.tensor_file import read_tensors
 
 from .errors import TrainingError
-from .sample_cache import write_whole
 from .trainable import Tensors
+from .whole_files import write_whole
 
 LORA_PREFIX = "transformer."
 METADATA = "edit_sliders"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .errors import TrainingError
-from .sample_cache import write_whole
+from .whole_files import write_whole
 
 _NAME = re.compile(r"step_(\d+)\.pt")
 

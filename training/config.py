@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from .errors import TrainingError
+from .strict_config import Section, from_here, listed, read_strictly
 
 Method = Literal["stlora", "gstlora", "projector"]
 
@@ -39,17 +37,7 @@ _OBJECTIVES = {"stlora": ("pps", "spps"), "gstlora": ("spps", "pps"), "projector
 _INSTRUCTIONS_KINDS = ("combinations", "pairs", "huggingface")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def _path(value: Path, info: ValidationInfo) -> Path:
-    """Relative paths count from the config's folder."""
-    folder = (info.context or {}).get("folder", Path())
-    return (folder / value.expanduser()).resolve()
-
-
-class Base(_Section):
+class Base(Section):
     """The model to train on, by file names in ComfyUI's model folders or by paths.
 
     comfyui: where it lies, if not around this pack. models: one more folder with diffusion_models, text_encoders, vae.
@@ -69,10 +57,10 @@ class Base(_Section):
     @field_validator("comfyui", "models")
     @classmethod
     def _resolve(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        return None if value is None else _path(value, info)
+        return None if value is None else from_here(value, info)
 
 
-class Combinations(_Section):
+class Combinations(Section):
     """A folder of pictures, and instructions that are combined at random."""
 
     kind: Literal["combinations"]
@@ -86,10 +74,10 @@ class Combinations(_Section):
     @field_validator("images", "instructions")
     @classmethod
     def _resolve(cls, value: Any, info: ValidationInfo) -> Any:
-        return _path(value, info) if isinstance(value, Path) else value
+        return from_here(value, info) if isinstance(value, Path) else value
 
 
-class Pairs(_Section):
+class Pairs(Section):
     """Pictures with their own instructions: JSON lines {"image": ..., "instructions": [...]}, or a folder of pictures
     each with a text file of the same name, one instruction per line."""
 
@@ -98,10 +86,10 @@ class Pairs(_Section):
     most_in_a_prompt: Annotated[int, Field(ge=1, le=10)] = 3
     held_out: Annotated[int, Field(ge=0)] = 2
 
-    _resolve = field_validator("path")(_path)
+    _resolve = field_validator("path")(from_here)
 
 
-class HuggingFace(_Section):
+class HuggingFace(Section):
     """A dataset of the Hugging Face hub, or one on disk, with a picture and an instruction per row (as HQ-Edit)."""
 
     kind: Literal["huggingface"]
@@ -114,7 +102,7 @@ class HuggingFace(_Section):
     held_out: Annotated[int, Field(ge=0)] = 2
 
 
-class Stacks(_Section):
+class Stacks(Section):
     """Kontinuous Kontext's layout: horizontal stacks of pictures with a JSON record beside each."""
 
     kind: Literal["stacks"]
@@ -123,17 +111,17 @@ class Stacks(_Section):
     category_thresholds: bool = True
     held_out: Annotated[int, Field(ge=0)] = 2
 
-    _resolve = field_validator("path")(_path)
+    _resolve = field_validator("path")(from_here)
 
 
 Data = Annotated[Combinations | Pairs | HuggingFace | Stacks, Field(discriminator="kind")]
 
 
-class Adapter(_Section):
+class Adapter(Section):
     rank: Annotated[int, Field(ge=1, le=1024)]
 
 
-class Objective(_Section):
+class Objective(Section):
     """What is learned. Timesteps: 'uniform', or 'logit_normal' around the middle."""
 
     kind: Literal["pps", "spps", "flow"]
@@ -145,7 +133,7 @@ class Objective(_Section):
     strength_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
 
 
-class Optimiser(_Section):
+class Optimiser(Section):
     kind: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)]
     betas: tuple[float, float] = (0.9, 0.999)
@@ -156,7 +144,7 @@ class Optimiser(_Section):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
-class Run(_Section):
+class Run(Section):
     """batch: samples per step, over all processes. micro_batch: of them at once on a device."""
 
     steps: Annotated[int, Field(ge=1)]
@@ -167,7 +155,7 @@ class Run(_Section):
     checkpointing: bool = True
 
 
-class Samples(_Section):
+class Samples(Section):
     """Pictures of the held-out examples at several strengths while training."""
 
     every: Annotated[int, Field(ge=0)] = 100
@@ -176,17 +164,17 @@ class Samples(_Section):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-class Checkpoints(_Section):
+class Checkpoints(Section):
     every: Annotated[int, Field(ge=1)] = 100
     keep: Annotated[int, Field(ge=1)] = 3
 
 
-class Watching(_Section):
+class Watching(Section):
     tensorboard: bool = True
     wandb: str | None = None
 
 
-class Config(_Section):
+class Config(Section):
     """A training run. Sections that are left out have the papers' values for the method."""
 
     method: Method
@@ -206,16 +194,16 @@ class Config(_Section):
     @field_validator("output", "cache")
     @classmethod
     def _resolve(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        return None if value is None else _path(value, info)
+        return None if value is None else from_here(value, info)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         allowed = _OBJECTIVES[self.method]
         if self.objective.kind not in allowed:
-            raise ValueError(f"objective.kind is {self.objective.kind!r}; for {self.method} it is {_listed(allowed)}")
+            raise ValueError(f"objective.kind is {self.objective.kind!r}; for {self.method} it is {listed(allowed)}")
         kinds = ("stacks",) if self.method == "projector" else _INSTRUCTIONS_KINDS
         if self.data.kind not in kinds:
-            raise ValueError(f"data.kind is {self.data.kind!r}; for {self.method} it is {_listed(kinds)}")
+            raise ValueError(f"data.kind is {self.data.kind!r}; for {self.method} it is {listed(kinds)}")
         if self.run.resolution % 16:
             raise ValueError(f"run.resolution is {self.run.resolution}; it must be a multiple of 16")
         return self
@@ -227,53 +215,11 @@ class Config(_Section):
 
 def read_config(path: Path) -> Config:
     """Read a config. Raises TrainingError with everything that is wrong in it, each with its line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise TrainingError(f"The config {path} cannot be read: {error.strerror}.") from error
-    try:
-        tree, content = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise TrainingError(f"{path.name} is no YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise TrainingError(f"{path.name} holds {type(content).__name__}; expected sections such as 'method: stlora'.")
+    return read_strictly(path, Config, _with_papers_values)
+
+
+def _with_papers_values(content: dict[str, Any]) -> None:
     for section, values in PAPERS.get(str(content.get("method")), {}).items():
         given = content.get(section)
         if given is None or isinstance(given, dict):
             content[section] = {**values, **(given or {})}
-    try:
-        return Config.model_validate(content, context={"folder": path.resolve().parent})
-    except ValidationError as error:
-        problems = sorted({_problem(path, tree, one) for one in error.errors()})
-        raise TrainingError("\n".join(text for _, text in problems)) from error
-
-
-def _problem(path: Path, tree: yaml.Node | None, error: Any) -> tuple[int, str]:
-    """Line and message of one thing that is wrong."""
-    places = [part for part in error["loc"] if part not in _INSTRUCTIONS_KINDS and part != "stacks"]
-    line, known = _line(tree, places)
-    where = ".".join(map(str, places)) or "the whole"
-    said = error["msg"].removeprefix("Value error, ")
-    found = f", found {error['input']!r}" if known and isinstance(error["input"], (str, int, float)) else ""
-    return line, f"{path.name}, line {line}: {where}: {said}{found}"
-
-
-def _line(node: yaml.Node | None, places: Sequence[Any]) -> tuple[int, bool]:
-    """The line of a value, else of what it should be in; whether the value itself is there."""
-    line = 1
-    for place in places:
-        if isinstance(node, yaml.MappingNode):
-            found = next(((key, value) for key, value in node.value if key.value == str(place)), None)
-            if found is None:
-                return line, False
-            line, node = found[0].start_mark.line + 1, found[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(place, int) and place < len(node.value):
-            node = node.value[place]
-            line = node.start_mark.line + 1
-        else:
-            return line, False
-    return line, True
-
-
-def _listed(values: Sequence[str]) -> str:
-    return " or ".join(map(repr, values))

@@ -92,7 +92,7 @@ def pictures_in(folder: Path) -> list[Path]:
 def _combined(data: Combinations, seed: int) -> Iterator[Example]:
     """Each picture equally often, each time with 1 to most_in_a_prompt instructions that may stand together."""
     images = pictures_in(data.images)
-    instructions = _lines(data.instructions) if isinstance(data.instructions, Path) else data.instructions
+    instructions = lines_of(data.instructions) if isinstance(data.instructions, Path) else data.instructions
     contrary = [set(group) for group in data.never_together]
     if unknown := set(chain(*contrary)) - set(instructions):
         raise TrainingError(f"data.never_together names {sorted(unknown)[0]!r}, which is not among the instructions.")
@@ -134,10 +134,10 @@ def _records(path: Path) -> Iterator[tuple[Path, list[str]]]:
 def _beside(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     for file in pictures_in(folder):
         if file.with_suffix(".txt").is_file():
-            yield file, _lines(file.with_suffix(".txt"))
+            yield file, lines_of(file.with_suffix(".txt"))
 
 
-def _lines(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
     """The lines of a text file. Raises TrainingError when it has none."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]

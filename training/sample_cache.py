@@ -28,6 +28,7 @@ from .comfyui import model_file
 from .config import Base
 from .errors import TrainingError
 from .examples import Picture, of_pixels, resized
+from .whole_files import write_whole
 
 LINES = "one per line"
 _PROBED = 1 << 20
@@ -180,20 +181,6 @@ def release_models() -> None:
     gc.collect()
     comfy.model_management.cleanup_models()
     comfy.model_management.soft_empty_cache()
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file so that it is there in full or as it was before."""
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        with unfinished.open("wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(unfinished, file)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
 
 
 def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:

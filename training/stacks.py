@@ -48,7 +48,7 @@ def read_stacks(folder: Path, most_kl: float, category_thresholds: bool) -> list
     kept: list[Stack] = []
     why: Counter[str] = Counter()
     for file in records:
-        record = _record(file)
+        record = read_record(file)
         if reason := refusal(record, most_kl, category_thresholds):
             why[reason] += 1
             continue
@@ -91,7 +91,8 @@ def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
     return row
 
 
-def _record(file: Path) -> dict[str, Any]:
+def read_record(file: Path) -> dict[str, Any]:
+    """A stack's record. Raises TrainingError when the file is none."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         sequence = [float(value) for value in record["lpips_sequence"]]

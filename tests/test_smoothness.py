@@ -1,0 +1,154 @@
+"""How evenly pictures change, and which stacks are learned from, against the numbers of Kontinuous Kontext's code."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import accumulate
+
+import pytest
+from conftest import GOLDEN
+
+from slider_core.errors import SliderError
+from slider_core.smoothness import delta_smooth, even_strengths, first_order, kl_to_uniform, triangle_deficits
+from training.stack_writing import measured
+from training.stacks import MOST_KL, refusal, valid_ends
+
+METRICS = json.loads((GOLDEN / "metrics.json").read_text())
+SEQUENCES = METRICS["sequences"]
+FILTERED = METRICS["kl_filter"]
+EXACT, FLOAT32 = {"rel": 1e-12, "abs": 1e-12}, {"rel": 2e-5}
+
+
+def adjacent_and_skipping(matrix):
+    last = len(matrix) - 1
+    return [matrix[k][k + 1] for k in range(last)], [matrix[k][k + 2] for k in range(last - 1)]
+
+
+@pytest.mark.parametrize("golden", SEQUENCES)
+def test_record_of_a_sequence(golden):
+    """Pictures are numbers here, and their distances those of the golden matrix."""
+    matrix = golden["distance_matrix"]
+    record = measured(range(len(matrix)), lambda one, other: matrix[one][other])
+    assert record["lpips_sequence"] == pytest.approx(golden["first_order"], **FLOAT32)
+    assert record["lpips_sequence_triangle"] == pytest.approx(golden["triangle_second_order"], **FLOAT32)
+    for key, name in (
+        ("lpips_kontext_edit", "kontext_edit_last_vs_first"),
+        ("lpips_edit_inversion", "edit_inversion_last_vs_second_last"),
+        ("lpips_inversion_edit", "inversion_edit_second_last_vs_second"),
+    ):
+        assert record[key] == pytest.approx(golden[name], **FLOAT32)
+
+
+@pytest.mark.parametrize("golden", SEQUENCES)
+def test_deficits(golden):
+    adjacent, skipping = adjacent_and_skipping(golden["distance_matrix"])
+    deficits = triangle_deficits(adjacent, skipping)
+    assert deficits == pytest.approx(golden["triangle_second_order"], **FLOAT32)
+    assert delta_smooth(adjacent, skipping) == max(deficits)
+    assert first_order(adjacent) == pytest.approx(max(golden["first_order"]) / sum(golden["first_order"]), **FLOAT32)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda one, two, direct: one + two - direct,
+        lambda one, two, direct: (one + two - direct) / (one + two),
+        lambda one, two, direct: (one + two) / direct,
+    ],
+)
+def test_other_deficits_are_told_apart(wrong):
+    for golden in SEQUENCES:
+        adjacent, skipping = adjacent_and_skipping(golden["distance_matrix"])
+        others = [wrong(one, two, direct) for one, two, direct in zip(adjacent, adjacent[1:], skipping)]
+        assert others != pytest.approx(golden["triangle_second_order"], rel=1e-2)
+
+
+def test_a_picture_that_comes_back():
+    assert METRICS["triangle_with_zero_direct_distance"] == ["inf"]
+    assert triangle_deficits([0.2, 0.2], [0.0]) == [math.inf]
+    assert triangle_deficits([0.0, 0.0], [0.0]) == [0.0]
+    assert measured("aba", lambda one, other: float(one != other))["lpips_sequence_triangle"] == [None]
+
+
+@pytest.mark.parametrize("golden", FILTERED)
+def test_evenness(golden):
+    sequence = golden["sequence"]
+    assert kl_to_uniform(sequence) == pytest.approx(golden["kl_to_uniform"], **EXACT)
+    assert kl_to_uniform([7 * value for value in sequence]) == pytest.approx(golden["kl_to_uniform"], **EXACT)
+    assert (kl_to_uniform(sequence) <= MOST_KL) == golden["kept_at_threshold_0_15"]
+    assert METRICS["kl_threshold"] == MOST_KL
+    strengths = even_strengths(sequence[1:-1])
+    assert strengths == pytest.approx(golden["slider_cdf_of_inner_steps"], **EXACT)
+    if "mapped_slider" in golden:
+        assert strengths == pytest.approx(list(golden["mapped_slider"].values()), **EXACT)
+
+
+def kl_in_bits(sequence):
+    return kl_to_uniform(sequence) / math.log(2)
+
+
+def kl_unnormalised(sequence):
+    return sum(value * math.log(value * len(sequence)) for value in sequence if value > 0)
+
+
+def kl_the_other_way(sequence):
+    return sum(math.log(sum(sequence) / (len(sequence) * (value or 1e-8))) for value in sequence) / len(sequence)
+
+
+@pytest.mark.parametrize("wrong", [kl_in_bits, kl_unnormalised, kl_the_other_way])
+def test_other_divergences_are_told_apart(wrong):
+    uneven = [golden for golden in FILTERED if golden["kl_to_uniform"] > 1e-6]
+    assert all(wrong(g["sequence"]) != pytest.approx(g["kl_to_uniform"], rel=1e-2) for g in uneven)
+
+
+def test_strengths_of_the_whole_sequence_would_be_others():
+    uneven = [golden["sequence"] for golden in FILTERED if golden["kl_to_uniform"] > 1e-6]
+    for sequence in uneven:
+        sums = list(accumulate(sequence))
+        assert even_strengths(sequence[1:-1]) != pytest.approx([total / sums[-1] for total in sums[:-1]], rel=1e-2)
+
+
+@pytest.mark.parametrize("golden", METRICS["validity"], ids=lambda g: f"{g['category']} {g['kontext_edit']}")
+def test_thresholds(golden):
+    assert valid_ends(golden["category"], golden["kontext_edit"], golden["edit_inversion"]) == golden["valid_v2"]
+
+
+def test_the_older_thresholds_are_told_apart():
+    assert any(golden["valid_v1"] != golden["valid_v2"] for golden in METRICS["validity"])
+
+
+def test_refusals():
+    even = {
+        "lpips_sequence": [0.1] * 8,
+        "category": "stylization",
+        "lpips_kontext_edit": 0.3,
+        "lpips_edit_inversion": 0.1,
+    }
+    assert refusal(even, MOST_KL, True) == ""
+    assert refusal({**even, "lpips_sequence": [0.8] + [0.05] * 7}, MOST_KL, True) == "changes in jumps"
+    assert refusal({**even, "lpips_sequence": [0.0] * 8}, MOST_KL, True) == "does not change"
+    weak = {**even, "lpips_kontext_edit": 0.01}
+    assert "too weak" in refusal(weak, MOST_KL, True)
+    assert refusal(weak, MOST_KL, False) == ""
+    assert refusal({**weak, "category": "anything_else"}, MOST_KL, True) == ""
+
+
+@pytest.mark.parametrize("bad", [[], [0.1, -0.1], [0.1, math.nan], [math.inf, 0.1]])
+def test_no_distances(bad):
+    for measure in (first_order, kl_to_uniform, even_strengths):
+        with pytest.raises(SliderError, match="no distances between pictures"):
+            measure(bad)
+
+
+def test_nothing_changes():
+    for measure in (first_order, kl_to_uniform, even_strengths):
+        with pytest.raises(SliderError, match="All pictures are equal"):
+            measure([0.0, 0.0])
+
+
+def test_distances_that_do_not_go_together():
+    with pytest.raises(SliderError, match="2 distances between neighbours go with 1 over a picture; found 2"):
+        triangle_deficits([0.1, 0.1], [0.1, 0.1])
+    with pytest.raises(SliderError, match="three or more"):
+        delta_smooth([0.1], [])
