@@ -25,15 +25,15 @@ from conftest import REPO
 from PIL import Image
 from support.graphs import Graph
 
-from training.distances import distance_named, pixel_distance
-from training.edits import read_edits
 from training.errors import TrainingError
-from training.prepare import prepare
-from training.prepare_config import read_prepare_config
-from training.rendering_server import RenderingServer
-from training.sharing import Shared
-from training.stack_graphs import filled, graphs_for
-from training.stack_writing import StackFiles, measured
+from training.preparing.config import read_prepare_config
+from training.preparing.distances import distance_named, pixel_distance
+from training.preparing.edits import read_edits
+from training.preparing.graphs import filled, graphs_for
+from training.preparing.prepare import prepare
+from training.preparing.rendering_server import RenderingServer
+from training.preparing.sharing import Shared
+from training.preparing.writing import StackFiles, measured
 from training.stacks import COLUMNS, read_record, read_stacks
 
 OPENER = build_opener(ProxyHandler({}))

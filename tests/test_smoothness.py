@@ -11,7 +11,7 @@ from conftest import GOLDEN
 
 from slider_core.errors import SliderError
 from slider_core.smoothness import delta_smooth, even_strengths, first_order, kl_to_uniform, triangle_deficits
-from training.stack_writing import measured
+from training.preparing.writing import measured
 from training.stacks import MOST_KL, refusal, valid_ends
 
 METRICS = json.loads((GOLDEN / "metrics.json").read_text())

@@ -93,8 +93,8 @@ def _tryout(chosen: argparse.Namespace) -> int:
 
 
 def _prepare(chosen: argparse.Namespace) -> int:
-    from .prepare import prepare
-    from .prepare_config import read_prepare_config
+    from .preparing.config import read_prepare_config
+    from .preparing.prepare import prepare
 
     try:
         print(prepare(read_prepare_config(chosen.config)))

@@ -150,7 +150,7 @@ class Run(Section):
     steps: Annotated[int, Field(ge=1)]
     batch: Annotated[int, Field(ge=1)]
     micro_batch: Annotated[int, Field(ge=1)] = 1
-    resolution: Annotated[int, Field(ge=16)]
+    resolution: Annotated[int, Field(ge=16, multiple_of=16)]
     seed: Annotated[int, Field(ge=0)] = 0
     checkpointing: bool = True
 
@@ -198,14 +198,17 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        allowed = _OBJECTIVES[self.method]
-        if self.objective.kind not in allowed:
-            raise ValueError(f"objective.kind is {self.objective.kind!r}; for {self.method} it is {listed(allowed)}")
         kinds = ("stacks",) if self.method == "projector" else _INSTRUCTIONS_KINDS
-        if self.data.kind not in kinds:
-            raise ValueError(f"data.kind is {self.data.kind!r}; for {self.method} it is {listed(kinds)}")
-        if self.run.resolution % 16:
-            raise ValueError(f"run.resolution is {self.run.resolution}; it must be a multiple of 16")
+        problems = [
+            f"{name} is {found!r}; for {self.method} it is {listed(allowed)}"
+            for name, found, allowed in (
+                ("objective.kind", self.objective.kind, _OBJECTIVES[self.method]),
+                ("data.kind", self.data.kind, kinds),
+            )
+            if found not in allowed
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
     @property

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .errors import TrainingError
-from .examples import of_pixels
+from ..errors import TrainingError
+from ..examples import of_pixels
 
 _SIDE = 64
 

@@ -14,10 +14,10 @@ from PIL import Image
 
 from slider_core.smoothness import triangle_deficits
 
+from ..errors import TrainingError
+from ..stacks import COLUMNS, read_record, stacked
+from ..whole_files import write_whole
 from .distances import Distance
-from .errors import TrainingError
-from .stacks import COLUMNS, read_record, stacked
-from .whole_files import write_whole
 
 
 class StackFiles:

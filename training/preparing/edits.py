@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import TrainingError
-from .examples import lines_of, pictures_in
-from .prepare_config import Folder, Lines
+from ..errors import TrainingError
+from ..examples import lines_of, pictures_in
+from .config import Folder, Lines
 
 _EXPECTED = '{"image": "file.png", "instruction": "make ...", "category": "stylization"}; category may be left out'
 

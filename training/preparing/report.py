@@ -13,11 +13,11 @@ from slider_core.errors import SliderError
 from slider_core.plots import stacks_plot
 from slider_core.smoothness import kl_to_uniform
 
+from ..examples import as_picture
+from ..stacks import THRESHOLDS, read_record, refusal
+from ..whole_files import write_whole
+from .config import Filter, PrepareConfig
 from .edits import Edit
-from .examples import as_picture
-from .prepare_config import Filter, PrepareConfig
-from .stacks import THRESHOLDS, read_record, refusal
-from .whole_files import write_whole
 
 _PASS = "pass"
 _NAMELESS = "no category"

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .errors import TrainingError
-from .prepare_config import Graphs, Latents, Sliders
+from ..errors import TrainingError
+from .config import Graphs, Latents, Sliders
 
 Graph = dict[str, Any]
 
