@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import signal
 import time
@@ -55,9 +56,9 @@ def accelerator():
     return Accelerator(cpu=True)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """As in `started`, so that sums are made in the same order."""
+    """As in `started`, so that sums are made in the same order; more would wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -145,7 +146,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(place, accelerator):
     assert losses["parts"] == losses["whole"]
 
 
-def test_killed_and_started_again_equals_never_stopped(place, accelerator, one_thread):
+def test_killed_and_started_again_equals_never_stopped(place, accelerator):
     more = {"run": {"steps": 20}, "checkpoints": {"every": 2, "keep": 2}}
     trained(place, accelerator, **named("never", **more))
     config = write_config(place, named("killed", **more))
@@ -274,6 +275,44 @@ def test_files_tell_what_they_are(files, capsys):
     assert bundle.lora is not None
     assert main(["inspect", str(files["projector"]), "--comfyui", str(COMFYUI)]) == 0
     assert "strength projector for hidden size 128" in capsys.readouterr().out
+
+
+def test_a_dry_run_saves_nothing(place, capsys):
+    config = write_config(place, named("dry", run={"steps": 50}))
+    assert main(["train", str(config), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "10 to learn from, 2 held out" in said
+    assert re.search(r"time: \d+\.\d\d s a step, .* for 50 steps", said)
+    assert not list((place / "out_dry").rglob("*.pt"))
+    assert not (place / "out_dry" / "dry.safetensors").exists()
+
+
+def test_adapters_are_evaluated(files, place, capsys):
+    """What was trained here, by each method, and an authors' file."""
+    few = {"samples": {"strengths": [0.0, 0.5, 1.0], "steps": 2}}
+    stacks = {"method": "projector", "data": {"kind": "stacks", "path": "stacks", "held_out": 1}}
+    for method, more in (("stlora", {}), ("gstlora", {"method": "gstlora"}), ("projector", stacks)):
+        config = write_config(place, named(f"file_{method}", **few, **more))
+        assert main(["evaluate", str(config)]) == 0
+        folder = place / f"out_file_{method}" / "evaluation" / f"file_{method}"
+        assert "rising: " in capsys.readouterr().out
+        strip, grid = 4 * 64 + 3 * 6, 3 * 64 + 2 * 6
+        assert Image.open(folder / "0.png").width in ((strip, grid) if method == "stlora" else (strip,))
+        assert (folder / "curves.png").is_file()
+    config = write_config(place, named("file_stlora", **few))
+    assert main(["evaluate", str(config), "--adapter", str(place / "models" / "loras" / "selective_lora.pt")]) == 0
+    assert (
+        main(["evaluate", str(config), "--adapter", str(place / "models" / "loras" / "wrong_width.safetensors")]) == 1
+    )
+    assert "does not fit the model" in capsys.readouterr().err
+
+
+def test_the_try_out_has_all_it_needs(tmp_path, capsys):
+    assert main(["tryout", str(tmp_path), "--comfyui", str(COMFYUI)]) == 0
+    command = capsys.readouterr().out.split()
+    assert command[:4] == ["python", "-m", "training", "train"]
+    assert main(["train", command[-1], "--dry-run"]) == 0
+    assert "118 to learn from" in capsys.readouterr().out
 
 
 def test_exported_files_are_the_authors(golden_model, tmp_path):
