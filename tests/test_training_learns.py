@@ -38,15 +38,6 @@ def in_training(monkeypatch):
     monkeypatch.setattr(comfy.model_management, "in_training", True)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """More would wait for each other: the model is tiny."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @dataclass
 class Learned:
     run: Run

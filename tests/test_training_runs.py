@@ -56,15 +56,6 @@ def accelerator():
     return Accelerator(cpu=True)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As in `started`, so that sums are made in the same order; more would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def run_of(place, accelerator, **changes) -> Run:
     return Run(read_config(write_config(place, changes)), accelerator, lambda *_: None)
 

@@ -154,7 +154,13 @@ def _from_hub(data: HuggingFace, cache: Path) -> Iterator[Example]:
         import datasets
     except ImportError as error:
         raise TrainingError("data.kind huggingface needs the package 'datasets': pip install datasets.") from error
-    rows: Any = datasets.load_dataset(data.dataset, split=data.split, streaming=True)
+    try:
+        rows: Any = datasets.load_dataset(data.dataset, split=data.split, streaming=True)
+    except Exception as error:
+        raise TrainingError(
+            f"The dataset {data.dataset!r} cannot be loaded: {error}. Is its name right, and the hub within reach? A "
+            "folder that holds a dataset works too."
+        ) from error
     folder = cache / "hub" / data.dataset.replace("/", "_")
     folder.mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(rows):

@@ -94,7 +94,7 @@ def started(comfyui: Path, arguments: Sequence[str | Path], processes: int = 1) 
     return subprocess.Popen(
         [sys.executable, *launch, "training", *map(str, arguments)],
         cwd=REPO,
-        env={**os.environ, "COMFYUI_PATH": str(comfyui), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "COMFYUI_PATH": str(comfyui)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
