@@ -98,6 +98,13 @@ class Flux(Family):
             "final_layer.norm_final",
         ]
 
+    def last_linears(self, diffusion_model: Any) -> list[str]:
+        doubles, singles = range(len(diffusion_model.double_blocks)), range(len(diffusion_model.single_blocks))
+        return [
+            *(f"double_blocks.{k}.{mlp}.2" for k in doubles for mlp in ("img_mlp", "txt_mlp")),
+            *(f"single_blocks.{k}.linear2" for k in singles),
+        ]
+
     def velocity(
         self,
         diffusion_model: Any,
