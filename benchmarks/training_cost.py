@@ -10,10 +10,10 @@ and as reference, guidance 3.5, 512 rows of text, AdamW, norm of gradients clipp
 (c) this pack's own steps (training.run.Run.take_step), which read them from its cache's files.
 
 The same: the transformer's weights, sizes of inputs, gradient checkpointing of every block, optimiser, float32 factors.
-Not the same: the pack's checkpointing also keeps what attention says and does not repeat a block's last product; the
-plain adapter acts on all rows of the text instead of the suppressed ones, for which PEFT has no way
-(it computes as much); only the plain loop makes its noise on the device; (a) leaves out the CLIP text encoder and the
-reading of pictures, and holds its encoders in memory all the time.
+Not the same: the pack's checkpointing also keeps what attention says, and does not repeat a block's last product; the
+plain adapter acts on all rows of the text instead of the suppressed ones, for which PEFT has no way (as much to
+compute); the plain loop makes its noise on the device; (a) leaves out the CLIP text encoder and the reading of
+pictures, and holds its encoders in memory all the time.
 By default 284 million random parameters at 256x256, a text encoder (T5) and a VAE with as large a share of the
 transformer's parameters and work as those of FLUX.1. Text is half of the rows there and a seventeenth at 1024x1024, so
 encoding it weighs more in (a) than at FLUX.1's own size, which --full measures, with T5-XXL's and the VAE's own sizes.
