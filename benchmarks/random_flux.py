@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import os
 import platform
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,21 +49,31 @@ def options(description: str | None) -> argparse.Namespace:
 
 def models(args: argparse.Namespace) -> Iterator[tuple[Model, int]]:
     """A model per dtype, one at a time, and the size of its latent; says what they are."""
-    config, latent = (FULL, 128) if args.full else (SMALL, 32)
-    device = comfy.model_management.get_torch_device()
-    cores = f"{platform.machine()}, {os.cpu_count()} cores"
-    print(
-        f"machine: {torch.cuda.get_device_name(device) if device.type == 'cuda' else cores}; torch {torch.__version__}"
-    )
+    config, latent = model_size(args)
+    print_machine()
     for dtype in args.dtypes:
-        model = _model(config, device, getattr(torch, dtype))
-        size = sum(p.numel() for p in model.model.diffusion_model.parameters()) / 1e6
-        print(f"\nmodel: FLUX.1 layout, {size:.0f} million random parameters, {dtype}; {latent * 8}x{latent * 8}")
+        model = random_model(config, getattr(torch, dtype))
+        print_model(model, dtype, latent)
         with torch.inference_mode():
             yield model, latent
         del model
         gc.collect()
         comfy.model_management.unload_all_models()
+
+
+def model_size(args: argparse.Namespace) -> tuple[Mapping[str, int], int]:
+    """The model's config and the size of its latent."""
+    return (FULL, 128) if args.full else (SMALL, 32)
+
+
+def print_machine() -> None:
+    cores = f"{platform.machine()}, {os.cpu_count()} cores"
+    print(f"machine: {torch.cuda.get_device_name() if torch.cuda.is_available() else cores}; torch {torch.__version__}")
+
+
+def print_model(model: Model, dtype: str, latent: int) -> None:
+    size = sum(p.numel() for p in model.model.diffusion_model.parameters()) / 1e6
+    print(f"\nmodel: FLUX.1 layout, {size:.0f} million random parameters, {dtype}; {latent * 8}x{latent * 8}")
 
 
 def text(model: Model, **more: Any) -> list:
@@ -74,7 +87,34 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def _model(config: Mapping[str, int], device: torch.device, dtype: torch.dtype) -> Model:
+@contextlib.contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """Peak bytes while the context is open: allocated on a GPU, else resident in this process (sampled every 2 ms)."""
+    peak = [0.0]
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        yield peak
+        peak[0] = float(torch.cuda.max_memory_allocated())
+        return
+    gc.collect()
+    done, process = threading.Event(), psutil.Process()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+
+
+def random_weights(config: Mapping[str, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The same ones every time, on the device, by ComfyUI's names."""
+    device = comfy.model_management.get_torch_device()
     generator = torch.Generator(device).manual_seed(1)
     weights = {}
     for name, shape in recipe.flux_shapes(config).items():
@@ -82,4 +122,8 @@ def _model(config: Mapping[str, int], device: torch.device, dtype: torch.dtype) 
             shape, generator=generator, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16
         )
         weights[name] = (values * 0.02 + (1.0 if name.endswith(".scale") else 0.0)).to(dtype)
-    return comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
+    return weights
+
+
+def random_model(config: Mapping[str, int], dtype: torch.dtype) -> Model:
+    return comfy.sd.load_diffusion_model_state_dict(random_weights(config, dtype), model_options={"dtype": dtype})

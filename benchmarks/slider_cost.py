@@ -12,25 +12,22 @@ reference with --full (for GPUs). Medians of interleaved repeats.
 from __future__ import annotations
 
 import contextlib
-import gc
 import statistics
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from random_flux import FULL, SMALL, TEXT_ROWS, Model, models, options, recipe, synchronise, text  # isort: skip
+from random_flux import FULL, SMALL, TEXT_ROWS, Model, models, options, peak_memory, recipe, synchronise, text  # isort: skip
 
 import comfy.sample
 import comfy.sd
 import comfy.utils
-import psutil
 from comfy.patcher_extension import WrappersMP
 from safetensors.torch import save_file
 
@@ -137,7 +134,7 @@ def _report(bench: _Bench, repeats: int) -> None:
         for name, variant in variants.items():
             model, text = variant()
             bench.sample(model, text, 1)
-            with _peak_memory() as peak:
+            with peak_memory() as peak:
                 synchronise()
                 start = time.perf_counter()
                 bench.sample(model, text, bench.steps)
@@ -157,31 +154,6 @@ def _report(bench: _Bench, repeats: int) -> None:
 
 def _stop(executor: Any, *args: Any, **kwargs: Any) -> None:
     raise FirstCall
-
-
-@contextlib.contextmanager
-def _peak_memory() -> Iterator[list[float]]:
-    """Peak bytes while the context is open: allocated on a GPU, else resident in this process (sampled every 2 ms)."""
-    peak = [0.0]
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        yield peak
-        peak[0] = float(torch.cuda.max_memory_allocated())
-        return
-    gc.collect()
-    done, process = threading.Event(), psutil.Process()
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            peak[0] = max(peak[0], process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        watcher.join()
 
 
 def _adapters(config: Mapping[str, int], folder: Path) -> dict[str, Path]:

@@ -139,7 +139,7 @@ def test_without_copies_of_what_is_overwritten_gradients_are_wrong(weights, mani
     exact = gradients(base, learning, objective, of)
     learning.zero_grad()
     monkeypatch.setattr(Flux, "overwritten_inputs", lambda *_: [])
-    assert apart(gradients(base, learning, objective, of), exact) > 0.01
+    assert not apart(gradients(base, learning, objective, of), exact) < 0.01  # not finite, or another
 
 
 def test_the_backward_pass_belongs_into_the_context(weights, manifest):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,8 @@ import comfy.model_management
 import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
-from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from slider_core.diffusion_model import diffusion_model_of
 from slider_core.families import Family, family_of
@@ -24,6 +26,21 @@ from slider_core.module_overrides import Around, Forward, overridden
 
 _ACTIVATION_BYTES = 34
 """Per token and unit of width, of what one block keeps for its backward pass."""
+
+_ATTENTIONS = [
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_fused_attention_overrideable",
+    )
+    if hasattr(torch.ops.aten, name)
+]
+
+_again: ContextVar[bool] = ContextVar("again", default=False)
+"""Whether a block runs once more, for its backward pass."""
 
 
 class Text(NamedTuple):
@@ -36,7 +53,8 @@ class Text(NamedTuple):
 class BaseModel:
     """A frozen diffusion model.
 
-    checkpointing: keep only what enters each block and compute the rest once more in the backward pass.
+    checkpointing: of each block keep only what enters it and what its attention says; compute the rest once more in
+    the backward pass, except what ends the block.
     """
 
     def __init__(self, patcher: ModelPatcher, checkpointing: bool = True):
@@ -67,7 +85,7 @@ class BaseModel:
     def to_device(self, images: int, tokens: int) -> None:
         """Load it for batches of `images` with `tokens` each; what does not fit beside them stays on the CPU."""
         width = self.family.width(self.network)
-        kept = len(self.family.blocks(self.network)) * tokens * width * self.dtype.itemsize
+        kept = 2 * len(self.family.blocks(self.network)) * tokens * width * self.dtype.itemsize
         needed = images * (kept + tokens * width * _ACTIVATION_BYTES)
         comfy.model_management.load_models_gpu([self.patcher], memory_required=needed)
 
@@ -84,7 +102,12 @@ class BaseModel:
         copies = dict.fromkeys(self.family.overwritten_inputs(self.network), _on_a_copy)
         around = _checkpointed if self.checkpointing else _on_copies
         blocks = dict.fromkeys((block.path for block in self.family.blocks(self.network)), around)
-        with overridden(self.network, [changes, copies, blocks]):
+        ends: Mapping[str, Around] = {}
+        if (
+            self.checkpointing and self.dtype != torch.float16
+        ):  # where ComfyUI passes a block's result through nan_to_num
+            ends = dict.fromkeys(self.family.last_linears(self.network), _once)
+        with overridden(self.network, [ends, changes, copies, blocks]):
             yield
 
     def velocity(
@@ -133,9 +156,52 @@ def _checkpointed(forward: Forward) -> Forward:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(run_on_copies, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return checkpoint(
+            run_on_copies,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=_first_and_again,
+            **kwargs,
+        )
 
     return run
+
+
+def _first_and_again() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
+    """What a block runs in at first and for its backward pass."""
+    keeping, kept = create_selective_checkpoint_contexts(_ATTENTIONS)
+    return keeping, _running_again(kept)
+
+
+@contextlib.contextmanager
+def _running_again(kept: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+    token = _again.set(True)
+    try:
+        with kept:
+            yield
+    finally:
+        _again.reset(token)
+
+
+def _once(forward: Forward) -> Forward:
+    def run(x: torch.Tensor) -> torch.Tensor:
+        if not _again.get():
+            return forward(x)
+        with _WithoutProducts():
+            return forward(x)
+
+    return run
+
+
+class _WithoutProducts(TorchDispatchMode):
+    """A frozen linear has its gradient and not its result, which is NaN so that nobody can depend on it unnoticed."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
+            return func(*args, **(kwargs or {}))
+        left, right = args[-2:]
+        return left.new_full((left.shape[0], right.shape[1]), torch.nan)
 
 
 def _copied(value: Any) -> Any:

@@ -101,6 +101,13 @@ class Family(ABC):
         """Paths of modules whose inputs the model overwrites later, so that gradients need copies of them."""
 
     @abstractmethod
+    def last_linears(self, diffusion_model: Any) -> list[str]:
+        """Paths of linears in blocks whose outputs are only scaled and added to the block's result.
+
+        No gradient needs their values, unless something that learns scales them, or their result is float16.
+        """
+
+    @abstractmethod
     def velocity(
         self,
         diffusion_model: Any,

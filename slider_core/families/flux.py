@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from comfy.ldm.flux.math import apply_rope
+from comfy.ldm.flux.math import apply_rope, apply_rope1
 from comfy.ldm.flux.model import Flux as FluxModel
 from comfy.text_encoders.flux import FluxTokenizer
 from comfy.utils import flux_to_diffusers
@@ -98,6 +98,13 @@ class Flux(Family):
             "final_layer.norm_final",
         ]
 
+    def last_linears(self, diffusion_model: Any) -> list[str]:
+        doubles, singles = range(len(diffusion_model.double_blocks)), range(len(diffusion_model.single_blocks))
+        return [
+            *(f"double_blocks.{k}.{mlp}.2" for k in doubles for mlp in ("img_mlp", "txt_mlp")),
+            *(f"single_blocks.{k}.linear2" for k in singles),
+        ]
+
     def velocity(
         self,
         diffusion_model: Any,
@@ -108,14 +115,41 @@ class Flux(Family):
         guidance: torch.Tensor,
         references: Sequence[torch.Tensor],
     ) -> torch.Tensor:
+        options = {"patches": {"attn1_patch": [_rotated]}} if torch.is_grad_enabled() else {}
         return diffusion_model(
-            latent, sigma, text, pooled, guidance, list(references) or None, ref_latents_method="offset"
+            latent,
+            sigma,
+            text,
+            pooled,
+            guidance,
+            list(references) or None,
+            transformer_options=options,
+            ref_latents_method="offset",
         )
 
     def with_positions(
         self, queries: torch.Tensor, keys: torch.Tensor, positions: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return apply_rope(queries, keys, positions)
+
+
+class _Rotation(torch.autograd.Function):
+    """ComfyUI's rotation by position; backward it is one as well, where autograd would fill and add whole tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(positions)
+        return apply_rope1(x, positions)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        [positions] = ctx.saved_tensors
+        return apply_rope1(gradient, positions.transpose(-1, -2)), None
+
+
+def _rotated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pe: torch.Tensor, **_: Any) -> dict[str, Any]:
+    """An attention patch that does what attention does at first."""
+    return {"q": _Rotation.apply(q, pe), "k": _Rotation.apply(k, pe), "pe": None}
 
 
 def _pass_both(img: torch.Tensor, txt: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,320 @@
+"""What a training step costs, against a plain loop of diffusers and PEFT, as ratios measured in one run.
+
+    python run.py benchmark [--full] [--repeats N] [--dtypes TYPE]
+
+An STLoRA of rank 16 is trained by PPS (SliderEdit): for each sample the frozen FLUX.1 says what it would do with a
+shorter prompt, without gradients, and the adapted one learns to say the same to the whole prompt; source picture noised
+and as reference, guidance 3.5, 512 rows of text, AdamW, norm of gradients clipped, one sample a step.
+(a) the plain loop with a text encoder and a VAE that encode both prompts and the picture at every step;
+(b) the plain loop with encoded prompts and pictures kept in memory;
+(c) this pack's own steps (training.run.Run.take_step), which read them from its cache's files.
+
+The same: the transformer's weights, sizes of inputs, gradient checkpointing of every block, optimiser, float32 factors.
+Not the same: the pack's checkpointing also keeps what attention says, and does not repeat a block's last product; the
+plain adapter acts on all rows of the text instead of the suppressed ones, for which PEFT has no way (as much to
+compute); the plain loop makes its noise on the device; (a) leaves out the CLIP text encoder and the reading of
+pictures, and holds its encoders in memory all the time.
+By default 284 million random parameters at 256x256, a text encoder (T5) and a VAE with as large a share of the
+transformer's parameters and work as those of FLUX.1. Text is half of the rows there and a seventeenth at 1024x1024, so
+encoding it weighs more in (a) than at FLUX.1's own size, which --full measures, with T5-XXL's and the VAE's own sizes.
+Medians of interleaved repeats after one round that is not counted; memory in a process for each. --steps is not used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+import in_training  # noqa: F401  # isort: skip
+from random_flux import (  # isort: skip
+    TEXT_ROWS,
+    model_size,
+    options,
+    peak_memory,
+    print_machine,
+    print_model,
+    random_model,
+    random_weights,
+    synchronise,
+)
+
+import comfy.model_management
+import psutil
+from accelerate import Accelerator
+from comfy.utils import flux_to_diffusers
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from peft import LoraConfig
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import T5Config, T5EncoderModel
+
+from training.base_model import BaseModel, Text
+from training.config import Config
+from training.examples import Picture
+from training.run import Run
+from training.sample_cache import Progress, Prompt, SampleCache
+
+RANK = 16
+GUIDANCE = 3.5
+ENCODING, KEPT, OURS = VARIANTS = ("(a) plain, encoding", "(b) plain, encoded", "(c) this pack")
+INSTRUCTIONS = ["make it night", "make the car red", "add snow on the roofs"]
+LAYERS = [
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+]
+SMALL_ENCODER = {"d_ff": 2048, "num_heads": 8}
+FULL_ENCODER = {"d_ff": 10240, "num_heads": 64}
+SMALL_VAE, FULL_VAE = (16, 32, 64, 64), (128, 256, 512, 512)
+
+Step = Callable[[], object]
+
+
+def main() -> None:
+    args = options(__doc__)
+    print_machine()
+    peaks = {}
+    for name in VARIANTS:
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            peaks[name] = process.submit(_peak, name, args).result()
+    with tempfile.TemporaryDirectory() as folder:
+        plain, run = _Plain(args, encoders=True), _run(args, Path(folder))
+        print_model(run.base.patcher, args.dtypes[0], model_size(args)[1])
+        print(f"    velocities of plain and own loop apart by {_apart(plain, run):.1e}")
+        _report({ENCODING: plain.encoding_step, KEPT: plain.step, OURS: run.take_step}, peaks, args.repeats)
+
+
+def _report(steps: Mapping[str, Step], peaks: Mapping[str, float], repeats: int) -> None:
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 1):
+        print(f"    round {repeat} of {repeats}", file=sys.stderr)
+        for name, step in steps.items():
+            synchronise()
+            start = time.perf_counter()
+            step()
+            synchronise()
+            if repeat:
+                times[name].append(time.perf_counter() - start)
+    print(f"\ntime and peak memory of a training step, median of {repeats}; ratios against this pack's")
+    for name, measured in times.items():
+        ratios = [a / b for a, b in zip(measured, times[OURS])]
+        median, low, high = statistics.median(ratios), min(ratios), max(ratios)
+        print(
+            f"    {name:20} {statistics.median(measured):7.3f} s    x {median:.3f} ({low:.3f} to {high:.3f})    "
+            f"{peaks[name] / 2**30:6.2f} GiB    x {peaks[name] / peaks[OURS]:.3f}"
+        )
+
+
+def _peak(name: str, args: argparse.Namespace) -> float:
+    """Bytes that a variant takes at most during steps, with its models; in a process that did nothing before."""
+    before = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
+    with tempfile.TemporaryDirectory() as folder:
+        if name == OURS:
+            step: Step = _run(args, Path(folder)).take_step
+        else:
+            plain = _Plain(args, encoders=name == ENCODING)
+            step = plain.encoding_step if name == ENCODING else plain.step
+        with peak_memory() as peak:
+            for _ in range(2):
+                step()
+    return peak[0] - before
+
+
+class _Plain:
+    """The loop as one would write it with diffusers and PEFT."""
+
+    def __init__(self, args: argparse.Namespace, encoders: bool):
+        config, latent = model_size(args)
+        dtype = getattr(torch, args.dtypes[0])
+        self.place: Any = {"device": comfy.model_management.get_torch_device(), "dtype": dtype}
+        self.transformer = _transformer(config, dtype)
+        self.transformer.enable_gradient_checkpointing()
+        self.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LAYERS))
+        self.parameters = [p for p in self.transformer.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(self.parameters, lr=5e-5, weight_decay=1e-4)
+        self.latent_size, self.width = latent, config["context_in_dim"]
+        self.source = self.random(1, 16, latent, latent)
+        self.pooled = self.random(1, 768)
+        self.prompts = [self.random(1, TEXT_ROWS, self.width) for _ in range(2)]
+        self.text_ids = torch.zeros(TEXT_ROWS, 3, device=self.place["device"])
+        self.image_ids = torch.cat([_ids(latent // 2, first).to(self.place["device"]) for first in (0, 1)])
+        if encoders:
+            self._load_encoders(args)
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, **self.place)
+
+    def _load_encoders(self, args: argparse.Namespace) -> None:
+        sizes: Mapping[str, Any] = FULL_ENCODER if args.full else SMALL_ENCODER
+        channels = FULL_VAE if args.full else SMALL_VAE
+        with torch.device(self.place["device"]):
+            self.text_encoder = T5EncoderModel(
+                T5Config(d_model=self.width, num_layers=24, feed_forward_proj="gated-gelu", **sizes)
+            )
+            self.vae = AutoencoderKL(
+                down_block_types=["DownEncoderBlock2D"] * 4,
+                up_block_types=["UpDecoderBlock2D"] * 4,
+                block_out_channels=channels,
+                layers_per_block=2,
+                latent_channels=16,
+                norm_num_groups=channels[0] // 4,
+                shift_factor=0.1159,
+                scaling_factor=0.3611,
+            )
+        self.text_encoder.to(**self.place).requires_grad_(False).eval()
+        self.vae.to(**self.place).requires_grad_(False).eval()
+        self.picture = self.random(1, 3, 8 * self.latent_size, 8 * self.latent_size)
+        self.tokens = torch.randint(1, 32000, (2, TEXT_ROWS), device=self.place["device"])
+
+    def encoding_step(self) -> None:
+        with torch.no_grad():
+            self.prompts = [self.text_encoder(one[None]).last_hidden_state for one in self.tokens]
+            latent = self.vae.encode(self.picture).latent_dist.sample()
+            self.source = (latent - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+        self.step()
+
+    def step(self) -> None:
+        prompt, shortened = self.prompts
+        sigma = torch.rand(1, device=self.place["device"])
+        noised = ((1 - sigma) * self.source + sigma * torch.randn_like(self.source)).to(self.place["dtype"])
+        with torch.no_grad():
+            self.transformer.disable_adapters()
+            wanted = self.velocity(noised, sigma, shortened)
+            self.transformer.enable_adapters()
+        said = self.velocity(noised, sigma, prompt)
+        torch.nn.functional.mse_loss(said.float(), wanted.float()).backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+
+    def velocity(self, noised: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """What the transformer says, as rows of 2x2 pixels of the latent."""
+        tokens = _packed(noised)
+        said = self.transformer(
+            hidden_states=torch.cat([tokens, _packed(self.source)], dim=1),
+            encoder_hidden_states=text,
+            pooled_projections=self.pooled,
+            timestep=sigma.to(**self.place),
+            guidance=torch.full((1,), GUIDANCE, device=self.place["device"]),
+            img_ids=self.image_ids,
+            txt_ids=self.text_ids,
+            return_dict=False,
+        )[0]
+        return said[:, : tokens.shape[1]]
+
+
+def _transformer(config: Mapping[str, int], dtype: torch.dtype) -> FluxTransformer2DModel:
+    """diffusers' model with the weights of the benchmark's."""
+    depths = {"depth": config["depth"], "depth_single_blocks": config["depth_single_blocks"]}
+    places = flux_to_diffusers({**depths, "hidden_size": config["hidden"]})
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(
+            num_layers=config["depth"],
+            num_single_layers=config["depth_single_blocks"],
+            num_attention_heads=config["hidden"] // 128,
+            joint_attention_dim=config["context_in_dim"],
+            guidance_embeds=True,
+        )
+    weights = random_weights(config, dtype)
+    model.load_state_dict({name: _placed(weights, places[name]) for name in model.state_dict()}, assign=True)
+    return model.requires_grad_(False)
+
+
+def _placed(weights: Mapping[str, torch.Tensor], place: Any) -> torch.Tensor:
+    """What ComfyUI's map says of one of diffusers' tensors: a name, or (name, rows) or (name, None, change)."""
+    name, rows, *change = (place, None) if isinstance(place, str) else place
+    tensor = weights[name.replace("_norm.weight", "_norm.scale")]
+    if rows is not None:
+        tensor = tensor.narrow(*rows)
+    return change[0](tensor) if change else tensor
+
+
+def _packed(latent: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pixel_unshuffle(latent, 2).flatten(2).transpose(1, 2)
+
+
+def _ids(side: int, first: int) -> torch.Tensor:
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return torch.stack([torch.full_like(rows, first), rows, columns], dim=-1).reshape(-1, 3).float()
+
+
+class _RandomCache(SampleCache):
+    """Random latents and prompts, as wide as `width`, in the files that the encoders' would be in."""
+
+    def __init__(self, width: int, *args: Any):
+        super().__init__(*args)
+        self.width = width
+
+    def fill_latents(self, pictures: Iterable[Picture], on_progress: Progress) -> dict[Picture, str]:
+        for picture in dict.fromkeys(pictures):
+            save_file(
+                {"latent": torch.randn(1, 16, self.resolution // 8, self.resolution // 8)}, self._latent_file(picture)
+            )
+        return {}
+
+    def fill_texts(self, prompts: Iterable[Prompt], on_progress: Progress) -> None:
+        for prompt in dict.fromkeys(prompts):
+            rows = {f"rows.{k}": torch.arange(8 * k, 8 * k + 8, dtype=torch.int32) for k in range(len(prompt))}
+            states = torch.randn(1, self.base.text_rows, self.width, dtype=self.dtype)
+            save_file(
+                {"states": states, "pooled": torch.randn(1, 768, dtype=self.dtype), **rows}, self._text_file(prompt)
+            )
+
+
+def _run(args: argparse.Namespace, folder: Path) -> Run:
+    """A run of the trainer on the benchmark's model."""
+    size, latent = model_size(args)
+    encoder, vae, picture = (folder / name for name in ("encoder", "vae", "picture.png"))
+    encoder.write_bytes(b"random")
+    vae.write_bytes(b"random")
+    Image.new("RGB", (8 * latent, 8 * latent)).save(picture)
+    config = Config.model_validate(
+        {
+            "method": "stlora",
+            "name": "benchmark",
+            "output": folder,
+            "base": {"model": str(encoder), "text_encoders": [str(encoder)], "vae": str(vae), "text_rows": TEXT_ROWS},
+            "data": {"kind": "combinations", "images": folder, "instructions": INSTRUCTIONS, "held_out": 0},
+            "adapter": {"rank": RANK},
+            "objective": {"kind": "pps", "guidance": GUIDANCE},
+            "optimiser": {"learning_rate": 5e-5},
+            "run": {"steps": 1000, "batch": 1, "resolution": 8 * latent},
+        }
+    )
+    base = BaseModel(random_model(size, getattr(torch, args.dtypes[0])))
+    cache = partial(_RandomCache, size["context_in_dim"])
+    with patch.object(BaseModel, "load", lambda *_: base), patch("training.run.SampleCache", cache):
+        return Run(config, Accelerator(cpu=base.device.type == "cpu"), _silent)
+
+
+def _silent(what: str, done: int, of: int) -> None:
+    pass
+
+
+def _apart(plain: _Plain, run: Run) -> float:
+    """Relative difference of what the two models say to the same inputs before they have learned anything."""
+    noised, sigma = torch.randn_like(plain.source), torch.tensor([0.6], device=plain.place["device"])
+    text = Text(plain.prompts[0], plain.pooled)
+    with torch.no_grad():
+        one = plain.velocity(noised, sigma, text.states).float()
+        other = _packed(run.base.velocity(noised, sigma, text, GUIDANCE, [plain.source]))
+    return ((one - other).norm() / other.norm()).item()
+
+
+if __name__ == "__main__":
+    main()
