@@ -189,12 +189,11 @@ def provide_browser(python: Path, log: Path) -> None:
 
 
 def provide_benchmark_tools(python: Path, log: Path) -> None:
-    """Have BENCHMARK_TOOLS and what the trainer needs."""
-    requirements = ROOT / "training" / "requirements.txt"
-    wanted = "\n".join([requirements.read_text(encoding="utf-8"), *BENCHMARK_TOOLS])
+    """Have BENCHMARK_TOOLS."""
     has = python.parents[1] / ".benchmark"
+    wanted = "\n".join(BENCHMARK_TOOLS)
     if not has.is_file() or has.read_text(encoding="utf-8") != wanted:
-        pip(python, ["install", "-r", str(requirements), *BENCHMARK_TOOLS], "the benchmark's packages", log)
+        pip(python, ["install", *BENCHMARK_TOOLS], "the benchmark's packages", log)
         has.write_text(wanted, encoding="utf-8")
 
 

@@ -102,11 +102,9 @@ class BaseModel:
         copies = dict.fromkeys(self.family.overwritten_inputs(self.network), _on_a_copy)
         around = _checkpointed if self.checkpointing else _on_copies
         blocks = dict.fromkeys((block.path for block in self.family.blocks(self.network)), around)
-        ends: Mapping[str, Around] = {}
-        if (
-            self.checkpointing and self.dtype != torch.float16
-        ):  # where ComfyUI passes a block's result through nan_to_num
-            ends = dict.fromkeys(self.family.last_linears(self.network), _once)
+        uses_results = self.dtype == torch.float16  # ComfyUI passes those of blocks through nan_to_num
+        last = self.family.last_linears(self.network) if self.checkpointing and not uses_results else []
+        ends = dict.fromkeys(last, _once)
         with overridden(self.network, [ends, changes, copies, blocks]):
             yield
 
