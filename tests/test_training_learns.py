@@ -79,7 +79,7 @@ def fell(losses: list[float], to: float) -> bool:
 
 def test_an_stlora_deletes_the_instructions_that_it_acts_on(place):
     """PPS on random weights: the loss falls, and held-out prompts are answered as if they lacked the instruction."""
-    it = learned(place, "pps", run={"steps": 150, "batch": 8, "micro_batch": 8})
+    it = learned(place, "pps", run={"steps": 150, "batch": 8, "micro_batch": 8, "checkpointing": False})
     assert fell(it.losses, 0.8)
     chosen, bare = it.distance(it.run.objective.changes), it.distance(lambda _: {})
     assert chosen < 0.8 * bare
@@ -120,7 +120,9 @@ def only(batch: Batch, places: list[int]) -> Batch:
 
 def test_a_gstlora_makes_every_instruction_neutral(place):
     """SPPS on random weights."""
-    it = learned(place, "spps", method="gstlora", run={"steps": 60, "batch": 8, "micro_batch": 8})
+    it = learned(
+        place, "spps", method="gstlora", run={"steps": 60, "batch": 8, "micro_batch": 8, "checkpointing": False}
+    )
     assert fell(it.losses, 0.8)
     assert it.distance(it.run.objective.changes) < 0.8 * it.distance(lambda _: {})
 
@@ -133,7 +135,7 @@ def test_a_projector_tells_strengths_apart(place):
         method="projector",
         data={"kind": "stacks", "path": "stacks", "held_out": 2},
         objective={"strength_dropout": 0.0, "timesteps": "logit_normal", "timestep_mean": 2.0},
-        run={"steps": 120, "batch": 8, "micro_batch": 8},
+        run={"steps": 120, "batch": 8, "micro_batch": 8, "checkpointing": False},
     )
     assert fell(it.losses, 0.8)
 
