@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import comfy.model_management
 import comfy.sd
 import pytest
@@ -93,6 +95,47 @@ def test_equal_to_float64_without_checkpointing(weights, manifest, kind):
     exact = found[torch.float64, False]
     assert apart(found[torch.float32, False], exact) < 1e-4
     assert apart(found[torch.float32, True], exact) < 1e-4
+
+
+@pytest.mark.parametrize("storage", ["float8_e4m3fn", "quantised", "partly loaded"])
+def test_the_weights_storage_does_not_matter(weights, manifest, storage):
+    """As through the same values in float32: 8-bit floats, ComfyUI's quantised layers, weights that stay offloaded."""
+    of = batch(manifest)
+    base = model(weights, torch.float32, True)
+    if storage == "float8_e4m3fn":
+        stored = model(weights, torch.float8_e4m3fn, True)
+        assert stored.network.double_blocks[0].txt_mlp[0].weight.dtype == torch.float8_e4m3fn
+        base = model(
+            {name: value.to(torch.float8_e4m3fn).float() for name, value in weights.items()}, torch.float32, True
+        )
+    elif storage == "quantised":
+        written, meant = quantised(weights)
+        stored, base = model(written, torch.float32, True), model(meant, torch.float32, True)
+        assert type(stored.network.double_blocks[0].txt_mlp[0].weight).__name__ == "QuantizedTensor"
+    else:
+        stored = model(weights, torch.float32, True)
+        stored.patcher.load(lowvram_model_memory=10_000)
+        assert sum(getattr(module, "comfy_cast_weights", False) for module in stored.network.modules()) > 10
+    found = {}
+    for name, of_model in (("stored", stored), ("plain", base)):
+        learning = lora(of_model, "GSTLoRA")
+        found[name] = gradients(of_model, learning, Suppression(settings("pps"), 0, learning, True), of)
+    assert apart(found["stored"], found["plain"]) < 0.02
+
+
+def quantised(weights):
+    """The linears of double blocks as ComfyUI's scaled 8-bit floats, and what they stand for."""
+    written, meant = dict(weights), dict(weights)
+    for name, value in weights.items():
+        if name.startswith("double_blocks.") and name.endswith(".weight") and value.ndim == 2:
+            scale = value.abs().max() / torch.finfo(torch.float8_e4m3fn).max
+            stored = (value / scale).to(torch.float8_e4m3fn)
+            layer = name.removesuffix(".weight")
+            written[name], written[f"{layer}.weight_scale"] = stored, scale
+            kind = json.dumps({"format": "float8_e4m3fn"}).encode()
+            written[f"{layer}.comfy_quant"] = torch.tensor(list(kind), dtype=torch.uint8)
+            meant[name] = stored.float() * scale
+    return written, meant
 
 
 def test_equal_to_finite_differences(weights, manifest):

@@ -234,6 +234,7 @@ def test_pictures_and_curves_of_held_out_examples(place, accelerator):
         assert curve["strengths"] == [0, 1, 2]
         assert len(curve["distances"]) == 3
     assert (place / "out_seen" / "loss.png").is_file()
+    assert (place / "out_seen" / "held_out.png").is_file() == bool(curves)
 
 
 @pytest.fixture(scope="module")

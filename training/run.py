@@ -103,11 +103,11 @@ class Run:
             while self.step < self.config.run.steps and not self.stopped:
                 losses, norm = self.take_step()
                 self.step += 1
-                watching.step(self, losses, norm)
                 last = self.stopped or self.step == self.config.run.steps
                 self._unsaved |= self.step % self.config.checkpoints.every == 0 or last
                 if self._unsaved:
                     self._save(last)
+                watching.step(self, losses, norm)
         watching.end(self)
 
     def take_step(self) -> tuple[float, float]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import statistics
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +23,7 @@ from .held_out import Renderer
 if TYPE_CHECKING:
     from .run import Run
 
+_LOG = logging.getLogger(__name__)
 _OVER = 20
 """Steps that the running mean of the loss looks back, about."""
 
@@ -43,10 +48,13 @@ class Watching:
                 self.bar = tqdm(total=self.config.run.steps, initial=run.step - 1, unit="step", dynamic_ncols=True)
             self.bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
             self.bar.update()
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": run.step, **values}) + "\n")
-            if every and run.step % every == 0:
-                self._render(run)
+            try:
+                with self.log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": run.step, **values}) + "\n")
+                if every and run.step % every == 0:
+                    self._render(run)
+            except OSError as error:
+                _LOG.warning("%s has no room for logs and pictures (%s).", self.config.output, error)
         self.accelerator.wait_for_everyone()
 
     def end(self, run: Run) -> None:
@@ -54,7 +62,8 @@ class Watching:
         if self.bar is not None:
             self.bar.close()
         if self.accelerator.is_main_process:
-            self._plot()
+            with contextlib.suppress(OSError):
+                self._plot()
         self.accelerator.end_training()
 
     def _render(self, run: Run) -> None:
@@ -70,13 +79,34 @@ class Watching:
         self._plot()
 
     def _plot(self) -> None:
-        """loss.png: the loss of each step, and its running mean."""
+        """loss.png: the loss of each step, and its running mean. held_out.png: how evenly edits come, over the run."""
         records = read_log(self.log)
         if records:
             losses = [record["loss"] for record in records]
             means = list(accumulate(losses, lambda mean, loss: mean + (loss - mean) / _OVER))
             plot = curves_plot([r["step"] for r in records], {"loss": losses, "running mean": means}, "step", "loss")
             as_picture(plot[0]).save(self.config.output / "loss.png")
+        seen = {step: found for step, found in read_curves(self.config.output / "samples").items() if found}
+        if seen:
+            lines = {
+                "steps that lead further from the source": [_mean(found, "rising") for found in seen.values()],
+                "largest change between neighbours": [_mean(found, "first_order") for found in seen.values()],
+                "largest detour": [_mean(found, "delta_smooth") for found in seen.values()],
+            }
+            plot = curves_plot(list(seen), lines, "step", "held-out examples, mean")
+            as_picture(plot[0]).save(self.config.output / "held_out.png")
+
+
+def read_curves(samples: Path) -> dict[int, list[dict[str, Any]]]:
+    """The curves of the held-out examples by step, from the folder of samples."""
+    files = sorted(samples.glob("step_*/curves.json"))
+    return {int(file.parent.name.removeprefix("step_")): json.loads(file.read_text("utf-8")) for file in files}
+
+
+def _mean(curves: Sequence[Mapping[str, Any]], name: str) -> float:
+    """NaN, which leaves a gap in a plot, where nothing changed."""
+    values = [curve[name] for curve in curves if curve[name] is not None]
+    return statistics.mean(values) if values else float("nan")
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,116 @@
+"""What a run learns from, out of folders and files."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import pytest
+from PIL import Image
+from support.training_run import INSTRUCTIONS, write_config, write_pictures, write_stacks
+
+from training.config import read_config
+from training.draws import example_of
+from training.errors import TrainingError
+from training.examples import read_examples, resized
+
+
+@pytest.fixture
+def place(tmp_path):
+    write_pictures(tmp_path / "pictures", 4)
+    return tmp_path
+
+
+def examples_of(place, **data):
+    return read_examples(read_config(write_config(place, {"data": data})))
+
+
+def combined(place, **more):
+    data = {"kind": "combinations", "images": "pictures", "instructions": INSTRUCTIONS, "examples": 60, "held_out": 6}
+    return examples_of(place, **{**data, **more})
+
+
+def test_combinations(place):
+    found = combined(place)
+    assert (len(found.training), len(found.held_out)) == (54, 6)
+    everything = [*found.training, *found.held_out]
+    assert {len(example.instructions) for example in everything} == {1, 2, 3}
+    assert all(len(set(example.instructions)) == len(example.instructions) for example in everything)
+    assert {example.instructions for example in everything} >= {(INSTRUCTIONS[0], INSTRUCTIONS[1]), (INSTRUCTIONS[1],)}
+    uses = [sum(example.source.file.name == f"{k}.png" for example in everything) for k in range(4)]
+    assert uses == [15] * 4
+    assert combined(place) == found
+    assert {len(example.instructions) for example in combined(place, most_in_a_prompt=1).training} == {1}
+
+
+def test_contrary_instructions_never_meet(place):
+    apart = [INSTRUCTIONS[0], INSTRUCTIONS[2]]
+    assert any(set(apart) <= set(example.instructions) for example in combined(place).training)
+    found = combined(place, never_together=[apart])
+    assert not any(set(apart) <= set(example.instructions) for example in found.training)
+    with pytest.raises(TrainingError, match="'make it day', which is not among the instructions"):
+        combined(place, never_together=[["make it day", INSTRUCTIONS[0]]])
+
+
+def test_instructions_from_a_file(place):
+    (place / "instructions.txt").write_text("make it red\n\n  make it night \n", encoding="utf-8")
+    found = combined(place, instructions="instructions.txt")
+    assert {one for example in found.training for one in example.instructions} == {"make it red", "make it night"}
+
+
+def test_pairs(place):
+    lines = [
+        {"image": "pictures/0.png", "instructions": ["a", "b", "c", "d"]},
+        {"image": "pictures/1.png", "instructions": "e"},
+    ]
+    (place / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    found = examples_of(place, kind="pairs", path="pairs.jsonl", held_out=0).training
+    assert [(e.source.file.name, e.instructions) for e in found] == [
+        ("0.png", ("a", "b", "c")),
+        ("0.png", ("d",)),
+        ("1.png", ("e",)),
+    ]
+    (place / "pictures" / "2.txt").write_text("make it red\nmake it night\n")
+    found = examples_of(place, kind="pairs", path="pictures", held_out=0).training
+    assert [(e.source.file.name, e.instructions) for e in found] == [("2.png", ("make it red", "make it night"))]
+
+
+@pytest.mark.parametrize("line", ["no json", '{"image": "a.png"}', '{"image": "a.png", "instructions": [3]}', "[]"])
+def test_pairs_that_cannot_be_read(place, line):
+    (place / "pairs.jsonl").write_text(f'{{"image": "a.png", "instructions": ["x"]}}\n{line}\n')
+    with pytest.raises(TrainingError, match=r"pairs\.jsonl, line 2: expected"):
+        examples_of(place, kind="pairs", path="pairs.jsonl")
+
+
+def test_stacks(place):
+    write_stacks(place / "stacks", 3)
+    data = {"kind": "stacks", "path": "stacks", "held_out": 1}
+    config = read_config(write_config(place, {"method": "projector", "data": data}))
+    [first, *_] = read_examples(config).training
+    assert first.source.column == 0
+    assert [target.picture.column for target in first.targets] == [1, 2, 3, 4, 5, 6, 7]
+    assert [round(target.strength * 6, 6) for target in first.targets] == [0, 1, 2, 3, 4, 5, 6]
+    reds = [target.picture.open().getpixel((5, 5))[0] for target in first.targets]
+    assert {b - a for a, b in pairwise(reds)} == {28}
+
+
+def test_nothing_to_learn_from(place, tmp_path):
+    with pytest.raises(TrainingError, match="nothing is left to learn from"):
+        combined(place, examples=6)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TrainingError, match="holds no pictures"):
+        combined(place, images="empty")
+
+
+def test_every_epoch_has_each_example_once():
+    epochs = [[example_of(7, number, 5) for number in range(start, start + 5)] for start in (0, 5, 10)]
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
+    assert epochs[0] != epochs[1] or epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("size", [(640, 480), (100, 900), (64, 64), (33, 47)])
+def test_pictures_keep_their_shape(size):
+    width, height = resized(Image.new("RGB", size), 256).size
+    assert width % 16 == height % 16 == 0
+    assert width * height == pytest.approx(256**2, rel=0.15)
+    assert width / height == pytest.approx(size[0] / size[1], rel=0.15)
