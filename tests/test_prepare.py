@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
@@ -73,6 +74,12 @@ def vae(graph: Graph) -> list:
     return graph.add("VAELoader", vae_name="taef1")
 
 
+def in_a_thread(work, *args):
+    """The browser of other tests keeps an event loop running in this one."""
+    with ThreadPoolExecutor() as thread:
+        return thread.submit(work, *args).result()
+
+
 @pytest.fixture
 def given(tmp_path, server) -> dict:
     """A config for one photograph and one instruction, with everything it names."""
@@ -94,7 +101,7 @@ def given(tmp_path, server) -> dict:
 @pytest.fixture
 def run(tmp_path, given):
     """Prepares what is given, with changes of the config."""
-    return lambda **changes: prepare(read_prepare_config(written(tmp_path, {**given, **changes})))
+    return lambda **changes: in_a_thread(prepare, read_prepare_config(written(tmp_path, {**given, **changes})))
 
 
 def written(folder: Path, content: dict) -> Path:
@@ -301,7 +308,7 @@ def test_a_server_without_the_model_does_not_spoil_the_work():
         did = await asyncio.gather(works(shared, "good", lambda k: k != 3), works(shared, "bad", lambda k: False))
         return did, shared
 
-    (good, bad), shared = asyncio.run(both())
+    (good, bad), shared = in_a_thread(asyncio.run, both())
     assert sorted(good) == [0, 1, 2, 4, 5]
     assert bad == []
     assert set(shared.given_up) == {3}
@@ -322,7 +329,7 @@ def test_a_lost_worker_hands_its_piece_back():
         await shared.leave("other")
         return list(shared.waiting)
 
-    assert asyncio.run(lost()) == ["x"]
+    assert in_a_thread(asyncio.run, lost()) == ["x"]
 
 
 def test_a_cancelled_rendering_is_taken_from_the_server(server):
@@ -346,7 +353,7 @@ def test_a_cancelled_rendering_is_taken_from_the_server(server):
             await asyncio.gather(*tasks, return_exceptions=True)
             assert all(task.cancelled() for task in tasks)
 
-    asyncio.run(cancelled())
+    in_a_thread(asyncio.run, cancelled())
     deadline = time.monotonic() + 60
     while in_queue() and time.monotonic() < deadline:
         time.sleep(0.05)
