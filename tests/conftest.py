@@ -63,11 +63,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("frontend", frontends, indirect=True, scope="session")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where tests run side by side, those of the page stay together, and those of a file."""
-    if item.config.pluginmanager.hasplugin("xdist"):
-        page = "chromium" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("page" if page else item.path.name))
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            page = "chromium" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("page" if page else item.path.name))
 
 
 @pytest.fixture(scope="session")
