@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from itertools import combinations, pairwise, permutations
+from itertools import combinations, pairwise, permutations, product
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ from training.miniature.world import (
     scene,
 )
 
-TASKS = [task(seed) for seed in range(400)]
+TASKS = [task(seed) for seed in range(250)]
 SCENE = Scene(
     circle_colour=COLOURS["blue"],
     square_colour=COLOURS["green"],
@@ -219,6 +219,12 @@ def test_as_many_edits_as_asked(count):
         assert len(edits(chance, scene(chance), count)) == count
 
 
+def test_three_edits_fit_any_colours():
+    for (circle, square), tone in product(permutations(COLOURS.values(), 2), TONES.values()):
+        source = replace(SCENE, circle_colour=circle, square_colour=square, background=tone)
+        assert len(edits(generator(0), source, 3)) == 3
+
+
 @pytest.mark.parametrize("count", [0, MOST_AT_ONCE + 1])
 def test_too_few_or_many_edits(count):
     with pytest.raises(TrainingError, match=f"{count} edits were asked for"):
@@ -227,7 +233,7 @@ def test_too_few_or_many_edits(count):
 
 def test_variety():
     assert {len(asked) for _, asked in TASKS} == {1, 2, 3}
-    every = [edit for seed in range(400, 1600) for edit in task(seed).edits] + [e for _, asked in TASKS for e in asked]
+    every = [edit for seed in range(250, 900) for edit in task(seed).edits] + [e for _, asked in TASKS for e in asked]
     kinds = Counter((edit.attribute, edit.full) for edit in every)
     assert len(kinds) == 2 * (len(COLOURS) + len(FACTORS)) + len(TONES)
     shares = Counter(edit.attribute for edit in every)
@@ -253,7 +259,7 @@ def test_words():
 def test_chance_is_by_seed():
     assert [task(seed) for seed in range(20)] == TASKS[:20]
     assert len({task.scene for task in TASKS}) == len(TASKS)
-    assert len({task.prompt for task in TASKS}) > 200
+    assert len({task.prompt for task in TASKS}) > 150
     assert not set(TRAINING_SEEDS) & set(HELD_OUT_SEEDS)
     source = TASKS[0].scene
     named = [COLOURS.values(), COLOURS.values(), TONES.values()]
@@ -262,14 +268,14 @@ def test_chance_is_by_seed():
 
 
 def test_clean_pictures_are_read_exactly():
-    """Colours to 1e-6, sizes to 0.002 px, strengths to 0.002."""
+    """Colours to 1e-6, sizes to 0.0005 px, strengths to 0.0005."""
     for number in range(80):
         source, asked, strengths, true = edited(number)
         found = measured(drawn(true), source)
         assert colour_error(true, found) < 1e-6
-        assert size_error(true, found) < 0.002
+        assert size_error(true, found) < 0.0005
         assert found.residual < 2e-4
-        assert [edit_reached(edit, source, found) for edit in asked] == pytest.approx(list(strengths), abs=0.002)
+        assert [edit_reached(edit, source, found) for edit in asked] == pytest.approx(list(strengths), abs=0.0005)
         assert drift(asked, source, found) < 0.01
         assert max(beside_path(edit, source, found) for edit in asked) < 1e-3
 
@@ -277,9 +283,9 @@ def test_clean_pictures_are_read_exactly():
 @pytest.mark.parametrize(
     ("spoil", "colour", "size", "strength", "residual"),
     [
-        pytest.param(noisy, 0.05, 0.1, 0.08, 0.032, id="noise"),
-        pytest.param(blurred, 0.05, 0.5, 0.2, 0.05, id="blur"),
-        pytest.param(lambda picture: noisy(blurred(picture)), 0.05, 0.5, 0.2, 0.06, id="both"),
+        pytest.param(noisy, 0.05, 0.2, 0.1, 0.032, id="noise"),
+        pytest.param(blurred, 0.05, 0.2, 0.1, 0.05, id="blur"),
+        pytest.param(lambda picture: noisy(blurred(picture)), 0.06, 0.25, 0.12, 0.06, id="both"),
     ],
 )
 def test_spoilt_pictures_are_read_well(spoil, colour, size, strength, residual):
@@ -303,7 +309,7 @@ def test_reached_strength_rises_with_the_true_one(edit):
             edit_reached(edit, SCENE, measured(spoil(drawn(edit.at(SCENE, strength))), SCENE)) for strength in strengths
         ]
         assert all(one < other for one, other in pairwise(reached))
-        assert reached == pytest.approx(list(strengths), abs=0.15)
+        assert reached == pytest.approx(list(strengths), abs=0.08)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +353,7 @@ def test_an_object_that_is_gone():
 
 def test_residual_tells_what_no_scene_explains():
     moved = replace(SCENE, circle_centre=(44.0, 15.0))
-    assert measured(drawn(moved), SCENE).residual > 0.08
+    assert measured(drawn(moved), SCENE).residual > 0.045
     assert measured(drawn(SCENE), SCENE).residual < 2e-4
 
 
