@@ -7,7 +7,6 @@ import gc
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ import comfy.sd
 import comfy.utils
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from slider_core.errors import SliderError
 from slider_core.span_conditioning import encode_sub_instructions
@@ -184,13 +183,7 @@ def release_models() -> None:
 
 
 def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, unfinished)
-        os.replace(unfinished, file)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    write_whole(file, save({name: tensor.contiguous().clone() for name, tensor in tensors.items()}))
 
 
 def _whole(file: Path) -> bool:
