@@ -22,7 +22,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -72,18 +72,30 @@ def demo(python: Path, comfyui: Path, args: Sequence[str]) -> int:
 
 
 def test(python: Path, comfyui: Path, args: Sequence[str]) -> int:
-    """Run every check even when one fails; the worst exit status."""
+    """Run every check even when one fails; the worst exit status.
+
+    Tests of the page and the others run beside each other, unless there are arguments for pytest.
+    """
     with cache_lock() as cache:
         provide_browser(python, cache / "setup.log")
         frontend = find_newer_frontend(python, cache)
         provide_page_types(python, cache / "setup.log")
+    newer = {"EDITSLIDERS_NEWER_FRONTEND": str(frontend)}
+    pytest: list[str | Path] = [python, "-m", "pytest"]
+    if args:
+        return max(check(python, comfyui), step("tests", [*pytest, *args], comfyui, **newer))
+    with step_beside("tests of all but the page", [*pytest, "-m", "not page"], comfyui, **newer) as others:
+        page = step("tests of the page", [*pytest, "-m", "page"], comfyui, **newer)
+        return max(page, check(python, comfyui), others())
+
+
+def check(python: Path, comfyui: Path) -> int:
     tsc = PAGE_TYPES / "node_modules" / "typescript" / "bin" / "tsc"
     return max(
         step("lint", [python, "-m", "ruff", "check"], comfyui),
         step("format", [python, "-m", "ruff", "format", "--check"], comfyui),
         step("types", [python, "-m", "mypy"], comfyui),
         step("types of the page", [beside(python, "node"), tsc, "-p", PAGE_TYPES], comfyui),
-        step("tests", [python, "-m", "pytest", *args], comfyui, EDITSLIDERS_NEWER_FRONTEND=str(frontend)),
     )
 
 
@@ -102,6 +114,29 @@ def step(name: str, command: Sequence[str | Path], comfyui: Path, **variables: s
         status = abs(process.wait())
     say(f"{name}: {'ok' if status == 0 else f'failed with exit status {status}'}")
     return status
+
+
+@contextlib.contextmanager
+def step_beside(
+    name: str, command: Sequence[str | Path], comfyui: Path, **variables: str
+) -> Iterator[Callable[[], int]]:
+    """A step that runs beside those in the block. Yields what waits for its end, prints what it said, and its status."""
+    say(f"{name}: {' '.join(map(str, command[1:]))}, beside what follows")
+    environment = {**os.environ, "COMFYUI_PATH": str(comfyui), **variables}
+    with (
+        tempfile.TemporaryFile() as said,
+        child(command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT) as process,
+    ):
+
+        def end() -> int:
+            say(f"{name}: waiting for their end")
+            status = abs(process.wait())
+            said.seek(0)
+            print(said.read().decode(errors="replace"))
+            say(f"{name}: {'ok' if status == 0 else f'failed with exit status {status}'}")
+            return status
+
+        yield end
 
 
 def find_comfyui(cache: Path) -> Path:
