@@ -120,7 +120,7 @@ def step(name: str, command: Sequence[str | Path], comfyui: Path, **variables: s
 def step_beside(
     name: str, command: Sequence[str | Path], comfyui: Path, **variables: str
 ) -> Iterator[Callable[[], int]]:
-    """A step that runs beside those in the block. Yields what waits for its end, prints what it said, and its status."""
+    """A step that runs beside those in the block. Yields what waits for its end and tells what it said."""
     say(f"{name}: {' '.join(map(str, command[1:]))}, beside what follows")
     environment = {**os.environ, "COMFYUI_PATH": str(comfyui), **variables}
     with (
