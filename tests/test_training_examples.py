@@ -6,6 +6,7 @@ import json
 from itertools import pairwise
 
 import pytest
+import torch
 from PIL import Image
 from support.training_run import INSTRUCTIONS, write_config, write_pictures, write_stacks
 
@@ -13,6 +14,7 @@ from training.config import read_config
 from training.draws import example_of
 from training.errors import TrainingError
 from training.examples import read_examples, resized
+from training.held_out import HeldOut, sheet
 
 
 @pytest.fixture
@@ -114,3 +116,13 @@ def test_pictures_keep_their_shape(size):
     assert width % 16 == height % 16 == 0
     assert width * height == pytest.approx(256**2, rel=0.15)
     assert width / height == pytest.approx(size[0] / size[1], rel=0.15)
+
+
+def test_a_grid_of_two_sliders_shows_the_source():
+    colours = torch.tensor([[0.0, 0.0, 1.0], [1, 0, 0], [0, 1, 0], [1, 1, 0], [1, 0, 1]])  # the first is the source
+    pictures = colours[:, None, None, :].expand(5, 64, 64, 3)
+    drawn = sheet(HeldOut("a and b", pictures, [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)]))
+    cells = [(32, 70), (32, 172), (102, 172), (32, 274), (102, 274)]
+    shown = [drawn.getpixel(cell) for cell in cells]
+    assert shown == [tuple(map(round, (255 * colour).tolist())) for colour in colours]
+    assert drawn.getpixel((102, 70)) == (255, 255, 255)

@@ -136,11 +136,13 @@ def curve(held_out: HeldOut) -> Curve | None:
 
 
 def sheet(held_out: HeldOut) -> Image.Image:
-    """Source and edits with their strengths, as one picture; grids without the source."""
+    """Source and edits with their strengths, as one picture; above a grid the source has a row of its own."""
     source, *edits = map(as_picture, held_out.pictures)
     captions = [" / ".join(f"{value:g}" for value in row) for row in held_out.strengths]
     if len(held_out.strengths[0]) > 1:
-        return contact_sheet(edits, captions, round(len(edits) ** 0.5), held_out.prompt)
+        side = round(len(edits) ** 0.5)
+        blank = [Image.new("RGB", source.size, "white")] * (side - 1)
+        return contact_sheet([source, *blank, *edits], ["source", *[""] * len(blank), *captions], side, held_out.prompt)
     return contact_sheet([source, *edits], ["source", *captions], len(edits) + 1, held_out.prompt)
 
 
