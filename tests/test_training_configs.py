@@ -22,6 +22,13 @@ def test_examples_are_valid(file):
     assert config.model_dump()
 
 
+@pytest.mark.parametrize("method", PAPERS)
+def test_examples_say_what_the_papers_do(method):
+    config = read_config(REPO / "training" / "configs" / f"{method}.yaml").model_dump()
+    for section, values in PAPERS[method].items():
+        assert values.items() <= config[section].items()
+
+
 def test_what_is_commented_out_is_the_default(tmp_path):
     """stlora.yaml explains the settings; with its commented values written out, the config is the same."""
     text = (REPO / "training" / "configs" / "stlora.yaml").read_text()

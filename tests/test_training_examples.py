@@ -14,7 +14,7 @@ from training.config import read_config
 from training.draws import example_of
 from training.errors import TrainingError
 from training.examples import read_examples, resized
-from training.held_out import HeldOut, sheet
+from training.held_out import HeldOut, curve, sheet
 
 
 @pytest.fixture
@@ -126,3 +126,14 @@ def test_a_grid_of_two_sliders_shows_the_source():
     shown = [drawn.getpixel(cell) for cell in cells]
     assert shown == [tuple(map(round, (255 * colour).tolist())) for colour in colours]
     assert drawn.getpixel((102, 70)) == (255, 255, 255)
+
+
+def test_a_curve_tells_how_the_edit_comes():
+    """Gray levels: the source at 0; up by .2, back by .1, up by .3."""
+    levels = torch.tensor([0.0, 0.1, 0.3, 0.2, 0.5])
+    rendered = HeldOut("a", levels[:, None, None, None].expand(5, 8, 8, 3), [(0.0,), (0.5,), (1.0,), (1.5,)])
+    found = curve(rendered)
+    assert found.distances == pytest.approx([0.1, 0.3, 0.2, 0.5])
+    assert found.rising == pytest.approx(2 / 3)
+    assert found.first_order == pytest.approx(0.3 / 0.6)
+    assert curve(rendered._replace(strengths=[(0.0, 0.0)] * 4)) is None

@@ -173,6 +173,33 @@ def test_of_the_projector_and_its_lora(weights, manifest):
     assert all(value.norm() > 0 for value in found[True].values())
 
 
+def test_in_half_precision(weights, manifest):
+    """There ComfyUI looks at what blocks give, so that nothing of it may be left out when they run again."""
+    of = batch(manifest)
+    found = {}
+    for dtype in (torch.float16, torch.float32):
+        base = model(weights, dtype, True)
+        learning = lora(base, "GSTLoRA")
+        found[dtype] = gradients(base, learning, Suppression(settings("pps"), 0, learning, True), of)
+    assert apart(found[torch.float16], found[torch.float32]) < 0.05
+
+
+def test_where_the_strength_is_dropped_there_is_no_projector(weights, manifest):
+    of = batch(manifest, teacher=False)
+    base = model(weights, torch.float32, False)
+    learning = torch.nn.ModuleList([lora(base, "GSTLoRA"), TrainableProjector(base, seed=1)])
+    objective = FlowMatching(settings("flow"), 0, *learning)
+    of = of._replace(samples=[of.samples[0], of.samples[1]._replace(dropped=True)])
+
+    def said(changes):
+        with torch.no_grad(), base.changed(changes):
+            return objective.velocity(base, of, of.text)
+
+    both, without = said(objective.changes(of)), said(learning[0].around(torch.ones(())))
+    assert not torch.allclose(both[0], without[0], atol=1e-4)
+    assert torch.allclose(both[1], without[1], atol=1e-5)
+
+
 def test_without_copies_of_what_is_overwritten_gradients_are_wrong(weights, manifest, monkeypatch):
     """It runs without an error under checkpointing, which is why the copies have to be proven."""
     of = batch(manifest)
