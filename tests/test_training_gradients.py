@@ -179,6 +179,8 @@ def test_in_half_precision(weights, manifest):
     found = {}
     for dtype in (torch.float16, torch.float32):
         base = model(weights, dtype, True)
+        base.patcher.model.manual_cast_dtype = None  # on the CPU ComfyUI would compute in float32
+        assert base.dtype == dtype
         learning = lora(base, "GSTLoRA")
         found[dtype] = gradients(base, learning, Suppression(settings("pps"), 0, learning, True), of)
     assert apart(found[torch.float16], found[torch.float32]) < 0.05
