@@ -109,3 +109,18 @@ def test_wrong_files_are_told_in_a_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "text.yaml").write_text("just words")
     with pytest.raises(TrainingError, match="expected keys such as 'method: "):
         read_config(tmp_path / "text.yaml")
+
+
+def test_prodigy_finds_its_own_learning_rate(tmp_path):
+    content = {name: CONFIG[name] for name in ("method", "name", "output", "base", "data")}
+    for given, expected in (({"kind": "prodigy"}, 1), ({"kind": "prodigy", "learning_rate": 0.5}, 0.5), ({}, 5e-5)):
+        (tmp_path / "a.yaml").write_text(yaml.safe_dump({**content, "optimiser": given}))
+        assert read_config(tmp_path / "a.yaml").optimiser.learning_rate == expected
+
+
+def test_files_beside_the_config_are_found(tmp_path):
+    (tmp_path / "mine.safetensors").touch()
+    base = {"model": "mine.safetensors", "text_encoders": ["mine.safetensors", "other.safetensors"]}
+    found = read_config(write_config(tmp_path, {"base": base})).base
+    assert found.model == str(tmp_path / "mine.safetensors")
+    assert found.text_encoders == [str(tmp_path / "mine.safetensors"), "other.safetensors"]

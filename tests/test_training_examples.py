@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from itertools import pairwise
 
 import pytest
@@ -13,7 +14,7 @@ from support.training_run import INSTRUCTIONS, write_config, write_pictures, wri
 from training.config import read_config
 from training.draws import example_of
 from training.errors import TrainingError
-from training.examples import read_examples, resized
+from training.examples import Picture, read_examples, resized
 from training.held_out import HeldOut, curve, sheet
 
 
@@ -33,15 +34,16 @@ def combined(place, **more):
 
 
 def test_combinations(place):
-    found = combined(place)
-    assert (len(found.training), len(found.held_out)) == (54, 6)
-    everything = [*found.training, *found.held_out]
+    assert len(combined(place).held_out) == 6
+    everything = combined(place, held_out=0).training
+    assert len(everything) == 60
     assert {len(example.instructions) for example in everything} == {1, 2, 3}
     assert all(len(set(example.instructions)) == len(example.instructions) for example in everything)
     assert {example.instructions for example in everything} >= {(INSTRUCTIONS[0], INSTRUCTIONS[1]), (INSTRUCTIONS[1],)}
     uses = [sum(example.source.file.name == f"{k}.png" for example in everything) for k in range(4)]
     assert uses == [15] * 4
-    assert combined(place) == found
+    assert combined(place, held_out=0).training == everything
+    assert combined(place) == combined(place)
     assert {len(example.instructions) for example in combined(place, most_in_a_prompt=1).training} == {1}
 
 
@@ -137,3 +139,43 @@ def test_a_curve_tells_how_the_edit_comes():
     assert found.rising == pytest.approx(2 / 3)
     assert found.first_order == pytest.approx(0.3 / 0.6)
     assert curve(rendered._replace(strengths=[(0.0, 0.0)] * 4)) is None
+
+
+def test_pictures_are_upright(tmp_path):
+    """As a phone saves them: lying, with a note of it."""
+    lying = Image.new("RGB", (32, 16), "red")
+    note = Image.Exif()
+    note[0x0112] = 6
+    lying.save(tmp_path / "lying.jpg", exif=note)
+    assert Picture(tmp_path / "lying.jpg").open().size == (16, 32)
+
+
+def test_instructions_are_one_line_each(tmp_path):
+    write_pictures(tmp_path / "pictures", 2)
+    record = {"image": "pictures/0.png", "instructions": ["make it red\n and darker", "add a hat"]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(record))
+    found = examples_of(tmp_path, kind="pairs", path="pairs.jsonl", held_out=0)
+    assert found.training[0].instructions == ("make it red and darker", "add a hat")
+
+
+def test_what_is_held_out_is_not_learned(place):
+    found = combined(place)
+    learned = {(example.source, frozenset(example.instructions)) for example in found.training}
+    assert not learned & {(example.source, frozenset(example.instructions)) for example in found.held_out}
+
+
+def test_few_examples_are_of_any_pictures(tmp_path):
+    """Not of the first ones by name."""
+    write_pictures(tmp_path / "pictures", 40)
+    data = {"kind": "combinations", "images": "pictures", "instructions": INSTRUCTIONS, "examples": 8, "held_out": 0}
+    used = {int(example.source.file.stem) for example in examples_of(tmp_path, **data).training}
+    assert len(used) == 8
+    assert max(used) > 12
+
+
+def test_prompts_of_one_instruction_are_told_of(place, caplog):
+    with caplog.at_level(logging.WARNING):
+        combined(place)
+        assert not caplog.text
+        combined(place, most_in_a_prompt=1, held_out=0)
+    assert "has one instruction only" in caplog.text

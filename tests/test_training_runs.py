@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 import signal
@@ -172,6 +173,64 @@ def test_settings_of_another_run(place, accelerator):
         other.resume()
 
 
+def test_what_a_broken_run_may_go_on_with(place, accelerator, caplog, tmp_path):
+    """A lower learning rate, as the error about losses advises; another micro_batch; pictures that were moved."""
+    one = trained(place, accelerator, **named("careful", optimiser={"learning_rate": 1e-3}, run={"steps": 2}))
+    shutil.copytree(place / "pictures", tmp_path / "moved")
+    moved = {**one.config.model_dump(mode="json")["data"], "images": str(tmp_path / "moved")}
+    changes = {"optimiser": {"learning_rate": 1e-4}, "run": {"steps": 4, "micro_batch": 1}, "data": moved}
+    other = run_of(place, accelerator, **named("careful", **changes))
+    with caplog.at_level(logging.WARNING):
+        other.resume()
+    assert other.step == 2
+    assert "optimiser.learning_rate was 0.001, is 0.0001" in caplog.text
+    other.take_step()
+    assert other.optimiser.param_groups[0]["lr"] == pytest.approx(1e-4)
+
+
+def test_being_told_to_stop_is_never_forgotten(place, accelerator, monkeypatch):
+    """Also while a step is taken, which is when it happens; the step is finished and saved."""
+    run = run_of(place, accelerator, **named("told", run={"steps": 9}, checkpoints={"every": 5}))
+    run.config.output.mkdir(exist_ok=True)
+    reduce = accelerator.reduce
+
+    def told(*args, **kwargs):
+        if run.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return reduce(*args, **kwargs)
+
+    monkeypatch.setattr(accelerator, "reduce", told)
+    run.train(Watching(run.config, accelerator))
+    assert run.step == 4
+    assert run.checkpoints.steps == [4]
+    assert (place / "out_told" / "told.safetensors").is_file()
+
+
+def test_a_last_step_without_its_adapter_is_mended(place, accelerator):
+    trained(place, accelerator, **named("ended", run={"steps": 2}))
+    file = place / "out_ended" / "ended.safetensors"
+    before = load_file(file)
+    file.unlink()
+    again = run_of(place, accelerator, **named("ended", run={"steps": 2}))
+    again.resume()
+    again.train(Watching(again.config, accelerator))
+    assert same(load_file(file), before, rtol=0, atol=0)
+
+
+def test_averaged_weights_are_rendered(place, accelerator):
+    more = {"optimiser": {"learning_rate": 1e-3, "ema": 0.9}, "samples": {"every": 2, "strengths": [0.0, 1.0]}}
+    trained(place, accelerator, **named("averaged", run={"steps": 2}, **more))
+    assert (place / "out_averaged" / "samples" / "step_000002" / "curves.json").is_file()
+
+
+def test_prompts_of_different_length_are_not_put_together(place, accelerator):
+    long = "make the circle as red as the reddest of all red things that anybody has ever seen and then some more"
+    data = {"kind": "combinations", "images": "pictures", "instructions": ["make it red", long], "examples": 12}
+    run = run_of(place, accelerator, data=data, base={"text_rows": 8})
+    loss, _ = run.take_step()
+    assert loss > 0
+
+
 def test_a_full_disk_loses_nothing(place, accelerator, caplog, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -203,6 +262,19 @@ def test_a_full_disk_loses_nothing(place, accelerator, caplog, monkeypatch):
         again.train(Watching(again.config, accelerator))
     assert again.checkpoints.steps == [1]
     assert not list(again.checkpoints.folder.glob("*.part"))
+
+
+def test_a_full_disk_does_not_end_a_run_at_its_logs(place, accelerator, caplog, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    run = run_of(place, accelerator, **named("unlogged", run={"steps": 2}, samples={"every": 1, "steps": 1}))
+    monkeypatch.setattr(accelerator, "log", full)
+    with caplog.at_level(logging.WARNING):
+        run.config.output.mkdir(exist_ok=True)
+        run.train(Watching(run.config, accelerator))
+    assert run.checkpoints.steps == [2]
+    assert "has no room for logs" in caplog.text
 
 
 def test_the_newest_states_are_kept(place, accelerator):
@@ -273,7 +345,7 @@ def test_a_dry_run_saves_nothing(place, capsys):
     config = write_config(place, named("dry", run={"steps": 50}))
     assert main(["train", str(config), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "10 to learn from, 2 held out" in said
+    assert "9 to learn from, 2 held out" in said
     assert re.search(r"time: \d+\.\d\d s a step, .* for 50 steps", said)
     assert not list((place / "out_dry").rglob("*.pt"))
     assert not (place / "out_dry" / "dry.safetensors").exists()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from .comfyui import use_comfyui
@@ -46,12 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainingError as error:
         print(error, file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"{error}. Start the same command again when that is mended: what is done is kept.", file=sys.stderr)
+        return 1
 
 
 def _train(chosen: argparse.Namespace) -> int:
     config = read_config(chosen.config)
     use_comfyui(config.base.comfyui, config.base.cpu, config.base.models)
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     from .dry_run import dry_run
     from .run import Run
@@ -64,7 +69,15 @@ def _train(chosen: argparse.Namespace) -> int:
         *(["tensorboard"] if config.watching.tensorboard else []),
         *(["wandb"] if config.watching.wandb else []),
     ]
-    accelerator = Accelerator(cpu=config.base.cpu, log_with=trackers or None, project_dir=str(config.output))
+    for package in trackers:
+        if importlib.util.find_spec(package) is None:
+            raise TrainingError(
+                f"watching.{package} needs the package {package}: pip install {package}. Or leave it out."
+            )
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=7))  # while one process encodes or renders, others wait
+    accelerator = Accelerator(
+        cpu=config.base.cpu, log_with=trackers or None, project_dir=str(config.output), kwargs_handlers=[patient]
+    )
     config.output.mkdir(parents=True, exist_ok=True)
     run = Run(config, accelerator, _say_progress)
     run.resume()
@@ -114,10 +127,12 @@ def _inspect(chosen: argparse.Namespace) -> int:
 
     metadata = read_metadata(chosen.file)
     try:
-        reads = read_projector if metadata.get("method") == "projector" else read_adapter
-        print(reads(chosen.file).describe())
-    except SliderError as error:
-        raise TrainingError(str(error)) from error
+        print(read_projector(chosen.file).describe())
+    except SliderError:
+        try:
+            print(read_adapter(chosen.file).describe())
+        except SliderError as error:
+            raise TrainingError(str(error)) from error
     for name, value in metadata.items():
         print(f"{name}: {value}")
     return 0

@@ -15,9 +15,11 @@ from .sample_cache import SampleCache
 
 def micro_batches(samples: Sequence[Sample], cache: SampleCache, base: BaseModel, most: int) -> Iterator[Batch]:
     """The samples in batches of at most `most`, each of one shape, read when their turn comes."""
-    by_shape: dict[torch.Size, list[Sample]] = defaultdict(list)
+    by_shape: dict[tuple[torch.Size, ...], list[Sample]] = defaultdict(list)
     for sample in samples:
-        by_shape[cache.latent(sample.source).shape].append(sample)
+        prompts = [sample.prompt, *([] if sample.teacher is None else [sample.teacher])]
+        shapes = [cache.latent(sample.source).shape, *(cache.prompt(one).text.states.shape for one in prompts)]
+        by_shape[tuple(shapes)].append(sample)
     for alike in by_shape.values():
         for first in range(0, len(alike), most):
             yield _read(alike[first : first + most], cache, base)

@@ -39,6 +39,8 @@ class Checkpoints:
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:
         """The last state. Raises TrainingError when it cannot be read."""
+        for unfinished in self.folder.glob("*.part"):  # of a process that was killed
+            unfinished.unlink(missing_ok=True)
         if not self.steps:
             return None
         step = self.steps[-1]

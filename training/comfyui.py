@@ -64,5 +64,9 @@ def _read_model_folders(comfyui: Path, models: Path | None) -> None:
     more = comfyui / "extra_model_paths.yaml"
     if more.is_file():
         load_extra_path_config(str(more))
+    if models and not models.is_dir():
+        raise TrainingError(
+            f"base.models is {models}, which is no folder; expected one with diffusion_models and so on."
+        )
     for folder in models.iterdir() if models else ():
         folder_paths.add_model_folder_path(folder.name, str(folder))

@@ -29,11 +29,12 @@ PAPERS: dict[str, dict[str, dict[str, Any]]] = {
         "objective": {"kind": "flow", "guidance": 1.0},
         "optimiser": {"learning_rate": 2e-5},
         "run": {"steps": 110_000, "batch": 8, "resolution": 512},
+        "samples": {"strengths": [0, 0.17, 0.33, 0.5, 0.67, 0.83, 1]},
     },
 }
 """What SliderEdit and Kontinuous Kontext used; a config need not repeat it."""
 
-_OBJECTIVES = {"stlora": ("pps", "spps"), "gstlora": ("spps", "pps"), "projector": ("flow",)}
+_OBJECTIVES = {"stlora": ("pps", "spps"), "gstlora": ("spps",), "projector": ("flow",)}
 _INSTRUCTIONS_KINDS = ("combinations", "pairs", "huggingface")
 
 
@@ -58,6 +59,17 @@ class Base(Section):
     @classmethod
     def _resolve(cls, value: Path | None, info: ValidationInfo) -> Path | None:
         return None if value is None else from_here(value, info)
+
+    @field_validator("model", "vae")
+    @classmethod
+    def _file_beside_the_config(cls, value: str, info: ValidationInfo) -> str:
+        here = from_here(Path(value), info)
+        return str(here) if here.is_file() else value
+
+    @field_validator("text_encoders")
+    @classmethod
+    def _files_beside_the_config(cls, values: list[str], info: ValidationInfo) -> list[str]:
+        return [cls._file_beside_the_config(value, info) for value in values]
 
 
 class Combinations(Section):
@@ -133,10 +145,13 @@ class Objective(Section):
     strength_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
 
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimiser(Section):
     kind: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)]
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -151,7 +166,7 @@ class Run(Section):
     batch: Annotated[int, Field(ge=1)]
     micro_batch: Annotated[int, Field(ge=1)] = 1
     resolution: Annotated[int, Field(ge=16, multiple_of=16)]
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**43)] = 0
     checkpointing: bool = True
 
 
@@ -222,7 +237,10 @@ def read_config(path: Path) -> Config:
 
 
 def _with_papers_values(content: dict[str, Any]) -> None:
+    rate_given = isinstance(content.get("optimiser"), dict) and "learning_rate" in content["optimiser"]
     for section, values in PAPERS.get(str(content.get("method")), {}).items():
         given = content.get(section)
         if given is None or isinstance(given, dict):
             content[section] = {**values, **(given or {})}
+    if isinstance(chosen := content.get("optimiser"), dict) and chosen.get("kind") == "prodigy" and not rate_given:
+        chosen["learning_rate"] = 1.0  # it finds its own, times this

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -10,13 +13,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .config import Combinations, Config, Data, HuggingFace, Pairs, Stacks
 from .draws import generator
 from .errors import TrainingError
 from .stacks import read_stacks
+from .whole_files import write_whole
 
+_LOG = logging.getLogger(__name__)
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
@@ -28,9 +33,9 @@ class Picture(NamedTuple):
     columns: int = 1
 
     def open(self) -> Image.Image:
-        """Its pixels. Raises OSError when it is damaged."""
+        """Its pixels, upright. Raises OSError when it is damaged."""
         with Image.open(self.file) as picture:
-            whole = picture.convert("RGB")
+            whole = ImageOps.exif_transpose(picture).convert("RGB")
         width = whole.width // self.columns
         return whole.crop((self.column * width, 0, (self.column + 1) * width, whole.height))
 
@@ -65,10 +70,16 @@ def read_examples(config: Config) -> Examples:
             "learn from. Give more pictures, or set data.held_out to less."
         )
     order = torch.randperm(len(found), generator=generator(seed, "held out")).tolist()
-    held_out = set(order[: data.held_out])
-    return Examples(
-        [example for k, example in enumerate(found) if k not in held_out], [found[k] for k in sorted(held_out)]
-    )
+    held_out = [found[k] for k in sorted(order[: data.held_out])]
+    seen = {(example.source, frozenset(example.instructions)) for example in held_out}
+    training = [example for example in found if (example.source, frozenset(example.instructions)) not in seen]
+    if not training:
+        raise TrainingError(
+            "All examples are held out: every picture has the same instructions. Give more, or set data.held_out to 0."
+        )
+    if config.objective.kind == "pps" and all(len(example.instructions) == 1 for example in training):
+        _LOG.warning("Every prompt has one instruction only, so the adapter cannot learn to tell them apart.")
+    return Examples(training, held_out)
 
 
 def _examples(data: Data, seed: int, cache: Path) -> Iterator[Example]:
@@ -92,10 +103,12 @@ def pictures_in(folder: Path) -> list[Path]:
 def _combined(data: Combinations, seed: int) -> Iterator[Example]:
     """Each picture equally often, each time with 1 to most_in_a_prompt instructions that may stand together."""
     images = pictures_in(data.images)
-    instructions = lines_of(data.instructions) if isinstance(data.instructions, Path) else data.instructions
-    contrary = [set(group) for group in data.never_together]
+    given = lines_of(data.instructions) if isinstance(data.instructions, Path) else data.instructions
+    instructions = list(map(_on_one_line, given))
+    contrary = [set(map(_on_one_line, group)) for group in data.never_together]
     if unknown := set(chain(*contrary)) - set(instructions):
         raise TrainingError(f"data.never_together names {sorted(unknown)[0]!r}, which is not among the instructions.")
+    order = torch.randperm(len(images), generator=generator(seed, "pictures")).tolist()
     for k in range(data.examples):
         chance = generator(seed, "combination", k)
         wanted = int(torch.randint(1, data.most_in_a_prompt + 1, (), generator=chance))
@@ -104,7 +117,7 @@ def _combined(data: Combinations, seed: int) -> Iterator[Example]:
             one = instructions[number]
             if len(chosen) < wanted and not any(one in group and group & set(chosen) for group in contrary):
                 chosen.append(one)
-        yield Example(Picture(images[k % len(images)]), tuple(chosen))
+        yield Example(Picture(images[order[k % len(images)]]), tuple(chosen))
 
 
 def _paired(data: Pairs) -> Iterator[Example]:
@@ -128,13 +141,18 @@ def _records(path: Path) -> Iterator[tuple[Path, list[str]]]:
             raise TrainingError(
                 f'{path.name}, line {number}: expected {{"image": "file.png", "instructions": ["make ..."]}}.'
             ) from error
-        yield path.parent / file, instructions
+        yield path.parent / file, list(map(_on_one_line, instructions))
 
 
 def _beside(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     for file in pictures_in(folder):
         if file.with_suffix(".txt").is_file():
             yield file, lines_of(file.with_suffix(".txt"))
+
+
+def _on_one_line(instruction: str) -> str:
+    """Sub-instructions are told apart by line breaks later on."""
+    return " ".join(instruction.split())
 
 
 def lines_of(path: Path) -> list[str]:
@@ -149,34 +167,60 @@ def lines_of(path: Path) -> list[str]:
 
 
 def _from_hub(data: HuggingFace, cache: Path) -> Iterator[Example]:
-    """Rows of a dataset; their pictures are kept as files, by content."""
+    """Rows of a dataset, kept as files the first time: later the hub is not asked again."""
+    of = (data.dataset, data.split, data.image_column, data.instruction_column, data.examples)
+    folder = cache / "hub" / hashlib.sha256(repr(of).encode()).hexdigest()[:16]
+    index = folder / "rows.json"
+    if not index.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(index, json.dumps(_kept_rows(data, folder)).encode())
+    for name, told in json.loads(index.read_text(encoding="utf-8")):
+        yield Example(Picture(folder / name), tuple(told))
+
+
+def _kept_rows(data: HuggingFace, folder: Path) -> list[tuple[str, list[str]]]:
+    """The rows that have a picture and instructions; their pictures are written into the folder."""
+    kept: list[tuple[str, list[str]]] = []
+    left_out = 0
+    for number, row in enumerate(_rows(data)):
+        if number == data.examples:
+            break
+        told = row[data.instruction_column]
+        told = [told] if isinstance(told, str) else list(told or ())
+        instructions = [_on_one_line(one) for one in told if isinstance(one, str) and one.strip()]
+        if row[data.image_column] is None or not instructions:
+            left_out += 1
+            continue
+        content = io.BytesIO()
+        row[data.image_column].convert("RGB").save(content, "PNG")
+        write_whole(folder / f"{number:07}.png", content.getvalue())
+        kept.append((f"{number:07}.png", instructions[: data.most_in_a_prompt]))
+    if left_out:
+        _LOG.warning("%d rows of %s have no picture or no instruction, and are left out.", left_out, data.dataset)
+    return kept
+
+
+def _rows(data: HuggingFace) -> Iterator[Any]:
+    """Raises TrainingError when the dataset cannot be read."""
     try:
         import datasets
     except ImportError as error:
         raise TrainingError("data.kind huggingface needs the package 'datasets': pip install datasets.") from error
     try:
-        rows: Any = datasets.load_dataset(data.dataset, split=data.split, streaming=True)
+        for row in datasets.load_dataset(data.dataset, split=data.split, streaming=True):
+            if not {data.image_column, data.instruction_column} <= set(row):
+                raise TrainingError(
+                    f"{data.dataset} has the columns {', '.join(row)}; expected {data.image_column!r} and "
+                    f"{data.instruction_column!r}. Set data.image_column and data.instruction_column."
+                )
+            yield row
+    except TrainingError:
+        raise
     except Exception as error:
         raise TrainingError(
             f"The dataset {data.dataset!r} cannot be loaded: {error}. Is its name right, and the hub within reach? A "
             "folder that holds a dataset works too."
         ) from error
-    folder = cache / "hub" / data.dataset.replace("/", "_")
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, row in enumerate(rows):
-        if number == data.examples:
-            break
-        if not {data.image_column, data.instruction_column} <= set(row):
-            raise TrainingError(
-                f"{data.dataset} has the columns {', '.join(row)}; expected {data.image_column!r} and "
-                f"{data.instruction_column!r}. Set data.image_column and data.instruction_column."
-            )
-        file = folder / f"{data.split}_{number:07}.png"
-        if not file.is_file():
-            row[data.image_column].convert("RGB").save(file)
-        told = row[data.instruction_column]
-        instructions = [told] if isinstance(told, str) else list(told)
-        yield Example(Picture(file), tuple(instructions[: data.most_in_a_prompt]))
 
 
 def _from_stacks(data: Stacks) -> Iterator[Example]:

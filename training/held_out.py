@@ -27,6 +27,7 @@ from slider_core.strength_projector import StrengthProjector, apply_projector, s
 from .config import Samples
 from .examples import Example, as_picture
 from .sample_cache import SampleCache, load_vae
+from .whole_files import write_whole
 
 GUIDANCE = 3.5
 
@@ -72,7 +73,7 @@ class Renderer:
             if found := curve(rendered):
                 curves.append(found)
         content = json.dumps([found._asdict() for found in curves], indent=1)
-        (folder / "curves.json").write_text(content, encoding="utf-8")
+        write_whole(folder / "curves.json", content.encode())
         if curves:
             lines = {found.prompt: found.distances for found in curves}
             plot = curves_plot(curves[0].strengths, lines, "strength", "distance from the source")
@@ -86,7 +87,7 @@ class Renderer:
         sliders = 2 if selective and len(example.instructions) == 2 else 1
         strengths = list(product(self.settings.strengths, repeat=sliders))
         noise = comfy.sample.prepare_noise(latent, self.settings.seed)
-        with torch.inference_mode():
+        with torch.no_grad():  # weights that are moved meanwhile must still have gradients run through them
             edits = [self._sampled(*self._at(slider, example, row, latent), noise) for row in strengths]
             vae = load_vae(self.cache.base.vae)
             pictures = torch.cat([vae.decode(one) for one in (latent, *edits)])

@@ -34,6 +34,12 @@ from .watching import Watching
 PACK_VERSION = "0.1.0"
 _KINDS = {"stlora": "STLoRA", "gstlora": "GSTLoRA", "projector": "GSTLoRA"}
 _FREE_TO_CHANGE = {"output", "cache", "samples", "checkpoints", "watching"}
+_FREE = {
+    *("run.steps", "run.micro_batch", "run.checkpointing", "base.comfyui", "base.models", "base.cpu"),
+    *("data.images", "data.path"),  # what they hold is part of the data's hash
+}
+_CHANGED_WITH_CARE = {"optimiser.learning_rate", "base.weight_dtype"}
+"""What a run that has broken off may have to go on with."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -80,6 +86,7 @@ class Run:
         self.average = average(config.optimiser, self.learning)
         self.checkpoints = Checkpoints(config.output / "checkpoints", config.checkpoints.keep)
         self.step = 0
+        self.asked_to_stop = False
         self.stopped = False
         self._unsaved = False
 
@@ -93,12 +100,15 @@ class Run:
         self.learning.load_state_dict(state["learning"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.load_state_dict(state["schedule"])
+        self._use_learning_rate()
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         _LOG.info("Going on from step %d.", self.step)
 
     def train(self, watching: Watching) -> None:
         """Take the remaining steps; after Ctrl-C, or when told to end, the step is finished and saved."""
+        if self.step >= self.config.run.steps:  # the last checkpoint may be there without its adapter
+            self._save(last=True)
         with _stops(self):
             while self.step < self.config.run.steps and not self.stopped:
                 losses, norm = self.take_step()
@@ -121,10 +131,11 @@ class Run:
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"{self.base.device} has not enough memory for a step. Set run.micro_batch to 1, run.checkpointing to "
-                "true, base.weight_dtype to float8_e4m3fn, or run.resolution to less."
+                "true, or base.weight_dtype to float8_e4m3fn, and start again: it goes on from the last checkpoint. Or "
+                "begin a run with a smaller run.resolution."
             ) from error
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([*(g.flatten() for g in gradients), total[None], total.new_tensor([self.stopped])])
+        flat = torch.cat([*(g.flatten() for g in gradients), total[None], total.new_tensor([self.asked_to_stop])])
         flat = self.accelerator.reduce(flat, reduction="sum")
         *gradients, loss, stopped = flat.split([*(p.numel() for p in parameters), 1, 1])
         for parameter, gradient in zip(parameters, gradients):
@@ -134,7 +145,7 @@ class Run:
         if not (loss.isfinite().all() and norm.isfinite()):
             raise TrainingError(
                 f"The loss at step {self.step + 1} is not finite; nothing was changed by it. Lower the learning rate, "
-                "or choose base.weight_dtype bfloat16. The last checkpoint is whole."
+                "or choose base.weight_dtype bfloat16, and start again: it goes on from the last checkpoint."
             )
         self.optimiser.step()
         self.schedule.step()
@@ -250,22 +261,29 @@ class Run:
             _LOG.warning("Step %d cannot be written (%s); %s. Make room: it is tried again.", self.step, error, kept)
 
     def _settings(self) -> str:
-        settings = {
-            **self.config.model_dump(mode="json", exclude=_FREE_TO_CHANGE),
-            "dataset": self.dataset_hash(),
-        }
-        del settings["run"]["steps"], settings["base"]["comfyui"]
-        return json.dumps(settings, sort_keys=True)
+        settings = {**self.config.model_dump(mode="json", exclude=_FREE_TO_CHANGE), "dataset": self.dataset_hash()}
+        return json.dumps({name: value for name, value in _flat(settings).items() if name not in _FREE}, sort_keys=True)
 
     def _check_same_run(self, found: str) -> None:
-        before, now = (_flat(json.loads(settings)) for settings in (found, self._settings()))
-        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        if changed:
-            told = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in sorted(changed))
+        """A setting that the checkpoint does not know is newer than it."""
+        before, now = _flat(json.loads(found)), json.loads(self._settings())
+        changed = [key for key in before if key in now and before[key] != now[key]]
+        told = "; ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in sorted(changed))
+        if set(changed) - _CHANGED_WITH_CARE:
             raise TrainingError(
                 f"{self.config.output} holds a run with other settings: {told}. Change them back to go on with it, or "
                 "choose another output folder."
             )
+        if changed:
+            _LOG.warning("Going on with other settings: %s.", told)
+
+    def _use_learning_rate(self) -> None:
+        """That of the config, where the optimiser has come with that of its checkpoint."""
+        wanted = self.config.optimiser.learning_rate
+        for group, before in zip(self.optimiser.param_groups, self.schedule.base_lrs):
+            group["lr"] *= wanted / before
+            group["initial_lr"] = wanted
+        self.schedule.base_lrs = [wanted] * len(self.schedule.base_lrs)
 
 
 def _pictures(examples: Sequence[Example]) -> list[Picture]:
@@ -289,7 +307,7 @@ def _stops(run: Run) -> Iterator[None]:
     """Ctrl-C and a polite end finish the step and save; a second one ends at once."""
 
     def stop(number: int, frame: object) -> None:
-        run.stopped = True
+        run.asked_to_stop = True
         signal.signal(number, before[number])
 
     before: dict[int, Any] = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

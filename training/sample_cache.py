@@ -15,6 +15,7 @@ import comfy.model_management
 import comfy.sd
 import comfy.utils
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
@@ -93,7 +94,7 @@ class SampleCache:
             for done, picture in enumerate(missing, 1):
                 try:
                     pixels = of_pixels([resized(picture.open(), self.resolution)])
-                except (OSError, SyntaxError, ValueError) as error:
+                except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                     bad[picture] = str(error)
                     continue
                 with torch.inference_mode():
@@ -138,13 +139,15 @@ class SampleCache:
         changed = [name for name, digest in now.items() if known.get(name, digest) != digest]
         if changed:
             _LOG.warning("%d %s changed since they were encoded, such as %s.", len(changed), what, changed[0])
+        if known == {**known, **now}:
+            return
         self.manifest[what] = {**known, **now}
         write_whole(self.folder / "manifest.json", json.dumps(self.manifest, indent=1).encode())
 
     def _latent_file(self, picture: Picture) -> Path:
         if picture.file not in self._pictures:
             self._pictures[picture.file] = hashlib.sha256(picture.file.read_bytes()).hexdigest()
-        of = (self._pictures[picture.file], picture.column, picture.columns, self.resolution, self._vae)
+        of = (self._pictures[picture.file], "upright", picture.column, picture.columns, self.resolution, self._vae)
         return self.folder / "latents" / f"{_digest(of)}.safetensors"
 
     def _text_file(self, prompt: Prompt) -> Path:

@@ -97,7 +97,8 @@ def read_record(file: Path) -> dict[str, Any]:
         record = json.loads(file.read_text(encoding="utf-8"))
         sequence = [float(value) for value in record["lpips_sequence"]]
         ends = {key: float(record[key]) for key in ("lpips_kontext_edit", "lpips_edit_inversion")}
-        if len(sequence) != COLUMNS - 1 or not isinstance(record["edit_instruction"], str):
+        named = isinstance(record["edit_instruction"], str) and isinstance(record["image_name"], str)
+        if len(sequence) != COLUMNS - 1 or not named:
             raise ValueError(f"{len(sequence)} distances")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(

@@ -41,7 +41,6 @@ class Watching:
         """After every step of the optimiser."""
         rate = run.optimiser.param_groups[0]["lr"]
         values = {"loss": loss, "gradient norm": norm, "learning rate": rate}
-        self.accelerator.log(values, step=run.step)
         every = self.config.samples.every
         if self.accelerator.is_main_process:
             if self.bar is None:
@@ -49,6 +48,7 @@ class Watching:
             self.bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
             self.bar.update()
             try:
+                self.accelerator.log(values, step=run.step)
                 with self.log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": run.step, **values}) + "\n")
                 if every and run.step % every == 0:
@@ -99,8 +99,11 @@ class Watching:
 
 def read_curves(samples: Path) -> dict[int, list[dict[str, Any]]]:
     """The curves of the held-out examples by step, from the folder of samples."""
-    files = sorted(samples.glob("step_*/curves.json"))
-    return {int(file.parent.name.removeprefix("step_")): json.loads(file.read_text("utf-8")) for file in files}
+    found = {}
+    for file in sorted(samples.glob("step_*/curves.json")):
+        with contextlib.suppress(ValueError):  # a file that was cut off
+            found[int(file.parent.name.removeprefix("step_"))] = json.loads(file.read_text("utf-8"))
+    return found
 
 
 def _mean(curves: Sequence[Mapping[str, Any]], name: str) -> float:

@@ -47,6 +47,10 @@ class Family(ABC):
     identity: str
     vital_layers: tuple[int, ...] = ()
 
+    def __deepcopy__(self, memo: object) -> Family:
+        """Itself: there is one of each."""
+        return self
+
     @abstractmethod
     def owns(self, diffusion_model: object) -> bool:
         """Whether this is ComfyUI's implementation of the family."""
