@@ -1,0 +1,213 @@
+"""The parts of the miniature model before they have learned anything: what they learn from, how they are measured."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import comfy.sd
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import REPO
+
+from training.config import Config, read_config
+from training.draws import generator
+from training.examples import read_examples
+from training.miniature.adapter_lessons import write_lessons
+from training.miniature.autoencoder import Autoencoder, as_pixels
+from training.miniature.edits import HELD_OUT_SEEDS, apply, edits
+from training.miniature.examining import examined, held_out_tasks, rendered
+from training.miniature.latent_bank import samples_of, training_samples
+from training.miniature.learning import learn
+from training.miniature.text_encoders import ENCODER_OPTIONS, T5Reader, TextEncoders, random_clip_l
+from training.miniature.transformer import Lessons, untrained
+from training.miniature.world import coverage, drawn, scene
+
+CONFIGS = sorted((REPO / "training" / "miniature" / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def autoencoder() -> Autoencoder:
+    return Autoencoder()
+
+
+@pytest.fixture(scope="module")
+def encoders() -> TextEncoders:
+    return TextEncoders(T5Reader().weights(), random_clip_l())
+
+
+def tasks(count: int, edits_each: int = 2):
+    return held_out_tasks(count, edits_each)
+
+
+def test_the_encoder_is_the_linear_map_that_stands_for_it(autoencoder):
+    pixels = torch.stack([as_pixels(source) for source, _ in tasks(8)])
+    with torch.no_grad():
+        layer_by_layer = autoencoder.encoder(pixels)
+    latents = autoencoder.encoded(pixels)
+    assert latents.shape == (8, 16, 8, 8)
+    assert torch.allclose(layer_by_layer, latents, atol=1e-4)
+    assert 0.3 < latents.std() < 0.7
+
+
+def test_what_the_encoder_leaves_out_is_little(autoencoder):
+    """The best linear way back from the latents of a picture's cells."""
+    pixels = torch.stack([as_pixels(source) for source, _ in tasks(40)])
+    cells = torch.nn.functional.pixel_unshuffle(pixels, 8).movedim(1, -1).flatten(0, -2)
+    latents = autoencoder.encoded(pixels).movedim(1, -1).flatten(0, -2)
+    known = torch.cat([latents, torch.ones(len(latents), 1)], 1)
+    back = known @ torch.linalg.lstsq(known, cells).solution
+    assert (back - cells).pow(2).mean().sqrt() < 0.03
+
+
+def test_the_text_encoders_say_what_comfyui_s_say(encoders):
+    weights = [random_clip_l(), T5Reader().weights()]
+    clip = comfy.sd.load_text_encoder_state_dicts(
+        weights, clip_type=comfy.sd.CLIPType.FLUX, model_options=copy.deepcopy(ENCODER_OPTIONS)
+    )
+    for rows, prompt in ((20, "make the circle red"), (32, "shrink the square and paint the background gray")):
+        tokens = clip.tokenize(prompt, tokenizer_options={"t5xxl_min_length": rows})
+        with torch.no_grad():
+            states, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
+        found = encoders.encoded([prompt], rows)
+        assert states.shape == found.states.shape == (1, rows, 64)
+        assert torch.allclose(states, found.states, atol=1e-3)
+        assert torch.allclose(pooled, found.pooled, atol=1e-3)
+
+
+def test_every_token_is_told_what_its_instruction_asks_for():
+    reader = T5Reader()
+    tokens, meanings = reader.samples(3)
+    for ids, told in zip(tokens[:8], meanings[:8]):
+        words = [reader.tokenizer.decode([token]) for token in ids]
+        written = told != 20
+        assert not written[ids == 0].any()
+        assert not any(written[k] for k, word in enumerate(words) if word == "and")
+        colours = {word: int(told[k]) for k, word in enumerate(words) if word in ("red", "green", "blue")}
+        assert all(meaning in (place, place + 6) for word, meaning in colours.items() for place in [_COLOUR[word]])
+
+
+_COLOUR = {"red": 0, "green": 1, "blue": 2}
+
+
+def test_samples_are_true_and_kept(autoencoder, tmp_path):
+    chosen = tasks(6)
+    made = samples_of(autoencoder, chosen)
+    for k, (source, asked) in enumerate(chosen):
+        target = apply(source, asked, [1.0, 1.0])
+        assert torch.equal(made.targets[k], autoencoder.encoded(as_pixels(target)[None])[0].half())
+        assert torch.equal(made.sources[k], autoencoder.encoded(as_pixels(source)[None])[0].half())
+        inside = coverage(target, "circle") > 0
+        cells = made.objects[k, 0].repeat_interleave(8, 0).repeat_interleave(8, 1).numpy()
+        assert cells[inside].all()
+        assert made.instructions[k] == tuple(edit.instruction for edit in asked)
+    first = training_samples(tmp_path, autoencoder, 1)
+    again = training_samples(tmp_path, autoencoder, 1)
+    assert len(first.instructions) == len(first.sources) == 1000
+    assert torch.equal(first.targets, again.targets)
+    assert first.instructions == again.instructions
+
+
+def test_a_stopped_lesson_goes_on_as_if_it_had_not_stopped(tmp_path):
+    def lesson(folder, seed, stop_at=-1):
+        torch.manual_seed(seed)
+        module = torch.nn.Linear(3, 1)
+
+        def loss(step):
+            if step == stop_at:
+                raise KeyboardInterrupt
+            x = torch.randn(4, 3, generator=generator("x", step))
+            return (module(x) - x.sum(1, keepdim=True)).pow(2).mean()
+
+        learn(folder, module, torch.optim.AdamW(module.parameters(), lr=0.1), loss, 400, save_every=150)
+        return module.weight
+
+    whole = lesson(tmp_path / "whole", 0)
+    with pytest.raises(KeyboardInterrupt):
+        lesson(tmp_path / "stopped", 0, stop_at=220)
+    assert torch.equal(lesson(tmp_path / "stopped", 1), whole)
+    points = [json.loads(line) for line in (tmp_path / "stopped" / "curve.jsonl").read_text().splitlines()]
+    assert [point["step"] for point in points] == [100, 200, 300, 400]
+    assert points[-1]["loss"] < 0.1 * points[0]["loss"]
+
+
+def test_the_transformer_begins_by_taking_what_it_sees_for_noise(autoencoder, encoders):
+    base = untrained()
+    noise = torch.randn(2, 16, 8, 8, generator=generator("noise"))
+    text = encoders.encoded(["make the circle red", ""], 20)
+    with torch.no_grad():
+        said = base.velocity(noise, torch.ones(2), text, 3.5, [noise])
+    assert torch.nn.functional.cosine_similarity(said.flatten(), noise.flatten(), 0) > 0.99
+
+
+def test_its_loss_teaches_it(autoencoder, encoders):
+    """A few steps on few samples; the same step gives the same loss."""
+    base = untrained()
+    lessons = Lessons(base, encoders, samples_of(autoencoder, tasks(4)))
+    optimiser = torch.optim.AdamW(base.network.parameters(), lr=2e-3)
+    losses = []
+    with base.changed({}):
+        assert lessons.loss(0).item() == lessons.loss(0).item()
+        for step in range(16):
+            losses.append(lessons.loss(step))
+            losses[-1].backward()
+            optimiser.step()
+            optimiser.zero_grad()
+    assert sum(losses[-4:]) < 0.85 * sum(losses[:4])
+
+
+def test_an_examination_tells_right_from_wrong():
+    chosen = tasks(12, 1)
+    right = examined(np.stack([drawn(apply(source, asked, [1.0])) for source, asked in chosen]), chosen)
+    assert set(right.right.values()) == {1.0}
+    assert set(right.wrong.values()) == {0.0}
+    nothing = examined(np.stack([drawn(source) for source, _ in chosen]), chosen)
+    assert set(nothing.right.values()) == {0.0}
+    assert all(share == ("not asked" not in what) for what, share in nothing.wrong.items())
+
+
+def test_nobody_is_examined_in_what_they_learned():
+    learned = {scene(generator(seed, "bank")) for seed in range(200)}
+    assert not learned & {source for source, _ in tasks(200)}
+    assert HELD_OUT_SEEDS[0] > 999_999
+    assert tasks(3) == tasks(3)
+    assert all(len(asked) == 2 for _, asked in tasks(20))
+
+
+def test_an_untrained_model_is_examined(autoencoder, encoders):
+    chosen = tasks(3)
+    pictures = rendered(untrained(), encoders, autoencoder, chosen, steps=2)
+    assert pictures.shape == (3, 64, 64, 3)
+    assert examined(pictures, chosen).right["all"] == 0
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_configs_of_its_adapters(file, tmp_path):
+    """They are valid, know the text encoders, and find what write_lessons writes."""
+    write_lessons(tmp_path / "lessons", scenes=4, stacks=6)
+    content = yaml.safe_load(file.read_text())
+    assert content["base"]["encoder_options"] == ENCODER_OPTIONS
+    path = content["data"]["path"]
+    assert path.startswith("../../../training-output/miniature/lessons/")
+    content["data"]["path"] = str(tmp_path / path.removeprefix("../../../training-output/miniature/"))
+    written = tmp_path / file.name
+    written.write_text(yaml.safe_dump(content))
+    config: Config = read_config(written)
+    found = read_examples(config)
+    assert len(found.held_out) == 2
+    if config.method == "projector":
+        assert len(found.training) == 4
+        strengths = sorted(target.strength for target in found.training[0].targets)
+        assert strengths == pytest.approx([k / 6 for k in range(7)])
+    else:
+        assert len(found.training) == 10
+        assert {len(example.instructions) for example in found.training} <= {1, 2, 3}
+
+
+def test_edits_of_lessons_can_be_seen():
+    chance = generator(1, "visible")
+    source = scene(chance)
+    for edit in edits(chance, source, 3):
+        assert np.abs(drawn(edit.at(source, 1.0)) - drawn(source)).max() > 0.1
