@@ -58,7 +58,7 @@ class Learned:
 
 def learned(place, name: str, **changes) -> Learned:
     """A run in full, with samples of its held-out examples."""
-    data = {"kind": "combinations", "images": "pictures", "instructions": INSTRUCTIONS, "examples": 32, "held_out": 8}
+    data = {"kind": "combinations", "images": "pictures", "instructions": INSTRUCTIONS, "examples": 120, "held_out": 8}
     settings = {"data": data, "adapter": {"rank": 8}, "optimiser": {"learning_rate": 3e-3}, **changes}
     config = read_config(write_config(place, {"name": name, "output": f"out_{name}", **settings}))
     run = Run(config, Accelerator(cpu=True), lambda *_: None)

@@ -39,7 +39,7 @@ FLUX: dict[str, Any] = {
     "qkv_bias": True,
     "guidance_embed": True,
 }
-STEPS = 30_000
+STEPS = 9000
 _BATCH = 32
 _ROWS = {20: 0.6, 24: 0.25, 32: 0.08, 48: 0.04, 96: 0.02, 256: 0.01}
 """How many rows the text is padded to, and how often. Any padding has to do, and short ones cost least."""
