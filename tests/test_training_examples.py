@@ -168,9 +168,10 @@ def test_few_examples_are_of_any_pictures(tmp_path):
     """Not of the first ones by name."""
     write_pictures(tmp_path / "pictures", 40)
     data = {"kind": "combinations", "images": "pictures", "instructions": INSTRUCTIONS, "examples": 8, "held_out": 0}
-    used = {int(example.source.file.stem) for example in examples_of(tmp_path, **data).training}
-    assert len(used) == 8
-    assert max(used) > 12
+    used = sorted(example.source.file.name for example in examples_of(tmp_path, **data).training)
+    by_name = sorted(file.name for file in (tmp_path / "pictures").iterdir())
+    assert len(set(used)) == 8
+    assert used != by_name[:8]
 
 
 def test_prompts_of_one_instruction_are_told_of(place, caplog):
