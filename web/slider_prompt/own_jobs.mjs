@@ -21,17 +21,22 @@ import { t } from '../texts.mjs'
 /** @type {Map<string, OwnJobs>} our jobs that have not ended, by their id */
 const running = new Map()
 
+/** @type {Set<string>} jobs that we have cancelled and the server may still write into its history */
+const dropped = new Set()
+
 /** @param {Server} server */
 export function listen(server) {
   const ours = (/** @type {CustomEvent} */ { detail }) => running.get(detail?.prompt_id ?? detail?.jobId)
   server.addEventListener('execution_start', (event) => ours(event)?.began())
   server.addEventListener('reconnected', () => endLost(server))
+  server.addEventListener('status', () => forgetDropped(server))
   server.addEventListener('execution_success', (event) => ours(event)?.ended())
   server.addEventListener('execution_interrupted', (event) => {
     const queue = ours(event)
     if (!queue) return
     queue.ended()
-    post(server, '/history', { delete: [event.detail.prompt_id] }).catch(() => {}) // our own dropped job is no news
+    dropped.add(event.detail.prompt_id)
+    forgetDropped(server)
   })
   server.addEventListener('execution_error', (event) => ours(event)?.failed(event.detail.exception_message))
   server.addEventListener('executed', (event) => {
@@ -48,10 +53,24 @@ export function listen(server) {
 
 /** After a lost connection: end what the server does not have any more. @param {Server} server */
 async function endLost(server) {
-  const answer = await server.fetchApi('/queue').catch(() => undefined)
-  const { queue_running: first = [], queue_pending: later = [] } = answer?.ok ? await answer.json() : {}
-  const kept = [...first, ...later].map(([, id]) => id)
+  const kept = await jobsOf(server).catch(() => /** @type {string[]} */ ([]))
   for (const [id, queue] of running) if (!kept.includes(id)) queue.failed(t('connectionLost'))
+}
+
+/** Take our dropped jobs out of the history: they are no news. One that has not left the queue is written there later. */
+async function forgetDropped(/** @type {Server} */ server) {
+  if (!dropped.size) return
+  const left = await jobsOf(server).catch(() => [...dropped])
+  const over = [...dropped].filter((id) => !left.includes(id))
+  if (!over.length) return
+  for (const id of over) dropped.delete(id)
+  post(server, '/history', { delete: over }).catch(() => {})
+}
+
+/** Ids of what runs and waits on the server. @param {Server} server @returns {Promise<string[]>} */
+async function jobsOf(server) {
+  const { queue_running: first, queue_pending: later } = await (await server.fetchApi('/queue')).json()
+  return [...first, ...later].map(([, id]) => id)
 }
 
 export class OwnJobs {
@@ -71,7 +90,6 @@ export class OwnJobs {
     this.dirty = false
     this.unwanted = false
     this.accepted = false
-    this.onServer = false
     /** @type {ReturnType<typeof setTimeout> | undefined} */
     this.timer = undefined
     this.shown = ''
@@ -118,18 +136,25 @@ export class OwnJobs {
     const id = this.id
     if (!id) return
     try {
-      const answer = await post(this.server, '/jobs/cancel', { job_ids: [id] })
-      const { cancelled } = await answer.json()
+      await post(this.server, '/jobs/cancel', { job_ids: [id] })
       // A job that had not begun ends without an event, and so does one that somebody else took out of the queue.
-      const silent = cancelled ? !this.onServer : this.accepted
-      if (silent && this.id === id) this.ended()
+      const left = await jobsOf(this.server)
+      if (this.accepted && this.id === id && !left.includes(id)) this.drop(id)
     } catch (error) {
       this.listener.onError(error instanceof Error ? error.message : String(error))
     }
   }
 
+  /** @param {string} id */
+  drop(id) {
+    dropped.add(id)
+    this.ended()
+    forgetDropped(this.server)
+  }
+
+  /** The server forgets what it was told of a job before it began. */
   began() {
-    this.onServer = true
+    if (this.dirty || this.unwanted) this.cancel()
   }
 
   /** @param {string} message */
@@ -142,7 +167,6 @@ export class OwnJobs {
     if (this.id) running.delete(this.id)
     this.id = undefined
     this.accepted = false
-    this.onServer = false
     URL.revokeObjectURL(this.shown)
     this.listener.onProgress(1)
     if (this.dirty) {
