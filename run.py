@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Set up what the demo and the tests need, then run one of them.
 
-    python run.py demo            draw a strip of edits at several strengths
+    python run.py demo            draw edits at several strengths; --open shows their graph in the browser
     python run.py test [...]      lint, type check and tests; arguments go to pytest
-    python run.py benchmark [...] measure costs on this machine; --help lists the options
+    python run.py benchmark [...] measure on this machine; --only NAME runs one, --help lists the options
 
 A ComfyUI and a virtual environment of its own are kept in a cache folder: EDITSLIDERS_CACHE if set, else the user's.
 COMFYUI_PATH names a ComfyUI checkout to use instead of the one that would be downloaded.
@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def demo(python: Path, comfyui: Path, args: Sequence[str]) -> int:
-    return step("demo", [python, "demo/strip.py", *args], comfyui)
+    return step("demo", [python, "demo/show.py", *args], comfyui)
 
 
 def test(python: Path, comfyui: Path, args: Sequence[str]) -> int:
@@ -100,7 +100,12 @@ def check(python: Path, comfyui: Path) -> int:
 
 
 def benchmark(python: Path, comfyui: Path, args: Sequence[str]) -> int:
-    scripts = ("slider_cost", "remembered_source_cost", "slider_page", "training_cost")
+    """Run all of benchmarks/, or with `--only NAME` one of them."""
+    scripts = ["slider_cost", "remembered_source_cost", "slider_page", "training_cost", "slider_quality"]
+    if args[:1] == ["--only"] and len(args) > 1:
+        if args[1] not in scripts:
+            raise SetupError(f"There is no benchmark {args[1]!r}; expected one of {', '.join(scripts)}.")
+        scripts, args = [args[1]], args[2:]
     with cache_lock() as cache:
         provide_browser(python, cache / "setup.log")
         provide_benchmark_tools(python, cache / "setup.log")

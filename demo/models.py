@@ -1,4 +1,4 @@
-"""Which models the demo draws with: the user's FLUX.1 Kontext and slider adapter if they are there, else tiny ones."""
+"""Which models the demo draws with: the user's FLUX.1 Kontext and slider adapter if they are there, else miniatures."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ FOLDERS = {
 
 @dataclass(frozen=True)
 class Models:
-    """File names as ComfyUI's loaders take them. `tiny` models need the tests' text encoder loader."""
+    """File names as ComfyUI's loaders take them. The miniature's text encoders need a loader of their own."""
 
     model: str
     clip_l: str
     t5xxl: str
     vae: str
     adapter: str
-    tiny: bool
+    miniature: bool
 
 
-TINY = Models(
-    model="tiny-kontext.safetensors",
-    clip_l="tiny-clip-l.safetensors",
-    t5xxl="tiny-t5xxl.safetensors",
+MINIATURE = Models(
+    model="miniature-kontext.safetensors",
+    clip_l="miniature-clip-l.safetensors",
+    t5xxl="miniature-t5.safetensors",
     vae="taef1",
-    adapter="selective_lora.pt",
-    tiny=True,
+    adapter="miniature-stlora.safetensors",
+    miniature=True,
 )
+MINIATURE_FOLDER = Path(__file__).parent / "miniature"
 
 
 def users_models(models: Path) -> tuple[Models | None, list[str]]:
@@ -49,7 +50,7 @@ def users_models(models: Path) -> tuple[Models | None, list[str]]:
             found[kind] = str(files[0].relative_to(models / folder))
         else:
             missing.append(f"{' or '.join(folders)}/{patterns[0]}")
-    return (None if missing else Models(tiny=False, **found)), missing
+    return (None if missing else Models(miniature=False, **found)), missing
 
 
 def users_python(comfyui: Path) -> str:

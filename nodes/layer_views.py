@@ -10,6 +10,7 @@ from comfy.clip_vision import ClipVisionModel
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from comfy_api.latest import io
+from node_helpers import conditioning_set_values
 
 from ..slider_core.attention_view import view_attention
 from ..slider_core.errors import SliderError
@@ -81,6 +82,11 @@ class FindVitalLayers(io.ComfyNode):
                     tooltip="Compares the pictures: DINOv2 as in the paper, CLIP or SigLIP. Without it latents are "
                     "compared, which is coarser.",
                 ),
+                io.Latent.Input(
+                    "reference",
+                    optional=True,
+                    tooltip="For models that edit, like Kontext: what is edited. The prompts are then instructions.",
+                ),
             ],
             outputs=[
                 io.String.Output("layers", tooltip="For 'list' of Inject Vital Layers."),
@@ -106,6 +112,7 @@ class FindVitalLayers(io.ComfyNode):
         filename_prefix: str,
         vae: VAE | None = None,
         clip_vision: ClipVisionModel | None = None,
+        reference: dict | None = None,
     ) -> io.NodeOutput:
         check_plots()
         if choose == MOST_VITAL:
@@ -115,10 +122,16 @@ class FindVitalLayers(io.ComfyNode):
             if vae is None:
                 raise SliderError("clip_vision compares pictures; expected a vae too, to decode them. Connect one.")
             features, compared_by = picture_features(vae, clip_vision), clip_vision.model_type
+
+        def with_reference(conditioning: Conditioning) -> Conditioning:
+            if reference is None:
+                return conditioning
+            return conditioning_set_values(conditioning, {"reference_latents": [reference["samples"]]}, append=True)
+
         folder, name, *_ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
         scores = scores_of(
             model,
-            {words: stack_prompts(clip, [words], [guidance]) for words in prompts_of(prompts)},
+            {words: with_reference(stack_prompts(clip, [words], [guidance])) for words in prompts_of(prompts)},
             range(seed, seed + seeds),
             fitting_latent(model, latent),
             steps,

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
+import numpy as np
 import pytest
-from conftest import REPO
+from conftest import COMFYUI, REPO
+from PIL import Image
+from support.browser import ComfyPage, write_settings
+
+from training.miniature.examining import held_out_tasks
+from training.miniature.measuring import edit_reached, measured
+from training.miniature.world import picture_of
 
 sys.path.append(str(REPO / "demo"))
 
-from graph import PICTURE, strip_graph
-from models import TINY, users_models
+from graph import edit_graph
+from models import MINIATURE, users_models
+from page import write_page
+from show import SCENE, STRENGTHS, of_miniature, server_with_miniature
+from workflow import NAME, workflow
 
 FILES = {
     "unet": "flux/flux1-dev-kontext_fp8_scaled.safetensors",
@@ -34,7 +45,7 @@ def test_users_models(models):
     found, missing = users_models(models)
     assert missing == []
     assert found is not None
-    assert not found.tiny
+    assert not found.miniature
     assert found.model.replace("\\", "/") == FILES["unet"]
     assert (found.clip_l, found.t5xxl, found.vae, found.adapter) == tuple(list(FILES.values())[1:])
     (models / "vae" / "ae.safetensors").unlink()
@@ -51,11 +62,43 @@ def test_graph_for_the_users_models(server, models):
         if not target.exists():
             target.touch()
     found, _ = users_models(models)
-    result = server.run(strip_graph(found, "photo.png", "make it red", 0.5))
+    result = server.run(edit_graph(found, "photo.png", ["make it red"], [0.5]))
     assert result.error["node_type"] in ("UNETLoader", "DualCLIPLoader", "VAELoader")
 
 
-def test_tiny_graph(server):
-    result = server.run(strip_graph(TINY, "photo.png", "make it red", 0.5))
-    assert result.ok, result.error
-    assert len(result.images(PICTURE)) == 1
+def test_its_pictures_and_its_page(tmp_path):
+    """All that `run.py demo` draws without models of the user's."""
+    with server_with_miniature(COMFYUI, tmp_path) as running:
+        running.put_input(SCENE.name, Image.open(SCENE))
+        shown = of_miniature(running, tmp_path)
+    page = write_page(tmp_path / "index.html", shown).read_text(encoding="utf-8")
+    for one in shown:
+        assert f'src="{one.file.name}"' in page
+        Image.open(one.file).load()
+    [moving] = [one.file for one in shown if one.file.suffix == ".webp"]
+    assert Image.open(moving).n_frames >= len(STRENGTHS)
+
+
+def test_the_workflow_of_the_browser_edits_too(tmp_path, chromium):
+    """What --open offers, listed and run by the page."""
+    source, edits = held_out_tasks(1, 2)[0]
+    with server_with_miniature(COMFYUI, tmp_path) as running:
+        write_settings(tmp_path)
+        running.put_input(SCENE.name, picture_of(source))
+        graph = workflow(MINIATURE, SCENE.name, [edit.instruction for edit in edits])
+        running.put_workflow(NAME, graph)
+        assert f"{NAME}.json" in json.loads(running.get("/api/userdata?dir=workflows"))
+        page = ComfyPage(chromium, running, vue=False)
+        page.open(graph)
+        page.set_widget("EditSlidersSliderPrompt", "strength_1", 0.0)
+        page.set_widget("EditSlidersSliderPrompt", "strength_2", 1.0)
+        queued = page.prompt()
+        [shown] = [key for key, node in queued.items() if node["class_type"] == "SaveImage"]
+        result = running.run(queued)
+        assert result.ok, result.error
+        assert page.errors == []
+        page.close()
+        [picture] = result.images(shown)
+    found = measured(np.asarray(picture.convert("RGB"), np.float32) / 255, source)
+    assert abs(edit_reached(edits[0], source, found)) < 0.1
+    assert edit_reached(edits[1], source, found) > 0.9

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from support.graphs import Graph, Link
 from support.outcomes import far, latents, near
 
@@ -290,6 +291,36 @@ def test_vital_layers_are_found_and_used(server):
     [typed] = latents(server, lambda g: parallel(g, g.model(), list=layers))
     assert np.array_equal(result.latent(used), typed)
     assert len(list((server.base / "output" / "vital_layers").glob("tiny_*.json"))) == 1
+
+
+def test_vital_layers_of_edits_are_found_with_the_reference(server):
+    graph = Graph()
+    photo, steps = graph.photo(), 2
+    found = graph.add(
+        "EditSlidersFindVitalLayers",
+        model=graph.model(),
+        clip=graph.clip(),
+        latent=graph.noise(),
+        prompts=EDITS[0],
+        seed=1,
+        seeds=1,
+        steps=steps,
+        guidance=3.5,
+        choose="the most vital",
+        count=1,
+        threshold=0.1,
+        filename_prefix="vital_layers/edits",
+        reference=photo,
+    )
+    scores = graph.add("PreviewAny", source=[found[0], 1])
+    edit = graph.add("ReferenceLatent", conditioning=graph.stock_text(EDITS[0]), latent=photo)
+    guided = graph.add("FluxGuidance", conditioning=edit, guidance=3.5)
+    stock = graph.save(graph.sample(graph.model(), guided, seed=1, steps=steps))
+    result = server.run(graph)
+    assert result.ok, result.error
+    [seen] = json.loads(result.text(scores[0]))["samples"].values()
+    made = result.latent(stock).ravel()
+    assert near(np.array(seen), made[torch.linspace(0, made.size - 1, len(seen)).long()])
 
 
 def test_latents_are_taken_as_by_the_stock_sampler(server):

@@ -184,6 +184,12 @@ class ComfyServer:
         image.save(self.base / "input" / name)
         return name
 
+    def put_workflow(self, name: str, workflow: Mapping[str, Any]) -> None:
+        """Store a workflow where the page lists the user's."""
+        file = self.base / "user" / "default" / "workflows" / f"{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(workflow), encoding="utf-8")
+
     def view(self, file: Mapping[str, str]) -> bytes:
         """The content of a {filename, subfolder, type} entry of an output."""
         query = urllib.parse.urlencode({key: file[key] for key in ("filename", "subfolder", "type")})

@@ -13,8 +13,8 @@ from ..comfyui import use_comfyui
 from ..errors import TrainingError
 
 MODELS = Path(__file__).resolve().parents[2] / "demo" / "miniature"
-
-LESSONS = Path(__file__).resolve().parents[2] / "training-output" / "miniature" / "lessons"
+OUTPUT = Path(__file__).resolve().parents[2] / "training-output" / "miniature"
+LESSONS, LAYERS = OUTPUT / "lessons", OUTPUT / "layers"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lessons.add_argument("folder", type=Path, nargs="?", default=LESSONS)
     examine = commands.add_parser("examine", help="measure what the model does on scenes that it has never seen")
     examine.add_argument("--scenes", type=int, default=200)
+    layers = commands.add_parser("layers", help="find its vital layers")
+    layers.add_argument("folder", type=Path, nargs="?", default=LAYERS)
+    layers.add_argument("--scenes", type=int, default=40)
     for command in commands.choices.values():
         command.add_argument("--models", type=Path, default=MODELS, help="a ComfyUI models folder")
     chosen = parser.parse_args(arguments)
@@ -58,9 +61,13 @@ _PARTS = {
 def _run(chosen: argparse.Namespace) -> int:
     from . import model
     from .adapter_lessons import write_lessons
+    from .layer_scores import layer_scores
 
     if chosen.command == "lessons":
         write_lessons(chosen.folder)
+    elif chosen.command == "layers":
+        scores = layer_scores(chosen.models, chosen.scenes, chosen.folder)
+        print(json.dumps({layer: scores.vitality(layer) for layer in sorted(scores.similarities)}, indent=1))
     elif chosen.command == "examine":
         for count in (1, 2, 3):
             found = model.examine(chosen.models, chosen.scenes, count)

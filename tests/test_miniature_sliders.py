@@ -1,0 +1,153 @@
+"""Sliders slide: on the miniature model, measured in its pictures, on scenes that nothing was trained on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import COMFYUI, REPO
+from PIL import Image
+from support.comfy_server import ComfyServer
+
+from training.miniature.edits import Edit
+from training.miniature.examining import held_out_tasks
+from training.miniature.measuring import edit_reached, measured
+from training.miniature.sliding import METHODS, Miniature
+from training.miniature.world import Looks, Scene, picture_of
+
+sys.path.append(str(REPO / "demo"))
+
+from models import MINIATURE, MINIATURE_FOLDER
+from show import server_with_miniature
+from test_templates import template, the, without_upscaling
+
+SCENES = 6
+UP = (0.0, 0.25, 0.5, 0.75, 1.0)
+ADAPTERS = ("STLoRA", "GSTLoRA", "strength projector")
+
+
+@pytest.fixture(scope="module")
+def it() -> Miniature:
+    return Miniature(MINIATURE_FOLDER)
+
+
+def reached(it: Miniature, name: str, source: Scene, edits: Sequence[Edit], strengths: Sequence[float]) -> np.ndarray:
+    """How much of each edit is there while the first one is moved: (strengths, edits)."""
+    pictures = it.pictures(source, METHODS[name](it, edits, 0, strengths), len(strengths))
+    return np.array([[edit_reached(edit, source, measured(picture, source)) for edit in edits] for picture in pictures])
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_it_fades_in(it, name):
+    """0 suppresses, 1 applies, and between them nothing goes back."""
+    for source, edits in held_out_tasks(SCENES, 1):
+        values = reached(it, name, source, edits, UP)[:, 0]
+        assert abs(values[0]) < 0.1, (edits, values)
+        assert values[-1] > 0.9, (edits, values)
+        assert np.diff(values).min() > -0.05, (edits, values)
+        assert 0.02 < values[1:-1].mean() < 0.98, (edits, values)
+
+
+def test_more_than_one_exaggerates(it):
+    tasks = [(source, edits) for source, edits in held_out_tasks(40, 1) if edits[0].attribute == "background"]
+    values = np.array([reached(it, "STLoRA", source, edits, (1.0, 1.5))[:, 0] for source, edits in tasks[:SCENES]])
+    assert (values[:, 1] - values[:, 0]).mean() > 0.05, values
+
+
+def test_the_other_instruction_stays(it):
+    for source, edits in held_out_tasks(SCENES, 2):
+        values = reached(it, "STLoRA", source, edits, UP)
+        assert abs(values[0, 0]) < 0.1 < 0.9 < values[-1, 0], (edits, values)
+        assert abs(values[:, 1] - values[-1, 1]).max() < 0.1, (edits, values)
+
+
+@pytest.fixture(scope="module")
+def miniature_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    with server_with_miniature(COMFYUI, tmp_path_factory.mktemp("miniature")) as running:
+        yield running
+
+
+Graph = dict[str, dict[str, Any]]
+
+
+def on_the_miniature(graph: Graph, picture: str, edits: Sequence[Edit]) -> Graph:
+    """A template's graph with the miniature's files, this picture and these instructions; all else as it is."""
+    for node in graph.values():
+        inputs = node["inputs"]
+        match node["class_type"]:
+            case "UNETLoader":
+                inputs["unet_name"] = MINIATURE.model
+            case "VAELoader":
+                inputs["vae_name"] = MINIATURE.vae
+            case "DualCLIPLoader":
+                node["class_type"] = "SmallTextEncoders"
+                node["inputs"] = {"clip_l": MINIATURE.clip_l, "t5xxl": MINIATURE.t5xxl, "rows": 512}
+            case "LoadImage":
+                inputs["image"] = picture
+            case "EditSlidersLoadAdapter":
+                kind = "gstlora" if "gstlora" in inputs["adapter_name"] else "stlora"
+                inputs["adapter_name"] = f"miniature-{kind}.safetensors"
+            case "EditSlidersLoadProjector":
+                inputs["projector_name"] = "miniature-projector.safetensors"
+                inputs["lora_name"] = "none, or in the projector's file"
+            case "EditSlidersEncodeSubInstructions" | "EditSlidersSliderPrompt":
+                inputs["text"] = "\n".join(edit.instruction for edit in edits)
+    return without_upscaling(graph)
+
+
+STRENGTH_OF = {  # the template's node that has the strength of the first instruction, and its name there
+    "single_slider": ("EditSlidersApplyGSTLoRA", "strength"),
+    "strength_projector": ("EditSlidersProjectorStrength", "strength"),
+    "two_sub_prompt_sliders": ("EditSlidersSubInstructionStrengths", "strength_1"),
+    "slider_prompt": ("EditSlidersSliderPrompt", "strength_1"),
+}
+
+
+@pytest.mark.parametrize("view", ["canvas"], indirect=True)
+@pytest.mark.parametrize("name", STRENGTH_OF)
+def test_the_templates_slide_over_the_api(view, server, miniature_server, name):
+    """With 512 rows of text and all other settings of the template."""
+    several = name in ("two_sub_prompt_sliders", "slider_prompt")
+    source, edits = held_out_tasks(1, 2 if several else 1)[0]
+    picture = miniature_server.put_input("scene.png", picture_of(source))
+    view.open(template(server, name))
+    graph = on_the_miniature(view.prompt(), picture, edits)
+    node, strength = STRENGTH_OF[name]
+    found = []
+    for value in (0.0, 1.0):
+        inputs = graph[the(graph, node)]["inputs"]
+        inputs |= {strength: value, **({"strength_2": 1.0} if several else {})}
+        looks = looks_of(miniature_server, graph, source)
+        found.append([edit_reached(edit, source, looks[0]) for edit in edits])
+    suppressed, applied = found
+    assert abs(suppressed[0]) < 0.1, found
+    assert applied[0] > 0.85, found
+    assert all(abs(a - b) < 0.05 for a, b in zip(suppressed[1:], applied[1:])), found
+    assert all(other > 0.9 for other in applied[1:]), found
+
+
+@pytest.mark.parametrize("view", ["canvas"], indirect=True)
+def test_the_sweep_template_fades_in_and_exaggerates(view, server, miniature_server):
+    source, edits = next(task for task in held_out_tasks(40, 1) if task[1][0].attribute == "background")
+    picture = miniature_server.put_input("scene.png", picture_of(source))
+    view.open(template(server, "strength_sweep"))
+    graph = on_the_miniature(view.prompt(), picture, edits)
+    values = [edit_reached(edits[0], source, looks) for looks in looks_of(miniature_server, graph, source)]
+    assert abs(values[0]) < 0.1, values
+    assert values[0] < values[1] < values[2] < values[3], values
+    assert values[2] > 0.9, values
+    assert values[3] > values[2] + 0.03, values
+
+
+def looks_of(server: ComfyServer, graph: Graph, source: Scene) -> list[Looks]:
+    """What the pictures of a graph show."""
+    result = server.run(graph)
+    assert result.ok, result.error
+    return [measured(as_floats(picture), source) for picture in result.images(the(graph, "SaveImage"))]
+
+
+def as_floats(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture.convert("RGB"), np.float32) / 255

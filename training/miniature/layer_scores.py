@@ -1,0 +1,28 @@
+"""Which layers of the miniature model are vital for edits, by the pack's own analyser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from slider_core.layer_analysis import LayerScores, latent_features, scores_of
+
+from .examining import held_out_tasks
+from .sliding import GUIDANCE, STEPS, Miniature
+
+SEED = 0
+
+
+def layer_scores(models: Path, scenes: int, folder: Path) -> LayerScores:
+    """Every layer left out in turn, over held-out scenes with one edit each; scores so far are kept in `folder`."""
+    it = Miniature(models)
+    tasks = held_out_tasks(scenes, 1)
+    latents = [it.latent(source) for source, _ in tasks]
+    prompts = {
+        f"{number}: {edit.instruction}": it.beside(it.prompt([edit.instruction]), latent)
+        for number, ((_, [edit]), latent) in enumerate(zip(tasks, latents))
+    }
+    empty = torch.zeros_like(latents[0])
+    settings = {"guidance": GUIDANCE, "compared by": "the latent itself"}
+    return scores_of(it.model, prompts, [SEED], empty, STEPS, latent_features, folder, "miniature", settings)
