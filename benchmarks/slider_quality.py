@@ -66,7 +66,7 @@ class Measured:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=50)
+    parser.add_argument("--scenes", type=int, default=30)
     parser.add_argument("--models", type=Path, default=ROOT / "demo" / "miniature")
     parser.add_argument("--plot", type=Path, help="write the curves here, as a picture")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))

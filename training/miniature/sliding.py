@@ -115,7 +115,8 @@ def text_modulation(it: Miniature, edits: Sequence[Edit], moved: int, strengths:
 
 
 def attention_to_text(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
-    return Slid(apply_attention_weights(it.model), _only_one_moves(it, edits, moved, [max(one, 0.0) for one in strengths]))
+    from_none = [max(strength, 0.0) for strength in strengths]
+    return Slid(apply_attention_weights(it.model), _only_one_moves(it, edits, moved, from_none))
 
 
 def guidance_scale(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:

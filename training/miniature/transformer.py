@@ -83,9 +83,9 @@ class Lessons:
     def __init__(self, base: BaseModel, encoders: TextEncoders, samples: Samples):
         self.base, self.encoders, self.samples = base, encoders, samples
 
-    def learn(self, folder: Path, steps: int = STEPS, **more: Any) -> None:
+    def learn(self, folder: Path, steps: int = STEPS) -> None:
         with self.base.changed({}):
-            learn(folder, self.base.network, _optimiser(self.base.network), self.loss, steps, **more)
+            learn(folder, self.base.network, _optimiser(self.base.network), self.loss, steps)
 
     def loss(self, step: int) -> Tensor:
         chance = generator("transformer", step)
