@@ -8,34 +8,53 @@ from typing import Any
 from models import Models
 
 PICTURE = "picture"
+LORA_INSIDE = "none, or in the projector's file"
 MINIATURE_STEPS = 12
 MINIATURE_VITAL_LAYERS = "0, 2, 4"  # found by: python -m training.miniature layers
 STEPS = 20
 
 Node = dict[str, Any]
 Graph = dict[str, Node]
+Strengths = float | tuple[float, ...]
 
 
-def edit_graph(models: Models, photo: str, instructions: Sequence[str], strengths: Sequence[float]) -> Graph:
-    """Edit an input picture by sub-instructions, each at its strength; the node PICTURE shows the result."""
-    return {
+def edit_graph(models: Models, photo: str, instructions: Sequence[str], strengths: Sequence[Strengths]) -> Graph:
+    """Edit an input picture by sub-instructions, each at its strength; the node PICTURE shows the result.
+
+    Strengths that are lists, all of one length, give a picture for each of their items, from the same noise.
+    """
+    lists = [f"list_{k}" for k, strength in enumerate(strengths, 1) if not isinstance(strength, float)]
+    graph = {
         **_picture_and_models(models, photo),
         "adapter": _node("EditSlidersLoadAdapter", adapter_name=models.adapter),
         "slider_model": _node("EditSlidersApplySTLoRA", model=["model", 0], adapter=["adapter", 0]),
-        "prompt": _node(
-            "EditSlidersEncodeSubInstructions",
-            clip=["clip", 0],
-            text="\n".join(instructions),
-            mode="one per line",
-            pad_to_512=not models.miniature,
-        ),
+        "prompt": _prompt(models, instructions),
+        "strengths": _node("EditSlidersSubInstructionStrengths", conditioning=["prompt", 0]),
+        **_sampled(models, "slider_model", "strengths"),
+    }
+    for k, strength in enumerate(strengths, 1):
+        graph["strengths"]["inputs"][f"strength_{k}"] = _strength(graph, f"list_{k}", strength)
+    return _swept(graph, lists[0]) if lists else graph
+
+
+def projector_graph(models: Models, photo: str, instruction: str, strengths: Strengths) -> Graph:
+    """As edit_graph, by a strength projector."""
+    projector = _node("EditSlidersLoadProjector", projector_name=models.projector, lora_name=LORA_INSIDE)
+    graph = {
+        **_picture_and_models(models, photo),
+        "projector": projector,
+        "slider_model": _node("EditSlidersApplyProjector", model=["model", 0], projector=["projector", 0]),
+        "prompt": _prompt(models, [instruction]),
         "strengths": _node(
-            "EditSlidersSubInstructionStrengths",
+            "EditSlidersProjectorStrength",
             conditioning=["prompt", 0],
-            **{f"strength_{k}": strength for k, strength in enumerate(strengths, 1)},
+            projector=["projector", 0],
+            mode="clamp to 0..1",
         ),
         **_sampled(models, "slider_model", "strengths"),
     }
+    graph["strengths"]["inputs"]["strength"] = _strength(graph, "list_1", strengths)
+    return _swept(graph, "list_1")
 
 
 def parallel_graph(models: Models, photo: str, edits: Sequence[str]) -> Graph:
@@ -65,6 +84,32 @@ def parallel_graph(models: Models, photo: str, edits: Sequence[str]) -> Graph:
     }
     graph["sampled"]["inputs"]["latent_image"] = ["same_noise", 0]
     return graph
+
+
+def _prompt(models: Models, instructions: Sequence[str]) -> Node:
+    return _node(
+        "EditSlidersEncodeSubInstructions",
+        clip=["clip", 0],
+        text="\n".join(instructions),
+        mode="one per line",
+        pad_to_512=not models.miniature,
+    )
+
+
+def _strength(graph: Graph, name: str, strength: Strengths) -> float | list[str | int]:
+    """What a strength input takes: the number, or a link to a list of that name."""
+    if isinstance(strength, float):
+        return strength
+    graph[name] = _node("EditSlidersStrengthList", values=", ".join(map(str, strength)))
+    return [name, 0]
+
+
+def _swept(graph: Graph, strengths: str) -> Graph:
+    """The graph with a latent for every strength of a list."""
+    latent = _node("EditSlidersLatentForSweep", latent=["source", 0], strengths=[strengths, 0])
+    sampled = graph["sampled"]
+    changed = {**sampled, "inputs": {**sampled["inputs"], "latent_image": ["latents", 0]}}
+    return {**graph, "latents": latent, "sampled": changed}
 
 
 def _picture_and_models(models: Models, photo: str) -> Graph:

@@ -27,6 +27,7 @@ class Models:
     vae: str
     adapter: str
     miniature: bool
+    projector: str = ""
 
 
 MINIATURE = Models(
@@ -36,6 +37,7 @@ MINIATURE = Models(
     vae="taef1",
     adapter="miniature-stlora.safetensors",
     miniature=True,
+    projector="miniature-projector.safetensors",
 )
 MINIATURE_FOLDER = Path(__file__).parent / "miniature"
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from graph import PICTURE, Graph, edit_graph, parallel_graph
+from graph import PICTURE, Graph, Strengths, edit_graph, parallel_graph, projector_graph
 from models import MINIATURE, MINIATURE_FOLDER, Models, has_accelerator, users_models, users_python
 from page import Shown, write_page
 from PIL import Image
@@ -39,6 +39,7 @@ PHOTO_INSTRUCTION = "turn the cat into a golden statue with emerald eyes that sh
 COLOUR, SIZE, GROUND = "make the circle red", "make the square bigger", "make the background dark"
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 FIVE = (0.0, 0.25, 0.5, 0.75, 1.0)
+MANY = tuple(k / 20 for k in range(21))
 SIDE = 192
 PACK = {"ComfyUI-EditSliders": ROOT}
 MODEL_FOLDERS = ("diffusion_models", "unet", "text_encoders", "clip", "vae", "vae_approx", "loras")
@@ -68,22 +69,24 @@ def main() -> None:
 
 
 def of_photograph(server: ComfyServer, models: Models, output: Path) -> list[Shown]:
-    pictures = [_draw(server, edit_graph(models, PHOTO.name, [PHOTO_INSTRUCTION], [one])) for one in STRENGTHS]
+    pictures = [_draw(server, edit_graph(models, PHOTO.name, [PHOTO_INSTRUCTION], [one]))[0] for one in STRENGTHS]
     return [Shown("One slider", PHOTO_INSTRUCTION, _strip(output / "one-slider.png", pictures, STRENGTHS))]
 
 
 def of_miniature(server: ComfyServer, output: Path) -> list[Shown]:
-    def drawn(instructions: Sequence[str], strengths: Sequence[float]) -> Image.Image:
+    def drawn(instructions: Sequence[str], *strengths: Strengths) -> list[Image.Image]:
         return _draw(server, edit_graph(MINIATURE, SCENE.name, instructions, strengths))
 
-    one = [drawn([COLOUR], [strength]) for strength in STRENGTHS]
-    grid = {pair: drawn([COLOUR, SIZE], pair) for pair in product(FIVE, repeat=2)}
-    three = [drawn([COLOUR, SIZE, GROUND], [1.0, strength, 1.0]) for strength in STRENGTHS]
-    source, *others = _draw_all(server, parallel_graph(MINIATURE, SCENE.name, [COLOUR, GROUND]))
-    sheet = contact_sheet(list(grid.values()), [f"{a:g} / {b:g}" for a, b in grid], len(FIVE))
+    one = drawn([SIZE], STRENGTHS)
+    grid = list(product(FIVE, repeat=2))
+    two = drawn([COLOUR, SIZE], *zip(*grid))
+    three = drawn([COLOUR, SIZE, GROUND], 1.0, STRENGTHS, 1.0)
+    calibrated = _draw(server, projector_graph(MINIATURE, SCENE.name, COLOUR, FIVE))
+    parallel = _draw(server, parallel_graph(MINIATURE, SCENE.name, [COLOUR, GROUND]))
+    sheet = contact_sheet(two, [f"{a:g} / {b:g}" for a, b in grid], len(FIVE))
     return [
-        Shown("One slider", COLOUR, _strip(output / "one-slider.png", one, STRENGTHS)),
-        Shown("The same, moving", COLOUR, _animation(output / "one-slider.webp", one)),
+        Shown("One slider", SIZE, _strip(output / "one-slider.png", one, STRENGTHS)),
+        Shown("The same, moving", SIZE, _animation(output / "one-slider.webp", drawn([SIZE], MANY))),
         Shown("Two sliders", f"{COLOUR} (down) and {SIZE} (across)", _saved(sheet, output / "two-sliders.png")),
         Shown(
             "One of three",
@@ -91,9 +94,14 @@ def of_miniature(server: ComfyServer, output: Path) -> list[Shown]:
             _strip(output / "one-of-three.png", three, STRENGTHS),
         ),
         Shown(
+            "One slider for the whole instruction",
+            f"{COLOUR}, by a strength projector",
+            _strip(output / "projector.png", calibrated, FIVE),
+        ),
+        Shown(
             "Without an adapter",
             "Stable Flow: the source and its edits in one batch, with the source's keys and values in the vital layers",
-            _saved(contact_sheet([source, *others], ["source", COLOUR, GROUND], 3), output / "without-adapter.png"),
+            _saved(contact_sheet(parallel, ["source", COLOUR, GROUND], 3), output / "without-adapter.png"),
         ),
     ]
 
@@ -126,17 +134,14 @@ def _stay_open(server: ComfyServer, models: Models) -> None:
         time.sleep(1)
 
 
-def _draw(server: ComfyServer, graph: Graph) -> Image.Image:
-    return _draw_all(server, graph)[0]
-
-
-def _draw_all(server: ComfyServer, graph: Graph) -> list[Image.Image]:
+def _draw(server: ComfyServer, graph: Graph) -> list[Image.Image]:
     started = time.monotonic()
     result = server.run(graph, timeout=3600)
     if result.error:
         sys.exit(f"{result.error['node_type']}: {result.error['exception_message']}")
-    print(f"{len(result.executed)} nodes ran, {time.monotonic() - started:.1f} s")
-    return [_enlarged(picture) for picture in result.images(PICTURE)]
+    pictures = [_enlarged(picture) for picture in result.images(PICTURE)]
+    print(f"{len(pictures)} pictures, {time.monotonic() - started:.1f} s")
+    return pictures
 
 
 def _enlarged(picture: Image.Image) -> Image.Image:

@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from conftest import REPO
+from safetensors.torch import load_file
 
+from training.base_model import BaseModel
 from training.miniature import model, transformer
+from training.miniature.autoencoder import Autoencoder
+from training.miniature.examining import held_out_tasks
+from training.miniature.latent_bank import samples_of
+from training.miniature.text_encoders import TextEncoders
 
 MODELS = REPO / "demo" / "miniature"
+CURVE = REPO / "training" / "miniature" / "curves" / "transformer.jsonl"
 SCENES = 40
 
 
@@ -19,12 +27,21 @@ def test_it_does_what_it_is_told(edits_at_once, least):
     assert found.right["all"] >= least, found
 
 
+def test_its_loss_is_what_it_learned_by():
+    base = BaseModel.load(MODELS / model.TRANSFORMER, "float32", checkpointing=False)
+    encoders = TextEncoders(load_file(MODELS / model.T5), load_file(MODELS / model.CLIP_L))
+    lessons = transformer.Lessons(base, encoders, samples_of(Autoencoder(), held_out_tasks(20, 2)))
+    with torch.no_grad(), base.changed({}):
+        losses = [lessons.loss(step).item() for step in range(8)]
+    points = [json.loads(line) for line in CURVE.read_text().splitlines()]
+    assert sum(losses) / len(losses) < 3 * points[-1]["loss"]
+
+
 def test_it_is_small():
     assert sum(file.stat().st_size for file in MODELS.rglob("*.safetensors")) < 25 * 2**20
 
 
 def test_its_curve_is_kept():
-    lines = (REPO / "training" / "miniature" / "curves" / "transformer.jsonl").read_text().splitlines()
-    points = [json.loads(line) for line in lines]
+    points = [json.loads(line) for line in CURVE.read_text().splitlines()]
     assert points[-1]["step"] == transformer.STEPS
     assert points[-1]["loss"] < 0.1 * points[0]["loss"]
