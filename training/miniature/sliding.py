@@ -74,10 +74,10 @@ class Miniature:
         return [[states, {**options, **more}] for states, options in conditioning]
 
     @torch.inference_mode()
-    def pictures(self, source: Scene, slid: Slid, count: int) -> np.ndarray:
-        """(count, SIDE, SIDE, 3), all from the same noise."""
+    def pictures(self, source: Scene, slid: Slid, count: int, seed: str = "sliding") -> np.ndarray:
+        """(count, SIDE, SIDE, 3), all from the same noise, which the seed tells."""
         latent = self.latent(source)
-        noise = torch.randn(latent.shape, generator=generator("sliding")).expand(count, -1, -1, -1).contiguous()
+        noise = torch.randn(latent.shape, generator=generator(seed)).expand(count, -1, -1, -1).contiguous()
         positive = self.beside(slid.positive, latent)
         if slid.cfg is None:
             return self._decoded(_sampled(slid.model, positive, positive, noise, 1.0))
@@ -115,7 +115,9 @@ def text_modulation(it: Miniature, edits: Sequence[Edit], moved: int, strengths:
 
 
 def attention_to_text(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
-    return Slid(apply_attention_weights(it.model), _only_one_moves(it, edits, moved, [max(one, 0.0) for one in strengths]))
+    return Slid(
+        apply_attention_weights(it.model), _only_one_moves(it, edits, moved, [max(one, 0.0) for one in strengths])
+    )
 
 
 def guidance_scale(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
