@@ -72,6 +72,7 @@ def distances_of_features(features: torch.Tensor, name: str, source: int = 0) ->
     return _distances(len(features), source, f"{name}, 1 - cosine", apart, squared=True)
 
 
+@torch.inference_mode()
 def vision_features(images: torch.Tensor, vision: ClipVisionModel) -> torch.Tensor:
     """(n, width), float32: the embeddings of pictures; of models that give one vector per part of them, the mean."""
     found = []
