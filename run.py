@@ -101,7 +101,14 @@ def check(python: Path, comfyui: Path) -> int:
 
 def benchmark(python: Path, comfyui: Path, args: Sequence[str]) -> int:
     """Run all of benchmarks/, or with `--only NAME` one of them."""
-    scripts = ["slider_cost", "remembered_source_cost", "slider_page", "training_cost", "slider_quality"]
+    scripts = [
+        "slider_cost",
+        "remembered_source_cost",
+        "slider_page",
+        "training_cost",
+        "slider_quality",
+        "slider_calibration",
+    ]
     if args[:1] == ["--only"] and len(args) > 1:
         if args[1] not in scripts:
             raise SetupError(f"There is no benchmark {args[1]!r}; expected one of {', '.join(scripts)}.")

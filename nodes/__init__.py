@@ -5,7 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .adapters import ApplyGSTLoRA, ApplySTLoRA, LoadAdapter
+from .calibration import Calibrate, CalibratedStrength
 from .layer_views import FindVitalLayers, ViewAttention
+from .measures import MeasureSweep
 from .photographs import EditFromTrajectory, InvertPhotograph, LoadTrajectory, SaveTrajectory
 from .projectors import ApplyProjector, LoadProjector, ProjectorStrength
 from .prompts import EncodeSubInstructions, SelectPhrase, SubInstructionStrengths
@@ -42,4 +44,7 @@ NODES: list[type[io.ComfyNode]] = [
     StrengthRange,
     StrengthList,
     LatentForSweep,
+    MeasureSweep,
+    Calibrate,
+    CalibratedStrength,
 ]

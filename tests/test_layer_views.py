@@ -35,7 +35,7 @@ def model_that_needs(layer: int, recipe, manifest):
     return comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": torch.float32})
 
 
-def vision(kind: str) -> ClipVisionModel:
+def vision(kind: str, projection_dim: int = 16) -> ClipVisionModel:
     """A tiny vision model with random weights."""
     config = {
         "model_type": kind,
@@ -52,7 +52,7 @@ def vision(kind: str) -> ClipVisionModel:
         "use_swiglu_ffn": False,
     }
     if kind == "clip_vision_model":
-        config["projection_dim"] = 16
+        config["projection_dim"] = projection_dim
     model = ClipVisionModel(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

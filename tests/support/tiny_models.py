@@ -79,8 +79,8 @@ def write_tiny_models(models: Path) -> None:
     for folder in ("diffusion_models", "text_encoders", "vae_approx", "loras"):
         (models / folder).mkdir(parents=True, exist_ok=True)
     _save(_transformer(), models / "diffusion_models" / "tiny-kontext.safetensors")
-    _save(_clip_l(), models / "text_encoders" / "tiny-clip-l.safetensors")
-    _save(_t5(), models / "text_encoders" / "tiny-t5xxl.safetensors")
+    _save(tiny_clip_l(), models / "text_encoders" / "tiny-clip-l.safetensors")
+    _save(tiny_t5(), models / "text_encoders" / "tiny-t5xxl.safetensors")
     _save(_encoder(), models / "vae_approx" / "taef1_encoder.safetensors")
     _save(_decoder(), models / "vae_approx" / "taef1_decoder.safetensors")
     _write_adapters(models / "loras")
@@ -224,7 +224,8 @@ def _linear(name: str, out: int, width: int, bias: bool) -> Tensors:
     return tensors | {f"{name}.bias": torch.zeros(out)} if bias else tensors
 
 
-def _clip_l(hidden: int = 768, mlp: int = 256, layers: int = 2) -> Tensors:
+def tiny_clip_l(hidden: int = 768, mlp: int = 256, layers: int = 2) -> Tensors:
+    """CLIP-L with its projection."""
     norms = ["final_layer_norm"]
     sd = _linear("text_projection", hidden, hidden, bias=False)
     for name, rows in (("token", 49408), ("position", 77)):
@@ -242,7 +243,7 @@ def _clip_l(hidden: int = 768, mlp: int = 256, layers: int = 2) -> Tensors:
     return {key: tensor.half() for key, tensor in sd.items()}
 
 
-def _t5(width: int = 64, mlp: int = 128, layers: int = 2) -> Tensors:
+def tiny_t5(width: int = 64, mlp: int = 128, layers: int = 2) -> Tensors:
     sd = {"shared.weight": recipe.draw("t5.shared", (32128, width), MODEL["seed"])}
     sd["encoder.final_layer_norm.weight"] = torch.ones(width)
     sd["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = recipe.draw("t5.bias", (32, 1), 0)

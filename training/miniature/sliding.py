@@ -74,10 +74,10 @@ class Miniature:
         return [[states, {**options, **more}] for states, options in conditioning]
 
     @torch.inference_mode()
-    def pictures(self, source: Scene, slid: Slid, count: int) -> np.ndarray:
-        """(count, SIDE, SIDE, 3), all from the same noise."""
+    def pictures(self, source: Scene, slid: Slid, count: int, seed: str = "sliding") -> np.ndarray:
+        """(count, SIDE, SIDE, 3), all from the same noise, which the seed tells."""
         latent = self.latent(source)
-        noise = torch.randn(latent.shape, generator=generator("sliding")).expand(count, -1, -1, -1).contiguous()
+        noise = torch.randn(latent.shape, generator=generator(seed)).expand(count, -1, -1, -1).contiguous()
         positive = self.beside(slid.positive, latent)
         if slid.cfg is None:
             return self._decoded(_sampled(slid.model, positive, positive, noise, 1.0))

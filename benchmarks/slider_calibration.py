@@ -1,0 +1,87 @@
+"""What calibration does to sliders on the miniature edit model, on scenes that nothing was trained on.
+
+    python run.py benchmark --only slider_calibration [--scenes N]
+
+Each method's sweep of 9 strengths, 0 to 1, gives a curve (slider_core/calibration.py, by pixels). Then 9 even positions
+are rendered: uncalibrated; with the scene's own curve, from the same and from other noise; and with one curve for all,
+the mean of what the other scenes' sweeps showed.
+
+    linearity       mean |reached - position|, with what is reached read back from the pictures; mean of the scenes
+    delta           largest detour of the pictures, by pixels; mean of the scenes
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import in_training  # noqa: F401  # isort: skip
+
+from slider_core.calibration import calibrate
+from slider_core.picture_distance import PictureDistances, pixel_distances
+from slider_core.smoothness import delta_smooth
+from training.miniature.edits import Edit
+from training.miniature.examining import held_out_tasks
+from training.miniature.measuring import edit_reached, measured
+from training.miniature.sliding import METHODS, Miniature
+from training.miniature.world import Scene
+
+ROOT = Path(__file__).resolve().parents[1]
+EVEN = tuple(k / 8 for k in range(9))
+CALIBRATABLE = ("STLoRA", "GSTLoRA", "strength projector")
+COLUMNS = ("uncalibrated", "own curve", "own curve, other noise", "curve of the other scenes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenes", type=int, default=8)
+    parser.add_argument("--models", type=Path, default=ROOT / "demo" / "miniature")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(CALIBRATABLE))
+    args, _ = parser.parse_known_args()
+    it = Miniature(args.models)
+    print("| method | measure | " + " | ".join(COLUMNS) + " |")
+    print("| --- " * (len(COLUMNS) + 2) + "|")
+    for name in args.methods:
+        found = measure(it, name, args.scenes)
+        for measure_name, row in zip(("linearity", "delta"), found.mean(0).T):
+            print(f"| {name} | {measure_name} | " + " | ".join(f"{value:.3f}" for value in row) + " |", flush=True)
+
+
+def measure(it: Miniature, name: str, scenes: int) -> np.ndarray:
+    """(scenes, COLUMNS, 2): linearity and delta."""
+    tasks = held_out_tasks(scenes, 1)
+    sweeps = [pixel_distances(rendered(it, name, source, edits, EVEN)) for source, edits in tasks]
+    found = []
+    for k, (source, edits) in enumerate(tasks):
+        own = calibrate(EVEN, sweeps[k]).calibration.strength(EVEN)
+        others = calibrate(EVEN, _mean([one for j, one in enumerate(sweeps) if j != k])).calibration.strength(EVEN)
+        renders = ((EVEN, "sliding"), (own, "sliding"), (own, "other noise"), (others, "sliding"))
+        found.append([_judged(rendered(it, name, source, edits, *how), source, edits[0]) for how in renders])
+    return np.array(found)
+
+
+def rendered(
+    it: Miniature, name: str, source: Scene, edits: Sequence[Edit], strengths: Sequence[float], seed: str = "sliding"
+) -> torch.Tensor:
+    return torch.from_numpy(it.pictures(source, METHODS[name](it, edits, 0, strengths), len(strengths), seed))
+
+
+def _judged(pictures: torch.Tensor, source: Scene, edit: Edit) -> tuple[float, float]:
+    reached = [edit_reached(edit, source, measured(picture.numpy(), source)) for picture in pictures]
+    distances = pixel_distances(pictures)
+    off = float(np.abs(np.subtract(reached, EVEN)).mean())
+    return off, delta_smooth(distances.adjacent, distances.skipping)
+
+
+def _mean(sweeps: Sequence[PictureDistances]) -> PictureDistances:
+    """Of the sweeps, each scaled so that what changes in all is 1."""
+    adjacent = np.mean([np.divide(one.adjacent, sum(one.adjacent)) for one in sweeps], 0).tolist()
+    return PictureDistances("the mean of several", tuple(adjacent), (), (0.0, *np.cumsum(adjacent).tolist()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Nodes that make equal moves of a slider change pictures equally much."""
+
+from __future__ import annotations
+
+import torch
+from comfy.clip_vision import ClipVisionModel
+from comfy_api.latest import io
+
+from ..slider_core.calibration import calibrate, calibrated
+from ..slider_core.picture_distance import sweep_distances
+from ..slider_core.plots import check_plots, curves_plot
+from ..slider_core.slider_measures import check_sweep, source_of
+from ..slider_core.strength import Strength, read_strength
+from .types import CATEGORY, Strengths, check_strengths, strength_input
+
+
+class Calibrate(io.ComfyNode):
+    """Finds the curve of a slider from the pictures of a sweep."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EditSlidersCalibrate",
+            display_name="Calibrate Slider",
+            category=CATEGORY,
+            description="Finds from a sweep's pictures the curve by which equal moves of a slider change the picture "
+            "equally much, and the strengths that are of use. Paste it into Calibrated Strength.",
+            search_aliases=["slider calibration", "perceptually even", "useful range"],
+            inputs=[
+                io.Image.Input("images", tooltip="One picture per strength, best nine or more."),
+                Strengths.Input("strengths", tooltip="What they were rendered with: rising, at least from 0 to 1."),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="Compares the pictures: DINOv2, CLIP or SigLIP. Without it pixels are compared.",
+                ),
+            ],
+            outputs=[
+                io.String.Output("curve", tooltip="For Calibrated Strength: linked, or pasted once and kept."),
+                io.Image.Output("plot", tooltip="How much of the edit is there, before and after."),
+                io.String.Output("report", tooltip="The useful range, in words."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, images: torch.Tensor, strengths: Strength, clip_vision: ClipVisionModel | None = None
+    ) -> io.NodeOutput:
+        check_plots()
+        check_sweep(strengths, len(images))
+        distances = sweep_distances(images, clip_vision, source_of(strengths))
+        found = calibrate(strengths, distances)
+        plot = curves_plot(*found.before_and_after(), "strength before, position after", "share of the edit")
+        return io.NodeOutput(found.calibration.as_text(), plot, found.report(distances.compared_by))
+
+
+class CalibratedStrength(io.ComfyNode):
+    """A slider's position as the strength that a curve gives it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EditSlidersCalibratedStrength",
+            display_name="Calibrated Strength",
+            category=CATEGORY,
+            description="Turns even positions into a method's strengths by a curve from Calibrate Slider. The curve "
+            "stays in the workflow and serves other seeds too.",
+            search_aliases=["slider calibration", "strength curve"],
+            inputs=[
+                strength_input(
+                    "position",
+                    tooltip="0 = the edit begins, 1 = full edit, evenly between. Link a list of strengths to get one "
+                    "picture per value in one run.",
+                ),
+                io.String.Input(
+                    "curve", multiline=True, default="", tooltip="From Calibrate Slider. Empty: position is passed on."
+                ),
+                io.Boolean.Input("on", default=True, tooltip="Off: position is passed on as it is."),
+            ],
+            outputs=[
+                Strengths.Output("strengths", tooltip="For any strength of the pack, one or a list."),
+                io.Float.Output("strength", tooltip="The first of them, for any number."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, position: object = 1.0) -> bool | str:
+        return position is None or check_strengths({"position": position})
+
+    @classmethod
+    def execute(cls, position: object, curve: str, on: bool) -> io.NodeOutput:
+        strengths = calibrated(read_strength(position, "position"), curve, on)
+        return io.NodeOutput(strengths, strengths[0])
