@@ -7,9 +7,14 @@ from comfy_api.latest import io
 
 from ..slider_core.attention_weights import apply_attention_weights
 from ..slider_core.text_modulation import apply_text_modulation
+from ..slider_core.token_interpolation import apply_token_interpolation
 from .types import CATEGORY, channel_input
 
-METHODS = {"text modulation": apply_text_modulation, "attention to text": apply_attention_weights}
+METHODS = {
+    "text modulation": apply_text_modulation,
+    "attention to text": apply_attention_weights,
+    "token interpolation": apply_token_interpolation,
+}
 
 
 class ApplyTrainingFree(io.ComfyNode):
@@ -23,7 +28,7 @@ class ApplyTrainingFree(io.ComfyNode):
             category=CATEGORY,
             description="Obeys Sub-Instruction Strengths without an adapter. Uncalibrated: strengths between 0 and 1 "
             "move the edit, but not in proportion, and may jump. Use an adapter when you have one.",
-            search_aliases=["prompt to prompt", "attention reweighting", "modulation scaling"],
+            search_aliases=["prompt to prompt", "attention reweighting", "modulation scaling", "pad tokens"],
             inputs=[
                 io.Model.Input("model", tooltip="FLUX.1 Kontext or a relative."),
                 io.Combo.Input(
@@ -31,7 +36,8 @@ class ApplyTrainingFree(io.ComfyNode):
                     options=list(METHODS),
                     tooltip="text modulation: scales how the words are modulated; as fast as without. attention to "
                     "text: scales how much the picture looks at the words; slower, takes memory, and not with "
-                    "torch.compile.",
+                    "torch.compile. token interpolation: replaces the words by padding little by little, where "
+                    "attention reads them; as fast as without.",
                 ),
                 channel_input(),
             ],

@@ -38,7 +38,7 @@ def encode_sub_instructions(
     tokenized = tokenize(clip, prompt, **options)
     spans = [_span(tokenized, family.text_rows, r) for r in ranges]
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt, tokenizer_options=options))
-    return attach_spans(conditioning, len(tokenized.tokens[family.text_rows]), spans), prompt, spans
+    return _attached(conditioning, tokenized, family.text_rows, spans), prompt, spans
 
 
 def select_phrase(conditioning: Conditioning, clip: CLIP, prompt: str, phrase: str, occurrence: int) -> Conditioning:
@@ -54,7 +54,11 @@ def select_phrase(conditioning: Conditioning, clip: CLIP, prompt: str, phrase: s
         tokenized = padded
     places = find_phrase(tokenized.visible, phrase, occurrence)
     found = sorted({row for place in places for row in tokenized.token_indices(family.text_rows, place)})
-    return attach_spans(conditioning, len(tokenized.tokens[family.text_rows]), [Span(phrase.strip(), tuple(found))])
+    return _attached(conditioning, tokenized, family.text_rows, [Span(phrase.strip(), tuple(found))])
+
+
+def _attached(conditioning: Conditioning, tokenized: TokenizedPrompt, encoder: str, spans: list[Span]) -> Conditioning:
+    return attach_spans(conditioning, len(tokenized.tokens[encoder]), spans, tokenized.padding(encoder))
 
 
 def _rows(conditioning: Conditioning) -> int:

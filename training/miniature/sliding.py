@@ -22,6 +22,7 @@ from slider_core.span_conditioning import encode_sub_instructions
 from slider_core.span_strengths import Conditioning, set_strengths
 from slider_core.strength_projector import apply_projector, read_projector, set_projector_strength
 from slider_core.text_modulation import apply_text_modulation
+from slider_core.token_interpolation import apply_token_interpolation
 
 from ..draws import generator
 from .autoencoder import as_pixels
@@ -115,7 +116,13 @@ def text_modulation(it: Miniature, edits: Sequence[Edit], moved: int, strengths:
 
 
 def attention_to_text(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
-    return Slid(apply_attention_weights(it.model), _only_one_moves(it, edits, moved, [max(one, 0.0) for one in strengths]))
+    return Slid(
+        apply_attention_weights(it.model), _only_one_moves(it, edits, moved, [max(one, 0.0) for one in strengths])
+    )
+
+
+def token_interpolation(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
+    return Slid(apply_token_interpolation(it.model), _only_one_moves(it, edits, moved, strengths))
 
 
 def guidance_scale(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
@@ -137,6 +144,7 @@ METHODS: dict[str, Method] = {
     "strength projector": projector,
     "text modulation": text_modulation,
     "attention to text": attention_to_text,
+    "token interpolation": token_interpolation,
     "guidance scale": guidance_scale,
     "embedding interpolation": embedding_interpolation,
 }
