@@ -86,7 +86,19 @@ def _with_strengths(options: dict[str, Any], strengths: Mapping[str, Strength], 
         raise SliderError(
             "The conditioning has no sub-instructions; expected one from 'Encode Sub-Instructions' or 'Select Phrase'."
         )
-    count = len(text.spans)
+    check_count(text.spans, strengths)
+    ours = (SPAN_PREFIX + channel, PADDING_PREFIX + channel)
+    conds = {k: v for k, v in options.get("model_conds", {}).items() if k not in ours}
+    scale = _scale(text, list(strengths.values()), batch_length(strengths))
+    if scale.any():
+        conds[SPAN_PREFIX + channel] = PerImageCond(scale)
+        conds[PADDING_PREFIX + channel] = PerImageCond(torch.tensor([[text.padding]]))
+    return {**options, "model_conds": conds}
+
+
+def check_count(spans: Sequence[Span], strengths: Mapping[str, Strength]) -> None:
+    """Raise SliderError for spans without a strength, and for a strength other than 1 without a span."""
+    count = len(spans)
     if count > len(strengths):
         raise SliderError(
             f"There are {count} sub-instructions but only {len(strengths)} strengths; "
@@ -96,16 +108,9 @@ def _with_strengths(options: dict[str, Any], strengths: Mapping[str, Strength], 
         if k >= count and set(strength) != {1.0}:
             raise SliderError(
                 f"{name} is {', '.join(map(str, strength))}, but there are only {count} sub-instruction(s): "
-                + "; ".join(repr(span.text) for span in text.spans)
+                + "; ".join(repr(span.text) for span in spans)
                 + ". Set it back to 1 or add a sub-instruction."
             )
-    ours = (SPAN_PREFIX + channel, PADDING_PREFIX + channel)
-    conds = {k: v for k, v in options.get("model_conds", {}).items() if k not in ours}
-    scale = _scale(text, list(strengths.values()), batch_length(strengths))
-    if scale.any():
-        conds[SPAN_PREFIX + channel] = PerImageCond(scale)
-        conds[PADDING_PREFIX + channel] = PerImageCond(torch.tensor([[text.padding]]))
-    return {**options, "model_conds": conds}
 
 
 def _scale(text: SpannedText, strengths: Sequence[Strength], images: int) -> torch.Tensor:
