@@ -15,7 +15,7 @@ from .remembered_sources import InjectRememberedSource, RememberSource, Remember
 from .slider_prompt import SliderPrompt
 from .stable_flow import InjectVitalLayers, SameNoise, StackPrompts
 from .sweeps import LatentForSweep, StrengthList, StrengthRange
-from .training_free import ApplyTrainingFree
+from .training_free import ApplyTrainingFree, PromptDifference, VelocityBlending
 
 NODES: list[type[io.ComfyNode]] = [
     LoadAdapter,
@@ -29,6 +29,8 @@ NODES: list[type[io.ComfyNode]] = [
     ApplyProjector,
     ProjectorStrength,
     ApplyTrainingFree,
+    VelocityBlending,
+    PromptDifference,
     StackPrompts,
     SameNoise,
     InjectVitalLayers,

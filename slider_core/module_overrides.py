@@ -76,8 +76,13 @@ class ModelCall:
 
     def within(self, start: float, end: float) -> bool:
         """Whether the call lies in this part of the schedule, 0 to 1."""
-        everywhere = start <= 0 and end >= 1
-        return everywhere or self.percent_to_sigma(end) <= self.sigma.item() <= self.percent_to_sigma(start)
+        return in_part(self.sigma, self.percent_to_sigma, start, end)
+
+
+def in_part(sigma: torch.Tensor, percent_to_sigma: Callable[[float], float], start: float, end: float) -> bool:
+    """Whether a noise level (0-dim) lies in this part of the schedule, 0 to 1."""
+    everywhere = start <= 0 and end >= 1
+    return everywhere or percent_to_sigma(end) <= sigma.item() <= percent_to_sigma(start)
 
 
 AttentionPatch = Callable[..., dict[str, Any]]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .errors import SliderError
-from .families import family_of_encoders
+from .families import Family, family_of_encoders
 from .span_strengths import Conditioning, Span, attach_spans, spanned_text
 from .sub_instructions import join_lines, read_marks
 from .token_spans import Range, TokenizedPrompt, encoders, find_phrase, tokenize
@@ -34,11 +34,16 @@ def encode_sub_instructions(
     """
     prompt, ranges = SPLITTERS[mode](text)
     family = family_of_encoders(set(encoders(clip)))
-    options = {} if pad_to is None else {f"{family.text_rows}_min_length": pad_to}
-    tokenized = tokenize(clip, prompt, **options)
+    tokenized = tokenize(clip, prompt, **_padded(family, pad_to))
     spans = [_span(tokenized, family.text_rows, r) for r in ranges]
-    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt, tokenizer_options=options))
-    return attach_spans(conditioning, len(tokenized.tokens[family.text_rows]), spans), prompt, spans
+    conditioning = encode(clip, prompt, pad_to)
+    return _attached(conditioning, tokenized, family.text_rows, spans), prompt, spans
+
+
+def encode(clip: CLIP, prompt: str, pad_to: int | None) -> Conditioning:
+    """Encode a prompt, padded as in encode_sub_instructions."""
+    options = _padded(family_of_encoders(set(encoders(clip))), pad_to)
+    return clip.encode_from_tokens_scheduled(clip.tokenize(prompt, tokenizer_options=options))
 
 
 def select_phrase(conditioning: Conditioning, clip: CLIP, prompt: str, phrase: str, occurrence: int) -> Conditioning:
@@ -54,7 +59,16 @@ def select_phrase(conditioning: Conditioning, clip: CLIP, prompt: str, phrase: s
         tokenized = padded
     places = find_phrase(tokenized.visible, phrase, occurrence)
     found = sorted({row for place in places for row in tokenized.token_indices(family.text_rows, place)})
-    return attach_spans(conditioning, len(tokenized.tokens[family.text_rows]), [Span(phrase.strip(), tuple(found))])
+    return _attached(conditioning, tokenized, family.text_rows, [Span(phrase.strip(), tuple(found))])
+
+
+def _padded(family: Family, pad_to: int | None) -> dict[str, int]:
+    """Options of a tokenizer."""
+    return {} if pad_to is None else {f"{family.text_rows}_min_length": pad_to}
+
+
+def _attached(conditioning: Conditioning, tokenized: TokenizedPrompt, encoder: str, spans: list[Span]) -> Conditioning:
+    return attach_spans(conditioning, len(tokenized.tokens[encoder]), spans, tokenized.padding(encoder))
 
 
 def _rows(conditioning: Conditioning) -> int:

@@ -18,6 +18,7 @@ from .per_image_cond import PerImageCond
 from .strength import Strength, batch_length, read_strength, suppression
 
 SPAN_PREFIX = COND_PREFIX + "spans."
+PADDING_PREFIX = COND_PREFIX + "padding."
 Conditioning = list[list[Any]]
 DEFAULT_CHANNEL = "default"
 _KEY = "edit_sliders"
@@ -33,20 +34,23 @@ class Span:
 
 @dataclass(frozen=True)
 class SpannedText:
-    """What is known of one encoded prompt: its length in rows and its spans."""
+    """What is known of one encoded prompt: its length in rows, its spans, and how many rows at its end are padding."""
 
     length: int
     spans: tuple[Span, ...] = ()
+    padding: int = 0
 
 
-def attach_spans(conditioning: Conditioning, length: int, spans: Sequence[Span]) -> Conditioning:
+def attach_spans(conditioning: Conditioning, length: int, spans: Sequence[Span], padding: int = 0) -> Conditioning:
     """Note the spans of a prompt that was tokenized to `length` rows on every entry of its conditioning.
+
+    padding: how many of the rows, at the end, are padding.
 
     Spans that are already there stay in front. Raises SliderError when the conditioning is not `length` rows long.
     """
     out = []
     for cond, options in conditioning:
-        known = spanned_text(options) or SpannedText(cond.shape[1])
+        known = spanned_text(options) or SpannedText(cond.shape[1], padding=padding)
         if known.length != length:
             raise SliderError(
                 f"The conditioning has {known.length} text rows, but this text encoder gives {length} for the prompt; "
@@ -82,7 +86,19 @@ def _with_strengths(options: dict[str, Any], strengths: Mapping[str, Strength], 
         raise SliderError(
             "The conditioning has no sub-instructions; expected one from 'Encode Sub-Instructions' or 'Select Phrase'."
         )
-    count = len(text.spans)
+    check_count(text.spans, strengths)
+    ours = (SPAN_PREFIX + channel, PADDING_PREFIX + channel)
+    conds = {k: v for k, v in options.get("model_conds", {}).items() if k not in ours}
+    scale = _scale(text, list(strengths.values()), batch_length(strengths))
+    if scale.any():
+        conds[SPAN_PREFIX + channel] = PerImageCond(scale)
+        conds[PADDING_PREFIX + channel] = PerImageCond(torch.tensor([[text.padding]]))
+    return {**options, "model_conds": conds}
+
+
+def check_count(spans: Sequence[Span], strengths: Mapping[str, Strength]) -> None:
+    """Raise SliderError for spans without a strength, and for a strength other than 1 without a span."""
+    count = len(spans)
     if count > len(strengths):
         raise SliderError(
             f"There are {count} sub-instructions but only {len(strengths)} strengths; "
@@ -92,14 +108,9 @@ def _with_strengths(options: dict[str, Any], strengths: Mapping[str, Strength], 
         if k >= count and set(strength) != {1.0}:
             raise SliderError(
                 f"{name} is {', '.join(map(str, strength))}, but there are only {count} sub-instruction(s): "
-                + "; ".join(repr(span.text) for span in text.spans)
+                + "; ".join(repr(span.text) for span in spans)
                 + ". Set it back to 1 or add a sub-instruction."
             )
-    conds = {k: v for k, v in options.get("model_conds", {}).items() if k != SPAN_PREFIX + channel}
-    scale = _scale(text, list(strengths.values()), batch_length(strengths))
-    if scale.any():
-        conds[SPAN_PREFIX + channel] = PerImageCond(scale)
-    return {**options, "model_conds": conds}
 
 
 def _scale(text: SpannedText, strengths: Sequence[Strength], images: int) -> torch.Tensor:
@@ -132,3 +143,13 @@ def row_strengths(call: ModelCall, channel: str) -> torch.Tensor | None:
     """Strength of every text row, 1 outside all spans; as row_scales."""
     scales = row_scales(call, channel)
     return None if scales is None else 1.0 - scales
+
+
+def padding_row(call: ModelCall, channel: str) -> int:
+    """A row of padding in a text whose row_scales are not None. Raises SliderError when a text has none."""
+    if (call.conds[PADDING_PREFIX + channel] < 1).any():
+        raise SliderError(
+            "The prompt has no padding, whose tokens the words are to be replaced by; expected at least one row after "
+            "the prompt's end. Switch pad_to_512 on where it is encoded, or shorten the prompt."
+        )
+    return call.conds[SPAN_PREFIX + channel].shape[1] - 1

@@ -29,6 +29,14 @@ def join_lines(text: str) -> tuple[str, list[Range]]:
     return JOINT.join(lines), spans
 
 
+def without(prompt: str, part: Range) -> str:
+    """The prompt without a sub-instruction, given its raw characters, and without the ' and ' that joined it."""
+    before, after = prompt[: part.start], prompt[part.end :]
+    if after.startswith(JOINT):
+        return before + after[len(JOINT) :]
+    return before.removesuffix(JOINT) + after
+
+
 def read_marks(text: str) -> tuple[str, list[Range]]:
     """A free prompt in which [[double brackets]] mark the phrases. Returns the prompt without marks and the ranges.
 

@@ -66,6 +66,12 @@ class TokenizedPrompt:
             )
         return found
 
+    def padding(self, encoder: str) -> int:
+        """Rows of `encoder` after the end token."""
+        rows = self.tokens[encoder]
+        last = max((i for i, r in enumerate(rows) if r is not None), default=-1)
+        return max(len(rows) - last - 2, 0)
+
 
 def encoders(clip: CLIP) -> dict[str, SDTokenizer]:
     """The tokenizers of a CLIP by ComfyUI's attribute name, such as 't5xxl'."""

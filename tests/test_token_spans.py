@@ -78,6 +78,14 @@ def test_golden_finder(case, clip):
         assert pieces(clip, prompt, rows(clip, prompt, case["span"])) == SOLVED[key]
 
 
+def test_padding_is_counted(clip):
+    for prompt in ("", "a cat", "a cat!  ", "an (embedding:1.2) of <pad> things"):
+        for options in ({}, {"t5xxl_min_length": 512}, {"t5xxl_min_length": 0}, {"t5xxl_min_padding": 3}):
+            [ids] = clip.tokenizer.tokenize_with_weights(prompt, tokenizer_options=options)["t5xxl"]
+            pads = [token for token, *_ in ids][::-1]
+            assert tokenize(clip, prompt, **options).padding("t5xxl") == pads.index(1), (prompt, options)
+
+
 @pytest.mark.parametrize("case", TOKENS["mask_and_scale"], ids=range(len(TOKENS["mask_and_scale"])))
 def test_golden_mask_and_scale(case, clip):
     from slider_core.span_strengths import Span, attach_spans, set_strengths

@@ -1,8 +1,9 @@
-"""Strengths without an adapter: what the two methods compute, and where they must not act."""
+"""Strengths without an adapter: what the methods compute, and where they must not act."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import pytest
@@ -17,10 +18,15 @@ from slider_core.errors import SliderError
 from slider_core.module_overrides import ModelCall, operations_of
 from slider_core.span_strengths import Span, attach_spans, set_strengths
 from slider_core.text_modulation import apply_text_modulation
+from slider_core.token_interpolation import apply_token_interpolation
 
-SIGMA, ROWS = 0.7, 24
+SIGMA, ROWS, PADDING = 0.7, 24, 6
 SPANS = [Span("first", (2, 3, 4)), Span("second", (4, 5, 6, 7))]
-METHODS = {"text modulation": apply_text_modulation, "attention to text": apply_attention_weights}
+METHODS = {
+    "text modulation": apply_text_modulation,
+    "attention to text": apply_attention_weights,
+    "token interpolation": apply_token_interpolation,
+}
 PROMPT = "make the cat older\nmake the wall golden"
 
 
@@ -28,9 +34,9 @@ X = noise(1, 16, 8, 8, seed=9)
 WHERE = (torch.device("cpu"), torch.float32, None, X.shape, torch.tensor(SIGMA), float, None, None)
 
 
-def text(*strengths: object, seed: int = 1) -> list:
+def text(*strengths: object, seed: int = 1, padding: int = PADDING) -> list:
     cond = [[noise(1, ROWS, 64, seed=seed), {"pooled_output": noise(1, 768, seed=seed + 1), "guidance": 3.5}]]
-    spanned = attach_spans(cond, ROWS, SPANS[: len(strengths)])
+    spanned = attach_spans(cond, ROWS, SPANS[: len(strengths)], padding)
     return set_strengths(spanned, {f"strength_{k}": s for k, s in enumerate(strengths, 1)}) if strengths else cond
 
 
@@ -120,6 +126,74 @@ def test_attention_weights_are_scaled_and_normalised(golden_model):
         assert masked[0, 0, 5, 1] == pytest.approx(np.log(0.3))
 
 
+@contextlib.contextmanager
+def interpolated_by_hand(model, strengths: Mapping[int, float]) -> Iterator[None]:
+    """In every block the attention's input of some text rows is mixed with that of a pad row."""
+
+    def mixed(y):
+        y = y.clone()
+        for row, s in strengths.items():
+            y[:, row] = s * y[:, row] + (1 - s) * y[:, ROWS - 1]
+        return y
+
+    def in_double(_, args):
+        return (mixed(args[0]),)
+
+    def in_single(linear, args, out):
+        qkv = 3 * linear.in_features
+        mixed_out = torch.nn.functional.linear(mixed(args[0]), linear.weight, linear.bias)
+        return torch.cat([mixed_out[..., :qkv], out[..., qkv:]], dim=-1)
+
+    inner = model.model.diffusion_model
+    hooks = [block.txt_attn.qkv.register_forward_pre_hook(in_double) for block in inner.double_blocks]
+    hooks += [block.linear1.register_forward_hook(in_single) for block in inner.single_blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_tokens_become_padding_at_every_attention(golden_model):
+    model = apply_token_interpolation(golden_model)
+    assert len(golden_model.model.diffusion_model.single_blocks) > 0
+    for first, second in ((0.0, 1.0), (0.3, 1.0), (0.3, 1.6), (-0.5, 0.2)):
+        strengths = dict.fromkeys(SPANS[0].rows, first) | dict.fromkeys(SPANS[1].rows, second)
+        strengths[4] = 1 - (1 - first) * (1 - second)  # in both
+        with interpolated_by_hand(golden_model, strengths):
+            want = velocity_of(golden_model, X, SIGMA, text())
+        assert near(velocity_of(model, X, SIGMA, text(first, second)), want)
+
+
+def test_padding_is_that_of_the_prompt_itself(golden_model):
+    """Not that of what was appended to it, as ConditioningConcat does."""
+    [[own, options]] = text(0.0)
+    longer = [[torch.cat([own, noise(1, 5, 64, seed=8)], 1), options]]
+    with interpolated_by_hand(golden_model, dict.fromkeys(SPANS[0].rows, 0.0)):
+        want = velocity_of(golden_model, X, SIGMA, [[longer[0][0], {**options, "model_conds": {}}]])
+    assert near(velocity_of(apply_token_interpolation(golden_model), X, SIGMA, longer), want)
+
+
+def test_two_prompts_of_one_batch_keep_to_their_strengths(golden_model):
+    model = apply_token_interpolation(golden_model)
+    prompts = text(0.2), text(1.4, seed=5)
+    apart = torch.cat([velocity_of(model, X, SIGMA, prompt) for prompt in prompts])
+    assert near(velocity_of(model, X, SIGMA, *prompts), apart)
+
+
+def test_a_prompt_without_padding_is_refused(golden_model):
+    model = apply_token_interpolation(golden_model)
+    with pytest.raises(SliderError, match=r"no padding.*pad_to_512"):
+        velocity_of(model, X, SIGMA, text(0.2, padding=0))
+    assert velocity_of(model, X, SIGMA, text(1.0, padding=0)).isfinite().all()
+    assert far(velocity_of(model, X, SIGMA, text(0.2, padding=1)), velocity_of(golden_model, X, SIGMA, text()))
+
+
+def test_interpolation_works_compiled(golden_model):
+    model = apply_token_interpolation(golden_model)
+    assert near(velocity_of(compiled(model), X, SIGMA, text(0.2)), velocity_of(model, X, SIGMA, text(0.2)))
+
+
 def test_refused_rather_than_ignored(golden_model):
     model = apply_attention_weights(golden_model)
     with pytest.raises(SliderError, match="below 0"):
@@ -140,9 +214,11 @@ def test_whole_graphs(server):
 
     parts = [part(method, strength) for method in METHODS for strength in (0.2, 1.0, 1.5)]
     *outs, bare = latents(server, *parts, lambda g: g.sample(g.model(), g.edited(g.instructions(PROMPT))))
-    for weak, one, strong in (outs[:3], outs[3:]):
+    for weak, one, strong in (outs[:3], outs[3:6], outs[6:]):
         assert np.array_equal(one, bare)
         assert far(weak, bare)
         assert far(strong, bare)
         assert far(weak, strong)
     assert far(outs[0], outs[3])
+    assert far(outs[0], outs[6])
+    assert far(outs[3], outs[6])

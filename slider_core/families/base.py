@@ -80,6 +80,13 @@ class Family(ABC):
         """Paths of the modules that give the text stream its modulation, as (attention, mlp) with shift and scale."""
 
     @abstractmethod
+    def text_qkv(self, diffusion_model: Any) -> list[str]:
+        """Paths of the linears that make the text's Q, K and V in every block, for its first rows and first columns.
+
+        Q, K and V are each as wide as the model.
+        """
+
+    @abstractmethod
     def blocks(self, diffusion_model: Any) -> list[Block]:
         """All blocks in the order in which they run, which is how papers count layers."""
 

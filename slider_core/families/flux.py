@@ -64,6 +64,12 @@ class Flux(Family):
     def text_modulations(self, diffusion_model: Any) -> list[str]:
         return [f"double_blocks.{k}.txt_mod" for k in range(len(diffusion_model.double_blocks))]
 
+    def text_qkv(self, diffusion_model: Any) -> list[str]:
+        return [
+            *(f"double_blocks.{k}.txt_attn.qkv" for k in range(len(diffusion_model.double_blocks))),
+            *(f"single_blocks.{k}.linear1" for k in range(len(diffusion_model.single_blocks))),
+        ]
+
     def blocks(self, diffusion_model: Any) -> list[Block]:
         double = [f"double_blocks.{k}" for k in range(len(diffusion_model.double_blocks))]
         single = [f"single_blocks.{k}" for k in range(len(diffusion_model.single_blocks))]

@@ -17,11 +17,14 @@ from torch import Tensor
 from slider_core.adapter_file import read_adapter
 from slider_core.attention_weights import apply_attention_weights
 from slider_core.global_lora import apply_gstlora
+from slider_core.prompt_difference import encode_differences
 from slider_core.selective_lora import apply_stlora
 from slider_core.span_conditioning import encode_sub_instructions
 from slider_core.span_strengths import Conditioning, set_strengths
 from slider_core.strength_projector import apply_projector, read_projector, set_projector_strength
 from slider_core.text_modulation import apply_text_modulation
+from slider_core.token_interpolation import apply_token_interpolation
+from slider_core.velocity_blending import blend_velocity
 
 from ..draws import generator
 from .autoencoder import as_pixels
@@ -36,12 +39,16 @@ GUIDANCE = 3.5
 
 
 class Slid(NamedTuple):
-    """What a method makes of a prompt: one picture per strength. cfg: classifier-free guidance, one per picture."""
+    """What a method makes of a prompt: one picture per strength.
+
+    cfg: classifier-free guidance, one per picture. blended: strengths of blending with the source, one per picture.
+    """
 
     model: ModelPatcher
     positive: Conditioning
     negative: Conditioning | None = None
     cfg: Sequence[float] | None = None
+    blended: Sequence[float] | None = None
 
 
 class Miniature:
@@ -80,7 +87,8 @@ class Miniature:
         noise = torch.randn(latent.shape, generator=generator(seed)).expand(count, -1, -1, -1).contiguous()
         positive = self.beside(slid.positive, latent)
         if slid.cfg is None:
-            return self._decoded(_sampled(slid.model, positive, positive, noise, 1.0))
+            model = blend_velocity(slid.model, latent, tuple(slid.blended)) if slid.blended else slid.model
+            return self._decoded(_sampled(model, positive, positive, noise, 1.0))
         assert slid.negative is not None
         negative = self.beside(slid.negative, latent)
         each = [_sampled(slid.model, positive, negative, noise[:1], cfg) for cfg in slid.cfg]
@@ -119,6 +127,19 @@ def attention_to_text(it: Miniature, edits: Sequence[Edit], moved: int, strength
     return Slid(apply_attention_weights(it.model), _only_one_moves(it, edits, moved, from_none))
 
 
+def token_interpolation(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
+    return Slid(apply_token_interpolation(it.model), _only_one_moves(it, edits, moved, strengths))
+
+
+def velocity_blending(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
+    return Slid(it.model, it.prompt(_told(edits)), blended=strengths)
+
+
+def prompt_difference(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
+    differences = encode_differences(it.clip, "\n".join(_told(edits)), "one per line", None)
+    return Slid(it.model, differences.at(_values(edits, moved, strengths)))
+
+
 def guidance_scale(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
     return Slid(it.model, it.prompt(_told(edits)), it.prompt(()), list(strengths))
 
@@ -138,6 +159,9 @@ METHODS: dict[str, Method] = {
     "strength projector": projector,
     "text modulation": text_modulation,
     "attention to text": attention_to_text,
+    "token interpolation": token_interpolation,
+    "velocity blending": velocity_blending,
+    "prompt difference": prompt_difference,
     "guidance scale": guidance_scale,
     "embedding interpolation": embedding_interpolation,
 }
@@ -149,8 +173,11 @@ def _told(edits: Sequence[Edit]) -> list[str]:
 
 
 def _only_one_moves(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Conditioning:
-    values = {f"strength_{k + 1}": list(strengths) if k == moved else 1.0 for k in range(len(edits))}
-    return set_strengths(it.prompt(_told(edits)), values)
+    return set_strengths(it.prompt(_told(edits)), _values(edits, moved, strengths))
+
+
+def _values(edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> dict[str, object]:
+    return {f"strength_{k + 1}": list(strengths) if k == moved else 1.0 for k in range(len(edits))}
 
 
 def _sampled(model: ModelPatcher, positive: Conditioning, negative: Conditioning, noise: Tensor, cfg: float) -> Tensor:

@@ -1,0 +1,80 @@
+"""Strengths without an adapter or a patch: differences between the prompt and the prompt without a sub-instruction.
+
+v = v(P) + sum_k (s_k - 1) (v(P) - v(P without k)): classifier-free guidance (arXiv 2207.12598) with a scale of its own
+for each sub-instruction. ComfyUI averages the entries of a conditioning by their weights, so this is a conditioning:
+P weighs 1 - sum_k (1 - s_k), and P without k weighs 1 - s_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import SliderError
+from .module_overrides import COND_PREFIX
+from .per_image_cond import PerImageCond
+from .span_conditioning import SPLITTERS, encode, encode_sub_instructions
+from .span_strengths import Conditioning, Span, check_count
+from .strength import Strength, batch_length, read_strength
+from .sub_instructions import without
+
+if TYPE_CHECKING:
+    from comfy.sd import CLIP
+
+
+@dataclass(frozen=True, eq=False)
+class PromptDifferences:
+    """A prompt, encoded whole and without each of its sub-instructions."""
+
+    prompt: str
+    spans: list[Span]
+    whole: Conditioning
+    without: list[Conditioning]
+
+    def at(self, values: Mapping[str, object], mask: torch.Tensor | None = None) -> Conditioning:
+        """The conditioning at some strengths: the k-th of `values` (input name -> strength) for the k-th instruction.
+
+        mask: (1 or images, height, width), what every strength is multiplied by. Entries without weight are left out;
+        each one beyond the first costs a model evaluation per step.
+        Raises SliderError as set_strengths does, and for masks whose number does not fit.
+        """
+        strengths = {name: read_strength(value, name) for name, value in values.items()}
+        check_count(self.spans, strengths)
+        images = batch_length(strengths)
+        absent = [_absence(strength, images, mask) for _, strength in zip(self.spans, strengths.values())]
+        weights = [1 - torch.stack(torch.broadcast_tensors(*absent)).sum(0), *absent]
+        parts = zip([self.whole, *self.without], weights)
+        return [[cond, options | _weighted(weight)] for part, weight in parts if weight.any() for cond, options in part]
+
+
+def encode_differences(clip: CLIP, text: str, mode: str, pad_to: int | None) -> PromptDifferences:
+    """Encode the sub-instructions of `text` for PromptDifferences; arguments and errors as encode_sub_instructions."""
+    whole, prompt, spans = encode_sub_instructions(clip, text, mode, pad_to)
+    _, ranges = SPLITTERS[mode](text)
+    return PromptDifferences(prompt, spans, whole, [encode(clip, without(prompt, r), pad_to) for r in ranges])
+
+
+def _absence(strength: Strength, images: int, mask: torch.Tensor | None) -> torch.Tensor:
+    """1 - strength, of shape (1 or images, height, width)."""
+    masks = torch.ones(1, 1, 1) if mask is None else mask.cpu().reshape(-1, *mask.shape[-2:])
+    if len(masks) not in (1, images):
+        raise SliderError(
+            f"There are {len(masks)} masks, but {images} strength(s); expected one mask, or one per strength of a list."
+        )
+    if (masks == masks[:, :1, :1]).all():
+        masks = masks[:, :1, :1]
+    values = torch.tensor(strength, dtype=torch.float64).expand(images)
+    return (1 - values[:, None, None] * masks).float()
+
+
+def _weighted(weight: torch.Tensor) -> dict[str, Any]:
+    """What gives a cond its weight of shape (images, height, width) in the average."""
+    if (weight == 1).all():
+        return {}
+    if weight.numel() == 1:
+        return {"strength": weight.item()}
+    per_image = {COND_PREFIX + "weights": PerImageCond(weight[:, 0, :1])}
+    return {"mask": weight, "model_conds": per_image}

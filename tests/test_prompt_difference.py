@@ -1,0 +1,175 @@
+"""Strengths by prompts that lack a sub-instruction: the weights, what the model makes of them, and the texts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.comfy_server import PromptRefused
+from support.graphs import Graph, Link
+from support.model_calls import noise, velocity_of
+from support.outcomes import far, latents, near
+
+from slider_core.errors import SliderError
+from slider_core.prompt_difference import PromptDifferences
+from slider_core.span_strengths import Span
+from slider_core.sub_instructions import join_lines, read_marks, without
+
+SIGMA, X = 0.7, noise(1, 16, 8, 8, seed=9)
+SPANS = [Span("first", (2, 3)), Span("second", (4, 5))]
+
+
+def text(seed: int) -> list:
+    return [[noise(1, 24, 64, seed=seed), {"pooled_output": noise(1, 768, seed=seed + 1), "guidance": 3.5}]]
+
+
+WHOLE, WITHOUT = text(1), [text(3), text(5)]
+DIFFERENCES = PromptDifferences("first and second", SPANS, WHOLE, WITHOUT)
+
+
+def at(*strengths: object, mask: torch.Tensor | None = None) -> list:
+    return DIFFERENCES.at({f"strength_{k}": s for k, s in enumerate(strengths, 1)}, mask)
+
+
+def by_hand(model, *strengths: object) -> torch.Tensor:
+    """The formula, every velocity by itself; strengths are numbers or maps of (8, 8)."""
+    whole = velocity_of(model, X, SIGMA, WHOLE)
+    parts = [(s - 1) * (whole - velocity_of(model, X, SIGMA, one)) for s, one in zip(strengths, WITHOUT)]
+    return whole + sum(parts)
+
+
+@pytest.mark.parametrize("strengths", [(0.3, 1.0), (1.6, 0.4), (0.0, 0.0), (-0.5, 2.0), (0.0, 1.0), (0.5, 0.5)])
+def test_it_equals_the_formula(golden_model, strengths):
+    assert near(velocity_of(golden_model, X, SIGMA, at(*strengths)), by_hand(golden_model, *strengths))
+
+
+def test_what_weighs_nothing_costs_nothing(golden_model):
+    assert at(1.0, 1.0) == WHOLE
+    assert at((1.0, 1.0), 1.0) == WHOLE
+    assert at(1.0, 1.0, mask=torch.ones(1, 64, 64)) == WHOLE
+    assert [cond for cond, _ in at(0.0, 1.0)] == [WITHOUT[0][0][0]]
+    assert len(at(0.3, 1.0)) == 2
+    assert len(at(0.3, 0.2)) == 3
+    assert len(at(0.5, 0.5)) == 2
+    assert at(0.3, 1.0, mask=torch.ones(64, 64)) == at(0.3, 1.0)
+    assert WHOLE[0][1].keys() == {"pooled_output", "guidance"}
+
+
+def test_other_conds_are_left_alone(golden_model):
+    other = text(7)
+    bare = velocity_of(golden_model, X, SIGMA, other)
+    together = velocity_of(golden_model, X, SIGMA, at(0.3, 1.4), other)
+    assert near(together[:1], by_hand(golden_model, 0.3, 1.4))
+    assert near(together[1:], bare)
+
+
+def test_strengths_per_image_equal_single_runs(golden_model):
+    values = (0.0, 0.5, 1.0, 1.6)
+    together = velocity_of(golden_model, X.repeat(4, 1, 1, 1), SIGMA, at(values, 0.7))
+    for k, value in enumerate(values):
+        assert near(together[k : k + 1], by_hand(golden_model, value, 0.7))
+    with pytest.raises(SliderError, match="4 strengths were given, but the batch has 2"):
+        velocity_of(golden_model, X.repeat(2, 1, 1, 1), SIGMA, at(values, 0.7))
+
+
+def test_outside_the_mask_the_strengths_are_zero(golden_model):
+    """The mask is as large as the picture, 8 pixels to one of the latent."""
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :, :32] = 1.0
+    mask[:, 32:, :32] = 0.5
+    small = mask[0, 4::8, 4::8]
+    found = velocity_of(golden_model, X, SIGMA, at(1.6, 1.0, mask=mask))
+    assert near(found, by_hand(golden_model, 1.6 * small, small))
+    nowhere = velocity_of(golden_model, X, SIGMA, at(1.6, 1.0, mask=torch.zeros(64, 64)))
+    assert near(nowhere, by_hand(golden_model, 0.0, 0.0))
+    values = (0.2, 1.6)
+    each = velocity_of(golden_model, X.repeat(2, 1, 1, 1), SIGMA, at(values, 1.0, mask=torch.cat([mask, 1 - mask])))
+    assert near(each[:1], by_hand(golden_model, 0.2 * small, small))
+    assert near(each[1:], by_hand(golden_model, 1.6 * (1 - small), 1 - small))
+
+
+def test_refused():
+    for strengths, message in {
+        (0.5,): "2 sub-instructions but only 1 strengths",
+        (1.0, 1.0, 0.5): "strength_3 is 0.5, but there are only 2",
+        ((0.1, 0.2), (0.1, 0.2, 0.3)): "equally long",
+        ("x", 1.0): "strength_1 is 'x'",
+    }.items():
+        with pytest.raises(SliderError, match=message):
+            at(*strengths)
+    with pytest.raises(SliderError, match=r"3 masks, but 1 strength"):
+        at(0.5, 1.0, mask=torch.ones(3, 8, 8))
+
+
+def test_prompts_without_a_part():
+    lines = "make it red", "add a hat and a scarf", "blur it"
+    prompt, ranges = join_lines("\n".join(lines))
+    found = [without(prompt, part) for part in ranges]
+    assert found == [" and ".join(lines[:k] + lines[k + 1 :]) for k in range(3)]
+    prompt, [only] = join_lines("make it red")
+    assert without(prompt, only) == ""
+    prompt, ranges = read_marks("A portrait of [[an old woman]] with [[golden hair]] and a hat")
+    assert [without(prompt, part) for part in ranges] == [
+        "A portrait of  with golden hair and a hat",
+        "A portrait of an old woman with a hat",
+    ]
+
+
+def difference(g: Graph, words: str, *strengths: object, mode: str = "one per line", **more: object) -> Link:
+    values = {f"strength_{k}": value for k, value in enumerate(strengths, 1)}
+    return g.add("EditSlidersPromptDifference", clip=g.clip(), text=words, mode=mode, pad_to_512=True, **values, **more)
+
+
+def stock_average(g: Graph, **weights: float) -> Link:
+    """Prompts averaged by ComfyUI's own nodes."""
+    each = [
+        g.add("ConditioningSetAreaStrength", conditioning=g.stock_text(words.replace("_", " ")), strength=weight)
+        for words, weight in weights.items()
+    ]
+    return g.add("ConditioningCombine", conditioning_1=each[0], conditioning_2=each[1])
+
+
+def test_whole_graphs(server):
+    words = "make it red\nblur it"
+
+    def made(conditioning) -> object:
+        return lambda g: g.sample(g.model(), g.edited(conditioning(g)))
+
+    one, bare, less, by_stock, marked, gone, lacking, masked, blank = latents(
+        server,
+        made(lambda g: difference(g, words)),
+        made(lambda g: g.stock_text("make it red and blur it")),
+        made(lambda g: difference(g, words, 0.3)),
+        made(lambda g: stock_average(g, make_it_red_and_blur_it=0.3, blur_it=0.7)),
+        made(lambda g: difference(g, "[[make it red]] and blur it", 0.3, mode="[[marked]] phrases")),
+        made(lambda g: difference(g, words, 1.0, 0.0)),
+        made(lambda g: g.stock_text("make it red")),
+        made(
+            lambda g: difference(g, "blur it", mask=g.add("SolidMask", value=0.0, width=64, height=64)),
+        ),
+        made(lambda g: g.stock_text("")),
+    )
+    assert (one == bare).all()
+    assert near(less, by_stock)
+    assert far(less, bare)
+    assert near(marked, less)
+    assert near(gone, lacking)
+    assert far(gone, bare)
+    assert near(masked, blank)
+
+
+def test_lists_in_graphs_and_bad_strengths(server):
+    def swept(g: Graph) -> Link:
+        strengths = g.add("EditSlidersStrengthRange", first=0.0, last=1.0, count=2)
+        latent = g.add("EditSlidersLatentForSweep", latent=g.noise(), strengths=strengths)
+        return g.sample(g.model(), g.edited(difference(g, "make it red\nblur it", strengths)), latent=latent)
+
+    def still(words: str):
+        return lambda g: g.sample(g.model(), g.edited(g.stock_text(words)))
+
+    pictures, lacking, whole = latents(server, swept, still("blur it"), still("make it red and blur it"))
+    assert near(pictures[:1], lacking)
+    assert near(pictures[1:], whole)
+    g = Graph()
+    g.save(g.sample(g.model(), g.edited(difference(g, "make it red", "much"))))
+    with pytest.raises(PromptRefused, match="strength_1 is 'much'"):
+        server.run(g)

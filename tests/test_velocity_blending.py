@@ -1,0 +1,164 @@
+"""The strength of an edit by blending with the source: what is computed, and where it must not act."""
+
+from __future__ import annotations
+
+import comfy.sample
+import numpy as np
+import pytest
+import torch
+from support.graphs import Graph, Link
+from support.model_calls import velocity_of
+from support.outcomes import far, latents, near
+from support.stable_flow import LATENT, edit_text, photo, sigmas_of, source_text
+
+from slider_core.errors import SliderError
+from slider_core.velocity_blending import blend_velocity
+
+STEPS, SEED = 4, 5
+POSITIVE, NEGATIVE = edit_text(1), source_text()
+
+
+def sampled(model, cfg: float = 1.0, images: int = 1) -> torch.Tensor:
+    noise = comfy.sample.prepare_noise(torch.zeros(LATENT), SEED).repeat(images, 1, 1, 1)
+    empty = torch.zeros_like(noise)
+    return comfy.sample.sample(
+        model, noise, STEPS, cfg, "euler", "simple", POSITIVE, NEGATIVE, empty, disable_pbar=True
+    )
+
+
+def by_hand(model, strength, cfg: float = 1.0, keep_below: float = 0.0, steps: range = range(STEPS)) -> torch.Tensor:
+    """VeloEdit's Euler steps, in velocities; `strength` a number or a map of (8, 8)."""
+    z, sigmas = comfy.sample.prepare_noise(torch.zeros(LATENT), SEED), sigmas_of(model, STEPS)
+    source = model.model.latent_format.process_in(photo(model))
+    for k in range(STEPS):
+        sigma = sigmas[k].item()
+        own = velocity_of(model, z, sigma, POSITIVE)
+        if cfg != 1:
+            negative = velocity_of(model, z, sigma, NEGATIVE)
+            own = negative + cfg * (own - negative)
+        keep = (z - source) / sigma
+        differs = sigma * abs(own - keep).mean(1, keepdim=True) >= keep_below
+        blended = keep + strength * (own - keep) * differs
+        z = z + (sigmas[k + 1] - sigmas[k]) * (blended if k in steps else own)
+    return model.model.latent_format.process_out(z)
+
+
+@pytest.mark.parametrize(("strength", "cfg"), [(0.0, 1.0), (0.3, 1.0), (1.6, 1.0), (-0.4, 1.0), (0.3, 2.5)])
+def test_it_equals_steps_written_out(golden_model, strength, cfg):
+    found = sampled(blend_velocity(golden_model, photo(golden_model), (strength,)), cfg)
+    assert near(found, by_hand(golden_model, strength, cfg))
+    assert near(found, photo(golden_model)) == (strength == 0)
+
+
+def test_strength_one_is_the_bare_model_and_nothing_leaks(golden_model):
+    bare = sampled(golden_model)
+    half, one = (blend_velocity(golden_model, photo(golden_model), (s,)) for s in (0.5, 1.0))
+    first = sampled(half)
+    assert torch.equal(sampled(one), bare)
+    assert torch.equal(sampled(golden_model), bare)
+    assert torch.equal(sampled(half), first)
+    assert far(first, bare)
+
+
+def test_strengths_per_image_equal_single_runs(golden_model):
+    values = (0.0, 0.5, 1.0, 1.6)
+    together = sampled(blend_velocity(golden_model, photo(golden_model), values), images=len(values))
+    for k, value in enumerate(values):
+        alone = sampled(blend_velocity(golden_model, photo(golden_model), (value,)))
+        assert near(together[k : k + 1], alone)
+
+
+def test_every_image_may_have_its_own_source(golden_model):
+    sources = torch.cat([photo(golden_model), -photo(golden_model)])
+    assert near(sampled(blend_velocity(golden_model, sources, (0.0,)), images=2), sources)
+
+
+def test_outside_the_mask_the_source_stays(golden_model):
+    """The mask is as large as the picture, 8 pixels to one of the latent."""
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :, :32] = 1.0
+    mask[:, 32:, :32] = 0.5
+    small = mask[0, 4::8, 4::8]
+    found = sampled(blend_velocity(golden_model, photo(golden_model), (0.8,), mask=mask))
+    assert near(found, by_hand(golden_model, 0.8 * small))
+    assert near(found[..., 4:], photo(golden_model)[..., 4:])
+    assert far(found[..., :4], photo(golden_model)[..., :4])
+    plain, everywhere = (
+        sampled(blend_velocity(golden_model, photo(golden_model), (0.8,), mask=m)) for m in (None, torch.ones(64, 64))
+    )
+    assert torch.equal(plain, everywhere)
+
+
+def test_what_differs_little_stays_the_source(golden_model):
+    source = golden_model.model.latent_format.process_in(photo(golden_model))
+    differences = abs(golden_model.model.latent_format.process_in(sampled(golden_model)) - source).mean(1)
+    threshold = differences.median().item()
+    for strength in (1.0, 0.5):
+        found = sampled(blend_velocity(golden_model, photo(golden_model), (strength,), keep_below=threshold))
+        assert near(found, by_hand(golden_model, strength, keep_below=threshold))
+        kept = abs(found - photo(golden_model)).amax(1) < 1e-4
+        assert 0 < kept.sum() < kept.numel()
+
+
+def test_it_acts_in_its_part_of_the_schedule(golden_model):
+    sampling = golden_model.get_model_object("model_sampling")
+    sigmas = sigmas_of(golden_model, STEPS).tolist()
+    start, end = 0.2, 0.7
+    inside = [
+        k for k in range(STEPS) if sampling.percent_to_sigma(end) <= sigmas[k] <= sampling.percent_to_sigma(start)
+    ]
+    assert 0 < len(inside) < STEPS
+    found = sampled(blend_velocity(golden_model, photo(golden_model), (0.3,), start=start, end=end))
+    assert near(found, by_hand(golden_model, 0.3, steps=range(inside[0], inside[-1] + 1)))
+
+
+def test_refused(golden_model):
+    def error(source: torch.Tensor, strength=(0.5,), images: int = 1, **more) -> str:
+        with pytest.raises(SliderError) as caught:
+            sampled(blend_velocity(golden_model, source, strength, **more), images=images)
+        return str(caught.value)
+
+    source = photo(golden_model)
+    assert "16 x 8 x 6, but what is sampled has 16 x 8 x 8" in error(source[..., :6])
+    assert "16 x 8 x 6" in error(source[..., :6], (1.0,))
+    assert "2 source latents, but the batch has 3" in error(source.repeat(2, 1, 1, 1), images=3)
+    assert "2 strengths were given, but the batch has 1" in error(source, (0.1, 0.2))
+    assert "empty" in error(torch.zeros_like(source))
+    assert "start 0.5 lies behind end 0.2" in error(source, start=0.5, end=0.2)
+
+
+def blended(g: Graph, strength: object, **more: object) -> Link:
+    settings = {"keep_below": 0.0, "start": 0.0, "end": 1.0, **more}
+    return g.add("EditSlidersVelocityBlending", model=g.model(), latent=g.photo(), strength=strength, **settings)
+
+
+def rendered(g: Graph, model: Link, **more: object) -> Link:
+    return g.sample(model, g.edited(g.stock_text("make it red")), **more)
+
+
+def swept(g: Graph) -> Link:
+    strengths = g.add("EditSlidersStrengthRange", first=0.0, last=1.0, count=2)
+    latent = g.add("EditSlidersLatentForSweep", latent=g.noise(), strengths=strengths)
+    return rendered(g, blended(g, strengths), latent=latent)
+
+
+def masked_out(g: Graph) -> Link:
+    return rendered(g, blended(g, 1.0, mask=g.add("SolidMask", value=0.0, width=64, height=64)))
+
+
+def test_whole_graphs(server):
+    bare, source, one, half, pictures, masked = latents(
+        server,
+        lambda g: rendered(g, g.model()),
+        lambda g: g.photo(),
+        lambda g: rendered(g, blended(g, 1.0)),
+        lambda g: rendered(g, blended(g, 0.5)),
+        swept,
+        masked_out,
+    )
+    assert np.array_equal(one, bare)
+    assert far(half, bare)
+    assert far(half, source)
+    assert near(pictures[:1], source)
+    assert near(pictures[1:], bare)
+    assert near(masked, source)
