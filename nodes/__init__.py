@@ -14,6 +14,7 @@ from .slider_prompt import SliderPrompt
 from .stable_flow import InjectVitalLayers, SameNoise, StackPrompts
 from .sweeps import LatentForSweep, StrengthList, StrengthRange
 from .training_free import ApplyTrainingFree
+from .where_and_when import WhereAndWhen
 
 NODES: list[type[io.ComfyNode]] = [
     LoadAdapter,
@@ -27,6 +28,7 @@ NODES: list[type[io.ComfyNode]] = [
     ApplyProjector,
     ProjectorStrength,
     ApplyTrainingFree,
+    WhereAndWhen,
     StackPrompts,
     SameNoise,
     InjectVitalLayers,

@@ -8,6 +8,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from .adapter_file import Adapter
+from .elsewhere import strength_elsewhere
 from .errors import SliderError
 from .families import family_of
 from .module_overrides import Around, ModelCall, Operation, add_operation
@@ -15,7 +16,10 @@ from .strength import read_strength, suppression
 
 
 class GlobalLora(Operation):
-    """Operation: z' = W z + (1 - strength) * B A z on every target layer, strength per image of the batch."""
+    """Operation: z' = W z + (1 - strength) * B A z on every target layer, strength per image of the batch.
+
+    A cond can say where it does not hold (where_and_when.py).
+    """
 
     side_model: ModelPatcher
 
@@ -25,9 +29,11 @@ class GlobalLora(Operation):
         self.side_model = adapter.side_model.patcher(load_device)
 
     def around(self, call: ModelCall) -> Mapping[str, Around]:
-        if not self.alpha.any():
+        elsewhere = strength_elsewhere(call)
+        alpha = self.alpha if elsewhere is None else suppression((elsewhere,), 1)
+        if not alpha.any():
             return {}
-        alpha = self.alpha.to(call.device)
+        alpha = alpha.to(call.device)
         if len(alpha) == 1:
             return self.side_model.model.around(alpha[0])
         if len(alpha) != call.images:

@@ -53,7 +53,8 @@ class ModelInputs(NamedTuple):
 class ModelCall:
     """What one model call is about.
 
-    conds: our tensors of the conds in this call, first dimension images * count (images vary fastest).
+    conds: what is ours in the conds of this call: tensors, first dimension images * count (images vary fastest), and
+    constants that all these conds share.
     images: images in the latent batch; count: conds that share this call.
     text_rows: rows of text that the model gets. latent: shape of what it denoises.
     dtype: in which it computes. weights: tells differently patched weights apart.
@@ -61,7 +62,7 @@ class ModelCall:
     inputs: what it is called with. run: calls the model itself, with other operations and inputs.
     """
 
-    conds: Mapping[str, torch.Tensor]
+    conds: Mapping[str, Any]
     images: int
     count: int
     text_rows: int
@@ -75,9 +76,12 @@ class ModelCall:
     run: Callable[[tuple[Operation, ...], ModelInputs], torch.Tensor]
 
     def within(self, start: float, end: float) -> bool:
-        """Whether the call lies in this part of the schedule, 0 to 1."""
+        """Whether the call lies in this part of the schedule, 0 to 1, with its borders.
+
+        Compared in the noise level's own precision, as ComfyUI does for the part of the schedule that a cond has.
+        """
         everywhere = start <= 0 and end >= 1
-        return everywhere or self.percent_to_sigma(end) <= self.sigma.item() <= self.percent_to_sigma(start)
+        return everywhere or bool(self.percent_to_sigma(end) <= self.sigma <= self.percent_to_sigma(start))
 
 
 AttentionPatch = Callable[..., dict[str, Any]]
@@ -143,7 +147,7 @@ def _run(
     **kwargs: Any,
 ) -> torch.Tensor:
     inputs = ModelInputs(x, t, c_concat, c_crossattn, control, transformer_options, kwargs)
-    conds = {key: value.to(x.device) for key, value in kwargs.items() if key.startswith(COND_PREFIX)}
+    conds = {key: _moved(value, x.device) for key, value in kwargs.items() if key.startswith(COND_PREFIX)}
     others = {key: value for key, value in kwargs.items() if key not in conds}
     count = len(transformer_options.get("cond_or_uncond", (0,)))
     base = executor.class_obj
@@ -167,6 +171,10 @@ def _run(
     model = diffusion_model_of(base)
     with overridden(model, changes):
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **others)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def _run_again(executor: Any, operations: tuple[Operation, ...], inputs: ModelInputs) -> torch.Tensor:

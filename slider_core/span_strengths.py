@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .elsewhere import SPANS, refuse_later, strength_elsewhere
 from .errors import SliderError
 from .module_overrides import COND_PREFIX, ModelCall
 from .per_image_cond import PerImageCond
@@ -42,10 +43,12 @@ class SpannedText:
 def attach_spans(conditioning: Conditioning, length: int, spans: Sequence[Span]) -> Conditioning:
     """Note the spans of a prompt that was tokenized to `length` rows on every entry of its conditioning.
 
-    Spans that are already there stay in front. Raises SliderError when the conditioning is not `length` rows long.
+    Spans that are already there stay in front. Raises SliderError when the conditioning is not `length` rows long, or
+    has been given a place for the sliders it has.
     """
     out = []
     for cond, options in conditioning:
+        refuse_later(options, "Select Phrase")
         known = spanned_text(options) or SpannedText(cond.shape[1])
         if known.length != length:
             raise SliderError(
@@ -102,6 +105,15 @@ def _with_strengths(options: dict[str, Any], strengths: Mapping[str, Strength], 
     return {**options, "model_conds": conds}
 
 
+def scale_at(options: Mapping[str, Any], strength: float) -> PerImageCond | None:
+    """What a cond needs so that all its spans can have this strength, on any channel; None if it needs nothing."""
+    text = spanned_text(options)
+    if text is None:
+        return None
+    scale = _scale(text, [(strength,)] * len(text.spans), 1)
+    return PerImageCond(scale) if scale.any() else None
+
+
 def _scale(text: SpannedText, strengths: Sequence[Strength], images: int) -> torch.Tensor:
     """Scale of every row, shape (images, rows): product of the suppressions of its spans, 0 outside all."""
     scale = torch.zeros(images, text.length)
@@ -114,9 +126,10 @@ def _scale(text: SpannedText, strengths: Sequence[Strength], images: int) -> tor
 def row_scales(call: ModelCall, channel: str) -> torch.Tensor | None:
     """SliderEdit's scale of every text row of a model call, shape (batch, rows); None if no strength differs from 1.
 
+    Where the strengths do not act, it is that of the strength elsewhere, on every channel.
     Raises SliderError when the text is shorter than the one the spans were found on.
     """
-    scale = call.conds.get(SPAN_PREFIX + channel)
+    scale = call.conds.get(SPAN_PREFIX + channel if strength_elsewhere(call) is None else SPANS)
     if scale is None:
         return None
     missing = call.text_rows - scale.shape[1]
