@@ -12,7 +12,7 @@ from .prompts import EncodeSubInstructions, SelectPhrase, SubInstructionStrength
 from .remembered_sources import InjectRememberedSource, RememberSource, RememberTrajectory
 from .slider_prompt import SliderPrompt
 from .stable_flow import InjectVitalLayers, SameNoise, StackPrompts
-from .sweeps import LatentForSweep, StrengthList, StrengthRange
+from .sweeps import ImagesAtOnce, LatentForSweep, StrengthGrid, StrengthList, StrengthRange
 from .training_free import ApplyTrainingFree
 from .where_and_when import WhereAndWhen
 
@@ -43,5 +43,7 @@ NODES: list[type[io.ComfyNode]] = [
     ViewAttention,
     StrengthRange,
     StrengthList,
+    StrengthGrid,
     LatentForSweep,
+    ImagesAtOnce,
 ]

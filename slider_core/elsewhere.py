@@ -26,7 +26,7 @@ class Elsewhere:
     end: float
 
     def holds(self, call: ModelCall) -> bool:
-        return self.start > self.end or not call.within(self.start, self.end)
+        return not call.within(self.start, self.end)
 
 
 def strength_elsewhere(call: ModelCall) -> float | None:

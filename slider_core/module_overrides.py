@@ -26,12 +26,23 @@ from .errors import SliderError
 COND_PREFIX = "edit_sliders."
 """Names of tensors in a cond's `model_conds` that are for the operations. A model without any gets them too, unread."""
 
+PART = "edit_sliders.part"
+"""Name in transformer_options of the Part of the batch that a model call is for, when it is split."""
+
 _KEY = "edit_sliders"
 
 Forward = Callable[..., Any]
 Around = Callable[[Forward], Forward]
 """Makes the module's forward for one call out of its present one. The result must be a plain function: torch.compile
 recompiles for every new functools.partial or lambda default, but not for new closures of the same code."""
+
+
+class Part(NamedTuple):
+    """Images start..end of a batch of so many `images`."""
+
+    start: int
+    end: int
+    images: int
 
 
 class ModelInputs(NamedTuple):
@@ -89,9 +100,14 @@ AttentionPatch = Callable[..., dict[str, Any]]
 
 
 class Operation:
-    """A change to the model. `side_model` holds its weights, moved by ComfyUI together with the model, or is None."""
+    """A change to the model. `side_model` holds its weights, moved by ComfyUI together with the model, or is None.
+
+    image_by_image: whether what it does to an image takes nothing from the others of the batch, so that they can be
+    computed apart.
+    """
 
     side_model: ModelPatcher | None = None
+    image_by_image = False
 
     def around(self, call: ModelCall) -> Mapping[str, Around]:
         """Module path inside the diffusion model -> what to put around its forward. Empty leaves the call alone."""
@@ -150,6 +166,8 @@ def _run(
     conds = {key: _moved(value, x.device) for key, value in kwargs.items() if key.startswith(COND_PREFIX)}
     others = {key: value for key, value in kwargs.items() if key not in conds}
     count = len(transformer_options.get("cond_or_uncond", (0,)))
+    if PART in transformer_options:
+        _check_image_by_image(operations)
     base = executor.class_obj
     call = ModelCall(
         conds=conds,
@@ -171,6 +189,15 @@ def _run(
     model = diffusion_model_of(base)
     with overridden(model, changes):
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **others)
+
+
+def _check_image_by_image(operations: tuple[Operation, ...]) -> None:
+    if not all(operation.image_by_image for operation in operations):
+        raise SliderError(
+            "The batch is split by 'Images at Once', but the model lets its images look at one another or keeps what "
+            "it saw of them (such as 'Inject Vital Layers'); expected sliders alone. Raise at_once to the number of "
+            "images, or bypass it."
+        )
 
 
 def _moved(value: Any, device: torch.device) -> Any:

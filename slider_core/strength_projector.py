@@ -168,6 +168,8 @@ def _finite(name: str, key: str, tensor: torch.Tensor) -> torch.Tensor:
 class ModulationOffset(Operation):
     """Operation: adds the offsets of a call's conds to scale and shift of the text's MLP, and runs the LoRA there."""
 
+    image_by_image = True
+
     def __init__(self, paths: list[str], width: int, lora: Adapter | None, load_device: torch.device):
         self.paths, self.width = paths, width
         self.side_model = lora.side_model.patcher(load_device) if lora else None
