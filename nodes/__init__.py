@@ -12,6 +12,7 @@ from .prompts import EncodeSubInstructions, SelectPhrase, SubInstructionStrength
 from .remembered_sources import InjectRememberedSource, RememberSource, RememberTrajectory
 from .slider_prompt import SliderPrompt
 from .stable_flow import InjectVitalLayers, SameNoise, StackPrompts
+from .sweep_sheet import SweepSheet
 from .sweeps import ImagesAtOnce, LatentForSweep, StrengthGrid, StrengthList, StrengthRange
 from .training_free import ApplyTrainingFree
 from .where_and_when import WhereAndWhen
@@ -46,4 +47,5 @@ NODES: list[type[io.ComfyNode]] = [
     StrengthGrid,
     LatentForSweep,
     ImagesAtOnce,
+    SweepSheet,
 ]
