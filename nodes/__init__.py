@@ -14,8 +14,10 @@ from .prompts import EncodeSubInstructions, SelectPhrase, SubInstructionStrength
 from .remembered_sources import InjectRememberedSource, RememberSource, RememberTrajectory
 from .slider_prompt import SliderPrompt
 from .stable_flow import InjectVitalLayers, SameNoise, StackPrompts
-from .sweeps import LatentForSweep, StrengthList, StrengthRange
+from .sweep_sheet import SweepSheet
+from .sweeps import ImagesAtOnce, LatentForSweep, StrengthGrid, StrengthList, StrengthRange
 from .training_free import ApplyTrainingFree, PromptDifference, VelocityBlending
+from .where_and_when import WhereAndWhen
 
 NODES: list[type[io.ComfyNode]] = [
     LoadAdapter,
@@ -31,6 +33,7 @@ NODES: list[type[io.ComfyNode]] = [
     ApplyTrainingFree,
     VelocityBlending,
     PromptDifference,
+    WhereAndWhen,
     StackPrompts,
     SameNoise,
     InjectVitalLayers,
@@ -45,8 +48,11 @@ NODES: list[type[io.ComfyNode]] = [
     ViewAttention,
     StrengthRange,
     StrengthList,
+    StrengthGrid,
     LatentForSweep,
     MeasureSweep,
     Calibrate,
     CalibratedStrength,
+    ImagesAtOnce,
+    SweepSheet,
 ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
+from ..slider_core.images_at_once import split_batches
 from ..slider_core.strength import Strength
-from ..slider_core.sweep import latent_for_sweep, parse_list, spaced
+from ..slider_core.sweep import grid, latent_for_sweep, parse_list, spaced
 from .types import CATEGORY, Strengths
 
 
@@ -58,6 +60,64 @@ class StrengthList(io.ComfyNode):
     @classmethod
     def execute(cls, values: str) -> io.NodeOutput:
         return io.NodeOutput(parse_list(values))
+
+
+class StrengthGrid(io.ComfyNode):
+    """Every combination of two lists of strengths, one per image of the batch."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EditSlidersStrengthGrid",
+            display_name="Strength Grid",
+            category=CATEGORY,
+            description="Combines two lists of strengths, row by row, so that one run renders a grid: link one output "
+            "to one slider, the other to another, and either to Latent for Sweep.",
+            search_aliases=["sweep", "xy plot", "2d sweep"],
+            inputs=[
+                Strengths.Input("down", tooltip="Strengths of the rows, from Strength Range or Strength List."),
+                Strengths.Input("across", tooltip="Strengths of the columns."),
+            ],
+            outputs=[
+                Strengths.Output("down", tooltip="For the slider that changes from row to row."),
+                Strengths.Output("across", tooltip="For the slider that changes from column to column."),
+                io.Int.Output("columns", tooltip="How many pictures make a row."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, down: Strength, across: Strength) -> io.NodeOutput:
+        return io.NodeOutput(*grid(down, across), len(across))
+
+
+class ImagesAtOnce(io.ComfyNode):
+    """Computes a batch a few images at a time, so that a sweep of any length fits in memory."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EditSlidersImagesAtOnce",
+            display_name="Images at Once",
+            category=CATEGORY,
+            description="Lets the model compute a batch a few images at a time, with any sampler and the same result. "
+            "For sweeps that are too long for the memory.",
+            search_aliases=["split batch", "sweep", "low vram", "out of memory"],
+            inputs=[
+                io.Model.Input("model", tooltip="With its sliders on it, or before they are."),
+                io.Int.Input(
+                    "at_once",
+                    default=0,
+                    min=0,
+                    max=256,
+                    tooltip="Images that the model computes together. 0: as many as fit in the free memory.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, at_once: int) -> io.NodeOutput:
+        return io.NodeOutput(split_batches(model, at_once))
 
 
 class LatentForSweep(io.ComfyNode):

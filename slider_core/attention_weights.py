@@ -20,6 +20,8 @@ from .span_strengths import DEFAULT_CHANNEL, row_strengths
 class AttentionWeights(Operation):
     """Operation: attention of image tokens to every text token times its strength, in every block, then normalised."""
 
+    image_by_image = True
+
     def __init__(self, channel: str):
         self.channel = channel
 

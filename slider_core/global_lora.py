@@ -8,16 +8,21 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from .adapter_file import Adapter
+from .elsewhere import strength_elsewhere
 from .errors import SliderError
 from .families import family_of
-from .module_overrides import Around, ModelCall, Operation, add_operation
+from .module_overrides import PART, Around, ModelCall, Operation, Part, add_operation
 from .strength import read_strength, suppression
 
 
 class GlobalLora(Operation):
-    """Operation: z' = W z + (1 - strength) * B A z on every target layer, strength per image of the batch."""
+    """Operation: z' = W z + (1 - strength) * B A z on every target layer, strength per image of the batch.
+
+    A cond can say where it does not hold (where_and_when.py).
+    """
 
     side_model: ModelPatcher
+    image_by_image = True
 
     def __init__(self, adapter: Adapter, strength: object, load_device: torch.device):
         values = read_strength(strength, "strength")
@@ -25,17 +30,20 @@ class GlobalLora(Operation):
         self.side_model = adapter.side_model.patcher(load_device)
 
     def around(self, call: ModelCall) -> Mapping[str, Around]:
-        if not self.alpha.any():
+        elsewhere = strength_elsewhere(call)
+        alpha = self.alpha if elsewhere is None else suppression((elsewhere,), 1)
+        if not alpha.any():
             return {}
-        alpha = self.alpha.to(call.device)
+        alpha = alpha.to(call.device)
         if len(alpha) == 1:
             return self.side_model.model.around(alpha[0])
-        if len(alpha) != call.images:
+        part = call.inputs.options.get(PART, Part(0, call.images, call.images))
+        if len(alpha) != part.images:
             raise SliderError(
-                f"{len(alpha)} strengths were given, but the batch has {call.images} image(s); expected one strength "
+                f"{len(alpha)} strengths were given, but the batch has {part.images} image(s); expected one strength "
                 "per image. Use 'Latent for Sweep' to make the latent batch as long as the list."
             )
-        return self.side_model.model.around(alpha.repeat(call.count))
+        return self.side_model.model.around(alpha[part.start : part.end].repeat(call.count))
 
 
 def apply_gstlora(model: ModelPatcher, adapter: Adapter, strength: object) -> ModelPatcher:

@@ -26,12 +26,23 @@ from .errors import SliderError
 COND_PREFIX = "edit_sliders."
 """Names of tensors in a cond's `model_conds` that are for the operations. A model without any gets them too, unread."""
 
+PART = "edit_sliders.part"
+"""Name in transformer_options of the Part of the batch that a model call is for, when it is split."""
+
 _KEY = "edit_sliders"
 
 Forward = Callable[..., Any]
 Around = Callable[[Forward], Forward]
 """Makes the module's forward for one call out of its present one. The result must be a plain function: torch.compile
 recompiles for every new functools.partial or lambda default, but not for new closures of the same code."""
+
+
+class Part(NamedTuple):
+    """Images start..end of a batch of so many `images`."""
+
+    start: int
+    end: int
+    images: int
 
 
 class ModelInputs(NamedTuple):
@@ -53,7 +64,8 @@ class ModelInputs(NamedTuple):
 class ModelCall:
     """What one model call is about.
 
-    conds: our tensors of the conds in this call, first dimension images * count (images vary fastest).
+    conds: what is ours in the conds of this call: tensors, first dimension images * count (images vary fastest), and
+    constants that all these conds share.
     images: images in the latent batch; count: conds that share this call.
     text_rows: rows of text that the model gets. latent: shape of what it denoises.
     dtype: in which it computes. weights: tells differently patched weights apart.
@@ -61,7 +73,7 @@ class ModelCall:
     inputs: what it is called with. run: calls the model itself, with other operations and inputs.
     """
 
-    conds: Mapping[str, torch.Tensor]
+    conds: Mapping[str, Any]
     images: int
     count: int
     text_rows: int
@@ -75,14 +87,17 @@ class ModelCall:
     run: Callable[[tuple[Operation, ...], ModelInputs], torch.Tensor]
 
     def within(self, start: float, end: float) -> bool:
-        """Whether the call lies in this part of the schedule, 0 to 1."""
+        """Whether the call lies in this part of the schedule, 0 to 1, with its borders."""
         return in_part(self.sigma, self.percent_to_sigma, start, end)
 
 
 def in_part(sigma: torch.Tensor, percent_to_sigma: Callable[[float], float], start: float, end: float) -> bool:
-    """Whether a noise level (0-dim) lies in this part of the schedule, 0 to 1."""
+    """Whether a noise level (0-dim) lies in this part of the schedule, 0 to 1, with its borders.
+
+    Compared in the noise level's own precision, as ComfyUI does for the part of the schedule that a cond has.
+    """
     everywhere = start <= 0 and end >= 1
-    return everywhere or percent_to_sigma(end) <= sigma.item() <= percent_to_sigma(start)
+    return everywhere or bool(percent_to_sigma(end) <= sigma <= percent_to_sigma(start))
 
 
 AttentionPatch = Callable[..., dict[str, Any]]
@@ -90,9 +105,14 @@ AttentionPatch = Callable[..., dict[str, Any]]
 
 
 class Operation:
-    """A change to the model. `side_model` holds its weights, moved by ComfyUI together with the model, or is None."""
+    """A change to the model. `side_model` holds its weights, moved by ComfyUI together with the model, or is None.
+
+    image_by_image: whether what it does to an image takes nothing from the others of the batch, so that they can be
+    computed apart.
+    """
 
     side_model: ModelPatcher | None = None
+    image_by_image = False
 
     def around(self, call: ModelCall) -> Mapping[str, Around]:
         """Module path inside the diffusion model -> what to put around its forward. Empty leaves the call alone."""
@@ -148,9 +168,11 @@ def _run(
     **kwargs: Any,
 ) -> torch.Tensor:
     inputs = ModelInputs(x, t, c_concat, c_crossattn, control, transformer_options, kwargs)
-    conds = {key: value.to(x.device) for key, value in kwargs.items() if key.startswith(COND_PREFIX)}
+    conds = {key: _moved(value, x.device) for key, value in kwargs.items() if key.startswith(COND_PREFIX)}
     others = {key: value for key, value in kwargs.items() if key not in conds}
     count = len(transformer_options.get("cond_or_uncond", (0,)))
+    if PART in transformer_options:
+        _check_image_by_image(operations)
     base = executor.class_obj
     call = ModelCall(
         conds=conds,
@@ -172,6 +194,19 @@ def _run(
     model = diffusion_model_of(base)
     with overridden(model, changes):
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **others)
+
+
+def _check_image_by_image(operations: tuple[Operation, ...]) -> None:
+    if not all(operation.image_by_image for operation in operations):
+        raise SliderError(
+            "The batch is split by 'Images at Once', but the model lets its images look at one another or keeps what "
+            "it saw of them (such as 'Inject Vital Layers'); expected sliders alone. Raise at_once to the number of "
+            "images, or bypass it."
+        )
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def _run_again(executor: Any, operations: tuple[Operation, ...], inputs: ModelInputs) -> torch.Tensor:

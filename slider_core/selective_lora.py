@@ -18,6 +18,7 @@ class SelectiveLora(Operation):
     """Operation: z' = W z + scale[token] * B A z on the text stream, scale from the conds of each call."""
 
     side_model: ModelPatcher
+    image_by_image = True
 
     def __init__(self, adapter: Adapter, channel: str, load_device: torch.device):
         self.channel = channel

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .elsewhere import PADDING, SPANS, refuse_later, strength_elsewhere
 from .errors import SliderError
 from .module_overrides import COND_PREFIX, ModelCall
 from .per_image_cond import PerImageCond
@@ -46,10 +47,12 @@ def attach_spans(conditioning: Conditioning, length: int, spans: Sequence[Span],
 
     padding: how many of the rows, at the end, are padding.
 
-    Spans that are already there stay in front. Raises SliderError when the conditioning is not `length` rows long.
+    Spans that are already there stay in front. Raises SliderError when the conditioning is not `length` rows long, or
+    has been given a place for the sliders it has.
     """
     out = []
     for cond, options in conditioning:
+        refuse_later(options, "Select Phrase")
         known = spanned_text(options) or SpannedText(cond.shape[1], padding=padding)
         if known.length != length:
             raise SliderError(
@@ -113,6 +116,15 @@ def check_count(spans: Sequence[Span], strengths: Mapping[str, Strength]) -> Non
             )
 
 
+def spans_at(options: Mapping[str, Any], strength: float) -> dict[str, PerImageCond]:
+    """What a cond needs so that all its spans can have this strength elsewhere, on any channel: name -> cond."""
+    text = spanned_text(options)
+    scale = torch.zeros(0) if text is None else _scale(text, [(strength,)] * len(text.spans), 1)
+    if text is None or not scale.any():
+        return {}
+    return {SPANS: PerImageCond(scale), PADDING: PerImageCond(torch.tensor([[text.padding]]))}
+
+
 def _scale(text: SpannedText, strengths: Sequence[Strength], images: int) -> torch.Tensor:
     """Scale of every row, shape (images, rows): product of the suppressions of its spans, 0 outside all."""
     scale = torch.zeros(images, text.length)
@@ -125,9 +137,10 @@ def _scale(text: SpannedText, strengths: Sequence[Strength], images: int) -> tor
 def row_scales(call: ModelCall, channel: str) -> torch.Tensor | None:
     """SliderEdit's scale of every text row of a model call, shape (batch, rows); None if no strength differs from 1.
 
+    Where the strengths do not act, it is that of the strength elsewhere, on every channel.
     Raises SliderError when the text is shorter than the one the spans were found on.
     """
-    scale = call.conds.get(SPAN_PREFIX + channel)
+    scale = call.conds.get(SPAN_PREFIX + channel if strength_elsewhere(call) is None else SPANS)
     if scale is None:
         return None
     missing = call.text_rows - scale.shape[1]
@@ -147,9 +160,11 @@ def row_strengths(call: ModelCall, channel: str) -> torch.Tensor | None:
 
 def padding_row(call: ModelCall, channel: str) -> int:
     """A row of padding in a text whose row_scales are not None. Raises SliderError when a text has none."""
-    if (call.conds[PADDING_PREFIX + channel] < 1).any():
+    own = strength_elsewhere(call) is None
+    scales, padding = (SPAN_PREFIX + channel, PADDING_PREFIX + channel) if own else (SPANS, PADDING)
+    if (call.conds[padding] < 1).any():
         raise SliderError(
             "The prompt has no padding, whose tokens the words are to be replaced by; expected at least one row after "
             "the prompt's end. Switch pad_to_512 on where it is encoded, or shorten the prompt."
         )
-    return call.conds[SPAN_PREFIX + channel].shape[1] - 1
+    return call.conds[scales].shape[1] - 1

@@ -22,6 +22,7 @@ from torch.nn.functional import linear, relu
 
 from .adapter_file import Adapter, adapter_from_tensors
 from .diffusion_model import diffusion_model_of
+from .elsewhere import PROJECTOR, refuse_later, strength_elsewhere
 from .errors import SliderError
 from .families import family_of
 from .module_overrides import COND_PREFIX, Around, Forward, ModelCall, Operation, add_operation, operations_of
@@ -36,6 +37,7 @@ Layer = tuple[torch.Tensor, torch.Tensor]
 """Weight (out, in) and bias (out,) of a linear, float32."""
 
 _KEY = re.compile(r"(?:.*\.)?(pe_extender|projector\.\d{1,4})\.(weight|bias)")
+_PROJECTOR = "edit_sliders_projector"  # in a conditioning's dict: the one whose strength it has
 _CIRCLE = 2  # sine and cosine of the strength
 
 
@@ -166,12 +168,14 @@ def _finite(name: str, key: str, tensor: torch.Tensor) -> torch.Tensor:
 class ModulationOffset(Operation):
     """Operation: adds the offsets of a call's conds to scale and shift of the text's MLP, and runs the LoRA there."""
 
+    image_by_image = True
+
     def __init__(self, paths: list[str], width: int, lora: Adapter | None, load_device: torch.device):
         self.paths, self.width = paths, width
         self.side_model = lora.side_model.patcher(load_device) if lora else None
 
     def around(self, call: ModelCall) -> Mapping[str, Around]:
-        offsets = call.conds.get(COND_KEY)
+        offsets = call.conds.get(COND_KEY if strength_elsewhere(call) is None else PROJECTOR)
         if offsets is None:
             return {}
         if offsets.shape[1] != 2 * self.width:
@@ -240,18 +244,26 @@ def set_projector_strength(conditioning: Conditioning, bundle: StrengthProjector
             moved: CONDRegular = CONDRegular(bundle.projector.offsets(values, pooled))
         else:
             moved = PerImageCond(bundle.projector.offsets(values, repeat_to_batch_size(pooled, len(values))))
-        out.append([cond, _with_offsets(options, moved)])
+        out.append([cond, _with_offsets(options, bundle, moved)])
     return out
 
 
 def drop_projector_strength(conditioning: Conditioning, bundle: StrengthProjector) -> Conditioning:
     """The conditioning with the LoRA but without any offset: what training showed when it dropped the strength."""
     nothing = CONDRegular(torch.zeros(1, 2 * bundle.projector.width))
-    return [[cond, _with_offsets(options, nothing)] for cond, options in conditioning]
+    return [[cond, _with_offsets(options, bundle, nothing)] for cond, options in conditioning]
 
 
-def _with_offsets(options: Mapping[str, Any], offsets: CONDRegular) -> dict[str, Any]:
-    return {**options, "model_conds": {**options.get("model_conds", {}), COND_KEY: offsets}}
+def offsets_at(options: Mapping[str, Any], strength: float) -> CONDRegular | None:
+    """What a cond needs so that its projector can have this strength; None if no projector strength was set on it."""
+    projector = options.get(_PROJECTOR)
+    return None if projector is None else CONDRegular(projector.offsets((strength,), _pooled(projector, options)))
+
+
+def _with_offsets(options: Mapping[str, Any], bundle: StrengthProjector, offsets: CONDRegular) -> dict[str, Any]:
+    refuse_later(options, "Projector Strength")
+    conds = {**options.get("model_conds", {}), COND_KEY: offsets}
+    return {**options, _PROJECTOR: bundle.projector, "model_conds": conds}
 
 
 def _pooled(projector: Projector, options: Mapping[str, Any]) -> torch.Tensor:

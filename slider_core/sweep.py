@@ -27,6 +27,11 @@ def parse_list(text: str) -> Strength:
     return read_strength(values, "The list of strengths")
 
 
+def grid(down: Strength, across: Strength) -> tuple[Strength, Strength]:
+    """Every combination of two lists, row by row: two lists of len(down) * len(across) strengths each."""
+    return tuple(one for one in down for _ in across), across * len(down)
+
+
 def latent_for_sweep(latent: dict[str, Any], count: int) -> dict[str, Any]:
     """Repeat one latent image (samples of shape (1, ...)) `count` times, all with the first image's noise.
 

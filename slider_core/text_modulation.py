@@ -20,6 +20,8 @@ from .span_strengths import DEFAULT_CHANNEL, row_strengths
 class TextModulation(Operation):
     """Operation: shift, scale and gate of every text token, in every double block, times the token's strength."""
 
+    image_by_image = True
+
     def __init__(self, paths: list[str], channel: str):
         self.paths, self.channel = paths, channel
 

@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import COMFYUI, REPO
 from PIL import Image
 from support.comfy_server import ComfyServer
 
+from slider_core.where_and_when import where_and_when
 from training.miniature.edits import Edit
 from training.miniature.examining import held_out_tasks
 from training.miniature.measuring import edit_reached, measured
 from training.miniature.sliding import METHODS, Miniature
-from training.miniature.world import Looks, Scene, picture_of
+from training.miniature.world import SIDE, Looks, Scene, coverage, drawn, picture_of
 
 sys.path.append(str(REPO / "demo"))
 
@@ -62,6 +64,30 @@ def test_the_other_instruction_stays(it):
         values = reached(it, "STLoRA", source, edits, UP)
         assert abs(values[0, 0]) < 0.1 < 0.9 < values[-1, 0], (edits, values)
         assert abs(values[:, 1] - values[-1, 1]).max() < 0.1, (edits, values)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_mask_keeps_the_edit_in_its_half(it, name):
+    """Asked of the background, with a mask over the half with the square: how far pixels went, in full edits."""
+    tasks = [(source, edits) for source, edits in held_out_tasks(60, 1) if edits[0].attribute == "background"]
+    for source, edits in tasks[:3]:
+        left = np.broadcast_to(np.arange(SIDE) < SIDE // 2, (SIDE, SIDE))
+        half = left if source.square_centre[0] < SIDE // 2 else ~left
+        slid = METHODS[name](it, edits, 0, [1.0])
+        full, masked = (
+            it.pictures(source, slid._replace(positive=positive), 1)[0]
+            for positive in (slid.positive, where_and_when(slid.positive, torch.tensor(half)))
+        )
+        wall = (coverage(source, "circle") + coverage(source, "square") == 0) & (edge_of_halves() > 6)
+        went, goes = (np.linalg.norm(picture - drawn(source), axis=2) for picture in (masked, full))
+        assert goes[wall & half].mean() > 0.1 < goes[wall & ~half].mean()
+        assert went[wall & half].mean() > 0.7 * goes[wall & half].mean(), edits
+        assert went[wall & ~half].mean() < 0.15 * goes[wall & ~half].mean(), edits
+
+
+def edge_of_halves() -> np.ndarray:
+    """How far each pixel is from the line between left and right, (SIDE, SIDE)."""
+    return np.broadcast_to(np.abs(np.arange(SIDE) + 0.5 - SIDE / 2), (SIDE, SIDE))
 
 
 @pytest.fixture(scope="module")

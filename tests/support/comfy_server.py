@@ -139,10 +139,16 @@ class ComfyServer:
         """node id -> its definition, as the frontend sees it."""
         return self._json("/object_info")
 
-    def submit(self, graph: Graph) -> str:
-        """Queue a graph in API format; the prompt's id. Raises PromptRefused if it does not validate."""
+    def submit(self, graph: Graph, workflow: Mapping[str, Any] | None = None) -> str:
+        """Queue a graph in API format; the prompt's id. Raises PromptRefused if it does not validate.
+
+        workflow: the graph as the page keeps it, for nodes that save it.
+        """
+        extra = {"extra_pnginfo": {"workflow": workflow}} if workflow else {}
         try:
-            return self._json("/prompt", {"prompt": graph, "client_id": self._client_id})["prompt_id"]
+            return self._json("/prompt", {"prompt": graph, "client_id": self._client_id, "extra_data": extra})[
+                "prompt_id"
+            ]
         except urllib.error.HTTPError as refusal:
             if refusal.code != 400:
                 raise
