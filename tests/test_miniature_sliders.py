@@ -29,6 +29,7 @@ from test_templates import template, the, without_upscaling
 SCENES = 6
 UP = (0.0, 0.25, 0.5, 0.75, 1.0)
 ADAPTERS = ("STLoRA", "GSTLoRA", "strength projector")
+WITHOUT_ADAPTER = ("token interpolation", "velocity blending", "prompt difference")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def reached(it: Miniature, name: str, source: Scene, edits: Sequence[Edit], stre
     return np.array([[edit_reached(edit, source, measured(picture, source)) for edit in edits] for picture in pictures])
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", ADAPTERS + WITHOUT_ADAPTER)
 def test_it_fades_in(it, name):
     """0 suppresses, 1 applies, and between them nothing goes back."""
     for source, edits in held_out_tasks(SCENES, 1):
@@ -53,15 +54,23 @@ def test_it_fades_in(it, name):
         assert 0.02 < values[1:-1].mean() < 0.98, (edits, values)
 
 
-def test_more_than_one_exaggerates(it):
+@pytest.mark.parametrize("name", ["STLoRA", "velocity blending", "prompt difference"])
+def test_more_than_one_exaggerates(it, name):
     tasks = [(source, edits) for source, edits in held_out_tasks(40, 1) if edits[0].attribute == "background"]
-    values = np.array([reached(it, "STLoRA", source, edits, (1.0, 1.5))[:, 0] for source, edits in tasks[:SCENES]])
+    values = np.array([reached(it, name, source, edits, (1.0, 1.5))[:, 0] for source, edits in tasks[:SCENES]])
     assert (values[:, 1] - values[:, 0]).mean() > 0.05, values
 
 
-def test_the_other_instruction_stays(it):
+@pytest.mark.parametrize("name", ["velocity blending", "prompt difference"])
+def test_half_of_it_is_half_of_the_edit(it, name):
+    for source, edits in held_out_tasks(SCENES, 1):
+        assert abs(reached(it, name, source, edits, (0.5,))[0, 0] - 0.5) < 0.2, edits
+
+
+@pytest.mark.parametrize("name", ["STLoRA", "token interpolation", "prompt difference"])
+def test_the_other_instruction_stays(it, name):
     for source, edits in held_out_tasks(SCENES, 2):
-        values = reached(it, "STLoRA", source, edits, UP)
+        values = reached(it, name, source, edits, UP)
         assert abs(values[0, 0]) < 0.1 < 0.9 < values[-1, 0], (edits, values)
         assert abs(values[:, 1] - values[-1, 1]).max() < 0.1, (edits, values)
 
