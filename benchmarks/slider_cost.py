@@ -3,8 +3,8 @@
     python run.py benchmark [--full] [--steps N] [--repeats N]
 
 (a) time from a changed slider to the first model call: the side path against the stock LoRA loader with the same file;
-(b) time of a sampling step and (c) peak memory with 0, 1 and 4 active sliders, and with a strength projector, against
-the bare model.
+(b) time of a sampling step and (c) peak memory with 0, 1 and 4 active sliders, with a strength projector, and with each
+training-free method, against the bare model; and how often a step evaluates the model.
 Random weights: 284 million parameters at 256x256 plus reference by default, FLUX.1's 12 billion at 1024x1024 plus
 reference with --full (for GPUs). Medians of interleaved repeats.
 """
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,18 @@ from comfy.patcher_extension import WrappersMP
 from safetensors.torch import save_file
 
 from slider_core.adapter_file import read_adapter
+from slider_core.attention_weights import apply_attention_weights
 from slider_core.global_lora import apply_gstlora
+from slider_core.prompt_difference import PromptDifferences
 from slider_core.selective_lora import apply_stlora
 from slider_core.span_strengths import Span, attach_spans, set_strengths
 from slider_core.strength_projector import apply_projector, read_projector, set_projector_strength
+from slider_core.text_modulation import apply_text_modulation
+from slider_core.token_interpolation import apply_token_interpolation
+from slider_core.velocity_blending import blend_velocity
 
 RANK = 16
+_REST = {"2": 1.0, "3": 1.0, "4": 1.0}
 
 
 class FirstCall(Exception):
@@ -59,8 +66,10 @@ class _Bench:
         self.projector = read_projector(adapters["projector"], adapters["gst"])
         self.latent = torch.zeros(1, 16, latent, latent)
         self.noise = torch.randn(self.latent.shape, generator=torch.Generator().manual_seed(0))
-        spans = [Span(str(k), tuple(range(8 * k, 8 * k + 8))) for k in range(4)]
-        self.text = attach_spans(text(model, reference_latents=[self.noise]), TEXT_ROWS, spans)
+        self.spans = [Span(str(k), tuple(range(8 * k, 8 * k + 8))) for k in range(4)]
+        self.text = attach_spans(
+            text(model, reference_latents=[self.noise]), TEXT_ROWS, self.spans, padding=TEXT_ROWS - 32
+        )
 
     def slid(self, *strengths: float) -> list:
         return set_strengths(self.text, {str(k): v for k, v in enumerate((*strengths, 1.0, 1.0, 1.0, 1.0)[:4])})
@@ -79,6 +88,8 @@ class _Bench:
     def variants(self) -> dict[str, Callable[[], tuple[Model, list]]]:
         st = apply_stlora(self.model, self.st)
         projector = apply_projector(self.model, self.projector)
+        differences = PromptDifferences("", self.spans, self.text, [self.text] * 4)
+        blended = blend_velocity(self.model, self.noise, (0.5,))
         bare_projector = apply_projector(self.model, replace(self.projector, lora=None))
         return {
             "bare": lambda: (self.model, self.text),
@@ -90,7 +101,21 @@ class _Bench:
             "GSTLoRA, 4 active": lambda: (self.gst_stack(4), self.text),
             "projector": lambda: (bare_projector, set_projector_strength(self.text, self.projector, 0.5)),
             "projector and LoRA": lambda: (projector, set_projector_strength(self.text, self.projector, 0.5)),
+            "text modulation": lambda: (apply_text_modulation(self.model), self.slid(0.5)),
+            "attention to text": lambda: (apply_attention_weights(self.model), self.slid(0.5)),
+            "token interpolation": lambda: (apply_token_interpolation(self.model), self.slid(0.5)),
+            "velocity blending": lambda: (blended, self.text),
+            "prompt difference, 1 active": lambda: (self.model, differences.at({"1": 0.5, **_REST})),
+            "prompt difference, 2 active": lambda: (self.model, differences.at({"1": 0.5, **_REST, "2": 0.2})),
         }
+
+    def evaluations(self, model: Model, text: list) -> int:
+        """How many times a step evaluates the model, batched or not."""
+        calls: list[int] = []
+        counted = model.clone()
+        counted.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "benchmark", partial(_counting, calls))
+        self.sample(counted, text, 1)
+        return sum(calls)
 
     def to_first_call(self, change: Callable[[float], tuple[Model, list]], strength: float) -> float:
         """Seconds from a changed slider until the model is called."""
@@ -146,10 +171,19 @@ def _report(bench: _Bench, repeats: int) -> None:
         step = statistics.median(a / b for a, b in zip(times[name], times["bare"]))
         memory = statistics.median(a / b for a, b in zip(peaks[name], peaks["bare"]))
         low, high = (f(a / b for a, b in zip(times[name], times["bare"])) for f in (min, max))
-        print(f"    {name:20} step x {step:.3f} ({low:.3f} to {high:.3f})    memory x {memory:.3f}")
+        evaluations = bench.evaluations(*variants[name]())
+        print(
+            f"    {name:28} step x {step:.3f} ({low:.3f} to {high:.3f})    memory x {memory:.3f}    "
+            f"evaluations {evaluations}"
+        )
     print(
         f"    bare: {statistics.median(times['bare']):.3f} s a step, {statistics.median(peaks['bare']) / 2**30:.2f} GiB"
     )
+
+
+def _counting(calls: list[int], executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    calls.append(x.shape[0])
+    return executor(x, *args, **kwargs)
 
 
 def _stop(executor: Any, *args: Any, **kwargs: Any) -> None:
