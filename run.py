@@ -81,11 +81,12 @@ def test(python: Path, comfyui: Path, args: Sequence[str]) -> int:
         frontend = find_newer_frontend(python, cache)
         provide_page_types(python, cache / "setup.log")
     newer = {"EDITSLIDERS_NEWER_FRONTEND": str(frontend)}
+    sharing = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 2) // 2, 1)), "OMP_WAIT_POLICY": "PASSIVE"}
     pytest: list[str | Path] = [python, "-m", "pytest"]
     if args:
         return max(check(python, comfyui), step("tests", [*pytest, *args], comfyui, **newer))
-    with step_beside("tests of all but the page", [*pytest, "-m", "not page"], comfyui, **newer) as others:
-        page = step("tests of the page", [*pytest, "-m", "page"], comfyui, **newer)
+    with step_beside("tests of all but the page", [*pytest, "-m", "not page"], comfyui, **newer, **sharing) as others:
+        page = step("tests of the page", [*pytest, "-m", "page"], comfyui, **newer, **sharing)
         return max(page, check(python, comfyui), others())
 
 
