@@ -128,7 +128,7 @@ def on_the_miniature(graph: Graph, picture: str, edits: Sequence[Edit]) -> Graph
             case "EditSlidersLoadProjector":
                 inputs["projector_name"] = "miniature-projector.safetensors"
                 inputs["lora_name"] = "none, or in the projector's file"
-            case "EditSlidersEncodeSubInstructions" | "EditSlidersSliderPrompt":
+            case "EditSlidersEncodeSubInstructions" | "EditSlidersSliderPrompt" | "EditSlidersPromptDifference":
                 inputs["text"] = "\n".join(edit.instruction for edit in edits)
     return without_upscaling(graph)
 
@@ -138,6 +138,7 @@ STRENGTH_OF = {  # the template's node that has the strength of the first instru
     "strength_projector": ("EditSlidersProjectorStrength", "strength"),
     "two_sub_prompt_sliders": ("EditSlidersSubInstructionStrengths", "strength_1"),
     "slider_prompt": ("EditSlidersSliderPrompt", "strength_1"),
+    "without_adapter": ("EditSlidersPromptDifference", "strength_1"),
 }
 
 
@@ -145,7 +146,7 @@ STRENGTH_OF = {  # the template's node that has the strength of the first instru
 @pytest.mark.parametrize("name", STRENGTH_OF)
 def test_the_templates_slide_over_the_api(view, server, miniature_server, name):
     """With 512 rows of text and all other settings of the template."""
-    several = name in ("two_sub_prompt_sliders", "slider_prompt")
+    several = name in ("two_sub_prompt_sliders", "slider_prompt", "without_adapter")
     source, edits = held_out_tasks(1, 2 if several else 1)[0]
     picture = miniature_server.put_input("scene.png", picture_of(source))
     view.open(template(server, name))

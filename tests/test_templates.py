@@ -27,6 +27,7 @@ PICTURES = {  # how many each template makes
     "strength_sweep": 4,
     "text_editing": 4,
     "two_sub_prompt_sliders": 1,
+    "without_adapter": 1,
 }
 NAMES = tuple(PICTURES)
 FILES = {

@@ -36,6 +36,7 @@ SUBJECTS = {  # the nodes that a thumbnail is about
     "strength_projector": ("EditSlidersEncodeSubInstructions", "EditSlidersProjectorStrength"),
     "strength_sweep": ("EditSlidersStrengthRange", "EditSlidersSubInstructionStrengths"),
     "text_editing": ("EditSlidersStackPrompts",),
+    "without_adapter": ("EditSlidersPromptDifference",),
 }
 BOUNDS = """types => {
     const nodes = app.graph.nodes.filter(node => !types.length || types.includes(node.type))
