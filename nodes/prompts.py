@@ -5,9 +5,9 @@ from __future__ import annotations
 from comfy.sd import CLIP
 from comfy_api.latest import io, ui
 
-from ..slider_core.span_conditioning import SPLITTERS, TRAINING_LENGTH, encode_sub_instructions, select_phrase
+from ..slider_core.span_conditioning import TRAINING_LENGTH, encode_sub_instructions, select_phrase
 from ..slider_core.span_strengths import Conditioning, set_strengths
-from .types import CATEGORY, channel_input, check_strengths, strength_input
+from .types import CATEGORY, channel_input, check_strengths, instruction_inputs, strength_input
 
 STRENGTHS = tuple(f"strength_{k}" for k in range(1, 9))
 
@@ -25,19 +25,7 @@ class EncodeSubInstructions(io.ComfyNode):
             "Strengths. Or a free prompt in which [[double brackets]] mark the phrases.",
             search_aliases=["slideredit prompt", "sub-prompts", "text encode sliders"],
             inputs=[
-                io.Clip.Input("clip", tooltip="From DualCLIPLoader, type flux."),
-                io.String.Input(
-                    "text",
-                    multiline=True,
-                    default="make her older\nmake her hair golden",
-                    tooltip="Weights (word:1.2), escapes \\( \\) and embedding:name work as everywhere.",
-                ),
-                io.Combo.Input(
-                    "mode",
-                    options=list(SPLITTERS),
-                    tooltip="one per line: every line is a sub-instruction, joined with ' and ' as in training. "
-                    "[[marked]] phrases: the text is used as it is, and each phrase in [[ ]] gets a slider.",
-                ),
+                *instruction_inputs(),
                 io.Boolean.Input(
                     "pad_to_512",
                     default=True,

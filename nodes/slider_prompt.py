@@ -8,9 +8,9 @@ from weakref import WeakKeyDictionary, ref
 from comfy.sd import CLIP
 from comfy_api.latest import io
 
-from ..slider_core.span_conditioning import SPLITTERS, TRAINING_LENGTH, encode_sub_instructions
+from ..slider_core.span_conditioning import TRAINING_LENGTH, encode_sub_instructions
 from ..slider_core.span_strengths import Conditioning, Span, set_strengths
-from .types import CATEGORY, channel_input, check_strengths, strength_input
+from .types import CATEGORY, channel_input, check_strengths, instruction_inputs, strength_input
 
 STRENGTHS = tuple(f"strength_{k}" for k in range(1, 51))
 
@@ -33,19 +33,7 @@ class SliderPrompt(io.ComfyNode):
             "of a free prompt. Drag them, or send plain numbers over the API.",
             search_aliases=["slideredit", "live sliders", "sub-prompts", "edit strength"],
             inputs=[
-                io.Clip.Input("clip", tooltip="From DualCLIPLoader, type flux."),
-                io.String.Input(
-                    "text",
-                    multiline=True,
-                    default="make her older\nmake her hair golden",
-                    tooltip="Weights (word:1.2), escapes \\( \\) and embedding:name work as everywhere.",
-                ),
-                io.Combo.Input(
-                    "mode",
-                    options=list(SPLITTERS),
-                    tooltip="one per line: every line is a sub-instruction, joined with ' and '. [[marked]] phrases: "
-                    "each phrase in [[ ]] gets a slider.",
-                ),
+                *instruction_inputs(),
                 io.Boolean.Input(
                     "pad_to_512", default=True, advanced=True, tooltip="As SliderEdit's adapters were trained."
                 ),

@@ -12,14 +12,14 @@ from comfy_api.latest import io
 
 from ..slider_core.attention_weights import apply_attention_weights
 from ..slider_core.prompt_difference import PromptDifferences, encode_differences
-from ..slider_core.span_conditioning import SPLITTERS, TRAINING_LENGTH
+from ..slider_core.span_conditioning import TRAINING_LENGTH
 from ..slider_core.strength import read_strength
 from ..slider_core.text_modulation import apply_text_modulation
 from ..slider_core.token_interpolation import apply_token_interpolation
 from ..slider_core.velocity_blending import blend_velocity
 from .layer_choice import part_inputs
 from .prompts import STRENGTHS, SubInstructionStrengths
-from .types import CATEGORY, channel_input, check_strengths, strength_input
+from .types import CATEGORY, channel_input, check_strengths, instruction_inputs, strength_input
 
 METHODS = {
     "text modulation": apply_text_modulation,
@@ -129,19 +129,7 @@ class PromptDifference(io.ComfyNode):
             "the model per step.",
             search_aliases=["composable diffusion", "guidance per instruction", "sub-prompt weights"],
             inputs=[
-                io.Clip.Input("clip", tooltip="From DualCLIPLoader, type flux."),
-                io.String.Input(
-                    "text",
-                    multiline=True,
-                    default="make her older\nmake her hair golden",
-                    tooltip="Weights (word:1.2), escapes \\( \\) and embedding:name work as everywhere.",
-                ),
-                io.Combo.Input(
-                    "mode",
-                    options=list(SPLITTERS),
-                    tooltip="one per line: every line is a sub-instruction, joined with ' and '. [[marked]] phrases: "
-                    "each phrase in [[ ]] gets a slider.",
-                ),
+                *instruction_inputs(),
                 io.Boolean.Input(
                     "pad_to_512",
                     default=True,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from comfy_api.latest import io
 
 from ..slider_core.errors import SliderError
+from ..slider_core.span_conditioning import SPLITTERS
 from ..slider_core.span_strengths import DEFAULT_CHANNEL
 from ..slider_core.strength import read_strength
 
@@ -43,6 +44,25 @@ def strength_input(
         tooltip=tooltip,
     )
     return io.MultiType.Input(slider, types=[io.Float, Strengths])
+
+
+def instruction_inputs() -> tuple[io.Clip.Input, io.String.Input, io.Combo.Input]:
+    """clip, text and mode of what encodes sub-instructions."""
+    return (
+        io.Clip.Input("clip", tooltip="From DualCLIPLoader, type flux."),
+        io.String.Input(
+            "text",
+            multiline=True,
+            default="make her older\nmake her hair golden",
+            tooltip="Weights (word:1.2), escapes \\( \\) and embedding:name work as everywhere.",
+        ),
+        io.Combo.Input(
+            "mode",
+            options=list(SPLITTERS),
+            tooltip="one per line: every line is a sub-instruction, joined with ' and ' as in training. [[marked]] "
+            "phrases: the text is used as it is, and each phrase in [[ ]] gets a slider.",
+        ),
+    )
 
 
 def check_strengths(values: Mapping[str, object]) -> bool | str:
