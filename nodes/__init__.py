@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from .adapters import ApplyGSTLoRA, ApplySTLoRA, LoadAdapter
 from .calibration import Calibrate, CalibratedStrength
+from .fidelity_steering import FidelitySteering
 from .layer_views import FindVitalLayers, ViewAttention
 from .measures import MeasureSweep
 from .photographs import EditFromTrajectory, InvertPhotograph, LoadTrajectory, SaveTrajectory
@@ -32,6 +33,7 @@ NODES: list[type[io.ComfyNode]] = [
     ProjectorStrength,
     ApplyTrainingFree,
     VelocityBlending,
+    FidelitySteering,
     PromptDifference,
     WhereAndWhen,
     StackPrompts,

@@ -51,12 +51,7 @@ def invert(
         raise SliderError(f"The latent has {latent.shape[0]} pictures; expected one to invert.")
     check_flow_matching(model)
     check_sigmas(sigmas)
-    channels = model.get_model_object("latent_format").latent_channels
-    if latent.ndim != 4 or latent.shape[1] != channels or not latent.isfinite().all() or not latent.any():
-        raise SliderError(
-            f"The latent {tuple(latent.shape)} is empty, holds numbers that are none, or is no picture for this model; "
-            f"expected {channels} channels, encoded by VAEEncode with the model's own VAE."
-        )
+    check_picture(model, latent)
     if conditioning[0][1].get("pooled_output") is None:
         raise SliderError("The source prompt has no pooled vector; expected one, from FLUX.1's text encoders.")
     sampler = InverseEuler(nudging, refinements)
@@ -179,6 +174,16 @@ def check_flow_matching(model: ModelPatcher) -> None:
         raise SliderError(
             f"The model samples by {type(sampling).__name__}, which is not flow matching; expected a FLUX.1 model "
             "without nodes that change that."
+        )
+
+
+def check_picture(model: ModelPatcher, latent: torch.Tensor) -> None:
+    """Raise SliderError for a latent that is no encoded picture of this model."""
+    channels = model.get_model_object("latent_format").latent_channels
+    if latent.ndim != 4 or latent.shape[1] != channels or not latent.isfinite().all() or not latent.any():
+        raise SliderError(
+            f"The latent {tuple(latent.shape)} is empty, holds numbers that are none, or is no picture for this model; "
+            f"expected {channels} channels, encoded by VAEEncode with the model's own VAE."
         )
 
 

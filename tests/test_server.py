@@ -48,7 +48,7 @@ def forget(server: ComfyServer) -> None:
 
 def test_nodes_are_there(server):
     info = {name: node for name, node in server.object_info().items() if name.startswith("EditSliders")}
-    assert len(info) == 35
+    assert len(info) == 36
     for node in info.values():
         assert node["description"]
         assert node["category"] == "edit sliders"

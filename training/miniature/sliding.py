@@ -16,6 +16,7 @@ from torch import Tensor
 
 from slider_core.adapter_file import read_adapter
 from slider_core.attention_weights import apply_attention_weights
+from slider_core.fidelity_steering import noise_levels, steer
 from slider_core.global_lora import apply_gstlora
 from slider_core.prompt_difference import encode_differences
 from slider_core.selective_lora import apply_stlora
@@ -27,6 +28,7 @@ from slider_core.token_interpolation import apply_token_interpolation
 from slider_core.velocity_blending import blend_velocity
 
 from ..draws import generator
+from ..objectives import NEUTRAL
 from .autoencoder import as_pixels
 from .edits import Edit
 from .model import CLIP_L, DECODER, ENCODER, T5, TRANSFORMER
@@ -42,6 +44,7 @@ class Slid(NamedTuple):
     """What a method makes of a prompt: one picture per strength.
 
     cfg: classifier-free guidance, one per picture. blended: strengths of blending with the source, one per picture.
+    steered: strengths of steering away from what the negative prompt says of the source, one per picture.
     """
 
     model: ModelPatcher
@@ -49,6 +52,7 @@ class Slid(NamedTuple):
     negative: Conditioning | None = None
     cfg: Sequence[float] | None = None
     blended: Sequence[float] | None = None
+    steered: Sequence[float] | None = None
 
 
 class Miniature:
@@ -86,11 +90,14 @@ class Miniature:
         latent = self.latent(source)
         noise = torch.randn(latent.shape, generator=generator(seed)).expand(count, -1, -1, -1).contiguous()
         positive = self.beside(slid.positive, latent)
-        if slid.cfg is None:
+        if slid.negative is None:
             model = blend_velocity(slid.model, latent, tuple(slid.blended)) if slid.blended else slid.model
             return self._decoded(_sampled(model, positive, positive, noise, 1.0))
-        assert slid.negative is not None
         negative = self.beside(slid.negative, latent)
+        if slid.steered:
+            sigmas = noise_levels(slid.model, "simple", STEPS)
+            return self._decoded(steer(slid.model, negative, positive, latent, noise[:1], tuple(slid.steered), sigmas))
+        assert slid.cfg is not None
         each = [_sampled(slid.model, positive, negative, noise[:1], cfg) for cfg in slid.cfg]
         return self._decoded(torch.cat(each))
 
@@ -135,6 +142,10 @@ def velocity_blending(it: Miniature, edits: Sequence[Edit], moved: int, strength
     return Slid(it.model, it.prompt(_told(edits)), blended=strengths)
 
 
+def fidelity_steering(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
+    return Slid(it.model, it.prompt(_told(edits)), it.prompt(NEUTRAL), steered=strengths)
+
+
 def prompt_difference(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
     differences = encode_differences(it.clip, "\n".join(_told(edits)), "one per line", None)
     return Slid(it.model, differences.at(_values(edits, moved, strengths)))
@@ -161,6 +172,7 @@ METHODS: dict[str, Method] = {
     "attention to text": attention_to_text,
     "token interpolation": token_interpolation,
     "velocity blending": velocity_blending,
+    "fidelity and steering": fidelity_steering,
     "prompt difference": prompt_difference,
     "guidance scale": guidance_scale,
     "embedding interpolation": embedding_interpolation,
