@@ -32,7 +32,15 @@ from training.miniature.world import Scene
 
 ROOT = Path(__file__).resolve().parents[1]
 EVEN = tuple(k / 8 for k in range(9))
-CALIBRATABLE = ("STLoRA", "GSTLoRA", "strength projector")
+CALIBRATABLE = (
+    "STLoRA",
+    "GSTLoRA",
+    "strength projector",
+    "token interpolation",
+    "velocity blending",
+    "prompt difference",
+    "fidelity and steering",
+)
 COLUMNS = ("uncalibrated", "own curve", "own curve, other noise", "curve of the other scenes")
 
 

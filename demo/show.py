@@ -11,6 +11,7 @@ sliders, their grid, and an edit without any adapter.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
@@ -130,8 +131,9 @@ def _stay_open(server: ComfyServer, models: Models) -> None:
     graph = workflow(models, SCENE.name, [COLOUR, SIZE]) if models.miniature else workflow(models, PHOTO.name, [])
     server.put_workflow(NAME, graph)
     print(f"\nOpen {server.url} and choose {NAME} in the workflows (key w). Ctrl-C ends it.", flush=True)
-    while True:
-        time.sleep(1)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(1)
 
 
 def _draw(server: ComfyServer, graph: Graph) -> list[Image.Image]:

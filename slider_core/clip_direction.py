@@ -60,7 +60,7 @@ def _seen(images: torch.Tensor, vision: ClipVisionModel) -> torch.Tensor:
             f"clip_vision is of type {vision.model_type}; words can be compared with pictures by CLIP only. "
             "Load CLIP-L's vision model, or leave clip unlinked."
         )
-    return vision_features(images, vision).double()
+    return vision_features(images, vision, crop=True).double()
 
 
 @torch.inference_mode()

@@ -86,6 +86,8 @@ def _arguments(args: Arguments, part: Part, count: int) -> dict[str, Any]:
     chosen = torch.arange(rows).unflatten(0, (count, -1))[:, part.start : part.end].flatten()
     options = args["c"]["transformer_options"]
     options = {**options, PART: part, "sigmas": options["sigmas"][part.start : part.end]}
+    if "uuids" in options:  # by which caches such as EasyCache tell what they have seen
+        options["uuids"] = [(uuid, *part) for uuid in options["uuids"]]
     c = {key: _rows(value, rows, chosen) for key, value in args["c"].items() if key != "transformer_options"}
     return {
         **args,

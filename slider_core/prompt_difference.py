@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from comfy.sd import CLIP
 
 
+WEIGHED = "edit_sliders_weighed"
+"""In a conditioning's dict: its weights are strengths."""
+
+
 @dataclass(frozen=True, eq=False)
 class PromptDifferences:
     """A prompt, encoded whole and without each of its sub-instructions."""
@@ -47,7 +51,12 @@ class PromptDifferences:
         absent = [_absence(strength, images, mask) for _, strength in zip(self.spans, strengths.values())]
         weights = [1 - torch.stack(torch.broadcast_tensors(*absent)).sum(0), *absent]
         parts = zip([self.whole, *self.without], weights)
-        return [[cond, options | _weighted(weight)] for part, weight in parts if weight.any() for cond, options in part]
+        return [
+            [cond, {**options, WEIGHED: True, **_weighted(weight)}]
+            for part, weight in parts
+            if weight.any()
+            for cond, options in part
+        ]
 
 
 def encode_differences(clip: CLIP, text: str, mode: str, pad_to: int | None) -> PromptDifferences:

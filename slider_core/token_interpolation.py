@@ -23,6 +23,8 @@ class TokenInterpolation(Operation):
     the MLP that shares its linear with them in single blocks is left alone.
     """
 
+    image_by_image = True
+
     def __init__(self, paths: list[str], width: int, channel: str):
         self.paths, self.width, self.channel = paths, width, channel
 

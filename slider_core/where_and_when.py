@@ -15,10 +15,14 @@ from comfy.utils import common_upscale, repeat_to_batch_size
 
 from .elsewhere import PREFIX, PROJECTOR, Elsewhere, elsewhere_of
 from .errors import SliderError
+from .module_overrides import COND_PREFIX
+from .per_image_cond import PerImageCond
+from .prompt_difference import WEIGHED
 from .span_strengths import Conditioning, spans_at
 from .strength import read_strength
 from .strength_projector import offsets_at
 
+_MASKS = COND_PREFIX + "masks"
 _ALWAYS = (1.0, 0.0)  # no step lies inside
 
 Entry = list[Any]
@@ -39,6 +43,11 @@ def where_and_when(
     Raises SliderError for a mask or schedule that is none, and for entries that cannot be divided.
     """
     [strength] = read_strength([elsewhere], "elsewhere")
+    if any(WEIGHED in options for _, options in conditioning):
+        raise SliderError(
+            "The strengths of 'Prompt Difference' are weights of its prompts, which 'Where and When' does not change; "
+            "expected sliders that act on one prompt. Use the mask of 'Prompt Difference' itself."
+        )
     if not 0 <= start < end <= 1:
         raise SliderError(f"start is {start} and end is {end}; expected 0 <= start < end <= 1.")
     if mask is not None:
@@ -109,7 +118,9 @@ def _check_divisible(options: dict[str, Any]) -> None:
 
 def _masked(entry: Entry, mask: torch.Tensor) -> Entry:
     cond, options = entry
-    return [cond, {**options, "mask": _product(options.get("mask"), mask), "set_area_to_bounds": False}]
+    whole = _product(options.get("mask"), mask)
+    conds = {**options.get("model_conds", {}), _MASKS: PerImageCond(torch.zeros(len(whole), 1))}
+    return [cond, {**options, "mask": whole, "model_conds": conds, "set_area_to_bounds": False}]
 
 
 def _product(own: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:

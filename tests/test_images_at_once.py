@@ -23,6 +23,7 @@ from slider_core.images_at_once import fitting, split_batches
 from slider_core.selective_lora import apply_stlora
 from slider_core.span_strengths import Span, attach_spans, set_strengths
 from slider_core.text_modulation import apply_text_modulation
+from slider_core.token_interpolation import apply_token_interpolation
 from slider_core.vital_layers import inject_key_values
 from slider_core.where_and_when import where_and_when
 
@@ -47,7 +48,7 @@ def text(strength: object, seed: int = 1, references: int = 1) -> list:
     options = {"pooled_output": pooled, "guidance": 3.5}
     if references:
         options["reference_latents"] = [noise(IMAGES, 16, 4, 4, seed=3)]
-    spanned = attach_spans([[noise(1, ROWS, 64, seed=seed), options]], ROWS, [Span("first", (2, 3, 4))])
+    spanned = attach_spans([[noise(1, ROWS, 64, seed=seed), options]], ROWS, [Span("first", (2, 3, 4))], padding=2)
     return set_strengths(spanned, {"strength_1": strength})
 
 
@@ -67,7 +68,8 @@ def counted(model) -> tuple[ModelPatcher, list[int]]:
 @pytest.mark.parametrize("at_once", [1, 2, 4, 5, 9])
 def test_parts_make_the_whole_batch(golden_model, st, gst, at_once):
     """Per-image strengths on the conds and on the model, masks and reference latents of their own, two conds."""
-    sliders = apply_gstlora(apply_stlora(apply_text_modulation(golden_model), st), gst, VALUES[::-1])
+    training_free = apply_token_interpolation(apply_text_modulation(golden_model))
+    sliders = apply_gstlora(apply_stlora(training_free, st), gst, VALUES[::-1])
     mask = torch.rand(IMAGES, 8, 8, generator=torch.Generator().manual_seed(0))
     conds = (where_and_when(text(VALUES), mask, elsewhere=0.3), text(0.5, seed=5))
     want = velocity_of(sliders, X, SIGMA, *conds)
@@ -77,11 +79,26 @@ def test_parts_make_the_whole_batch(golden_model, st, gst, at_once):
     assert max(seen) <= 2 * at_once
     assert sum(seen) == 3 * IMAGES
     for k in range(IMAGES):
-        single = apply_gstlora(apply_stlora(apply_text_modulation(golden_model), st), gst, VALUES[IMAGES - 1 - k])
+        single = apply_gstlora(apply_stlora(training_free, st), gst, VALUES[IMAGES - 1 - k])
         cond = text(VALUES[k])
         cond[0][1]["reference_latents"] = [cond[0][1]["reference_latents"][0][k : k + 1]]
         cond = where_and_when(cond, mask[k], elsewhere=0.3)
         assert near(found[k : k + 1], velocity_of(single, X[k : k + 1], SIGMA, cond))
+
+
+def test_every_part_has_ids_of_its_own(golden_model):
+    """By which EasyCache tells the pictures of a step apart."""
+    seen = []
+    patched = golden_model.clone()
+
+    def note(executor, *args, **kwargs):
+        [options] = [one for one in (*args, *kwargs.values()) if isinstance(one, dict) and "uuids" in one]
+        seen.append(tuple(options["uuids"]))
+        return executor(*args, **kwargs)
+
+    patched.add_wrapper(WrappersMP.DIFFUSION_MODEL, note)
+    velocity_of(split_batches(patched, 2), X, SIGMA, text(1.0))
+    assert len(seen) == len(set(seen)) == -(-IMAGES // 2)
 
 
 def test_sliders_may_come_after(golden_model, gst):

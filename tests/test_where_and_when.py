@@ -19,6 +19,7 @@ from support.outcomes import far, latents, near
 from slider_core.adapter_file import read_adapter
 from slider_core.errors import SliderError
 from slider_core.global_lora import apply_gstlora
+from slider_core.prompt_difference import PromptDifferences
 from slider_core.selective_lora import apply_stlora
 from slider_core.span_strengths import Span, attach_spans, set_strengths
 from slider_core.strength_projector import apply_projector, read_projector, set_projector_strength
@@ -268,6 +269,21 @@ def test_torch_compile(golden_model, st, gst):
     model = apply_gstlora(apply_stlora(golden_model, st), gst, 0.6)
     split = where_and_when(at(1.4), LEFT, start=0.1)
     assert near(velocity_of(compiled(model), X, SIGMA, split), velocity_of(model, X, SIGMA, split))
+
+
+def test_masks_that_no_image_has(golden_model, st):
+    model = apply_stlora(golden_model, st)
+    for masks, images in ((3, 7), (2, 4), (5, 2)):
+        placed = where_and_when(at(0.5), torch.rand(masks, 8, 8))
+        with pytest.raises(SliderError, match=f"{masks} strengths .* has {images} image"):
+            velocity_of(model, noise(images, 16, 8, 8, seed=9), SIGMA, placed)
+
+
+def test_weights_of_prompts_are_refused():
+    whole = at(1.0)
+    differences = PromptDifferences("first", [Span("first", (2, 3, 4))], whole, [whole])
+    with pytest.raises(SliderError, match="Prompt Difference"):
+        where_and_when(differences.at({"strength_1": 0.5}), torch.zeros(8, 8))
 
 
 def test_what_is_refused(golden_model, bundle):
