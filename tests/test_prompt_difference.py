@@ -10,7 +10,7 @@ from support.model_calls import noise, velocity_of
 from support.outcomes import far, latents, near
 
 from slider_core.errors import SliderError
-from slider_core.prompt_difference import PromptDifferences
+from slider_core.prompt_difference import WEIGHED, PromptDifferences
 from slider_core.span_strengths import Span
 from slider_core.sub_instructions import join_lines, read_marks, without
 
@@ -43,9 +43,10 @@ def test_it_equals_the_formula(golden_model, strengths):
 
 
 def test_what_weighs_nothing_costs_nothing(golden_model):
-    assert at(1.0, 1.0) == WHOLE
-    assert at((1.0, 1.0), 1.0) == WHOLE
-    assert at(1.0, 1.0, mask=torch.ones(1, 64, 64)) == WHOLE
+    whole = [[cond, {**options, WEIGHED: True}] for cond, options in WHOLE]
+    assert at(1.0, 1.0) == whole
+    assert at((1.0, 1.0), 1.0) == whole
+    assert at(1.0, 1.0, mask=torch.ones(1, 64, 64)) == whole
     assert [cond for cond, _ in at(0.0, 1.0)] == [WITHOUT[0][0][0]]
     assert len(at(0.3, 1.0)) == 2
     assert len(at(0.3, 0.2)) == 3
