@@ -11,7 +11,7 @@ from ..slider_core.span_strengths import Conditioning
 from ..slider_core.strength import read_strength
 from .latents import noise_for
 from .progress import previews
-from .types import CATEGORY, check_strengths, strength_input
+from .types import CATEGORY, check_strengths, seed_input, strength_input
 
 
 class FidelitySteering(io.ComfyNode):
@@ -37,14 +37,7 @@ class FidelitySteering(io.ComfyNode):
                     "latent", tooltip="The source, from VAEEncode. A noise mask tells where the edit may be."
                 ),
                 strength_input("strength"),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Of the noise.",
-                ),
+                seed_input("Of the noise."),
                 io.Int.Input("steps", default=28, min=1, max=1000, tooltip="Each calls the model three times."),
                 io.Combo.Input(
                     "scheduler",

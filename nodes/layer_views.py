@@ -22,7 +22,7 @@ from ..slider_core.vital_layers import layer_count
 from .latents import fitting_latent, noise_for
 from .layer_choice import chosen_layers, layer_inputs
 from .progress import previews, previews_of_pictures
-from .types import CATEGORY
+from .types import CATEGORY, seed_input
 
 MOST_VITAL, ABOVE = "the most vital", "above the threshold"
 PROMPTS = "a photo of a dog in the park\na watercolor of a lighthouse\na man holding a sign that says hello"
@@ -162,14 +162,7 @@ class ViewAttention(io.ComfyNode):
                 io.Conditioning.Input("conditioning", tooltip="A prompt, or several from Stack Prompts."),
                 io.Latent.Input("latent", tooltip="An empty latent, or several from Same Noise."),
                 io.Vae.Input("vae", tooltip="To show the picture."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Of the noise.",
-                ),
+                seed_input("Of the noise."),
                 io.Int.Input("steps", default=15, min=1, max=1000, tooltip="The attention is their mean."),
                 io.Int.Input("picture", default=0, min=0, max=255, tooltip="Of the batch, counted from 0."),
                 io.Float.Input(

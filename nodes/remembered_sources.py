@@ -19,7 +19,7 @@ from ..slider_core.trajectory import Trajectory
 from .latents import fitting_latent, noise_for
 from .layer_choice import chosen_layers, layer_inputs, part_inputs, preservation_input
 from .progress import previews, say
-from .types import CATEGORY, RememberedSource, TrajectoryIO
+from .types import CATEGORY, RememberedSource, TrajectoryIO, seed_input
 
 
 def _memory_input() -> io.Float.Input:
@@ -52,14 +52,7 @@ class RememberSource(io.ComfyNode):
                 io.Conditioning.Input("conditioning", tooltip="The source prompt, after FluxGuidance."),
                 io.Latent.Input("latent", tooltip="One empty latent."),
                 *layer_inputs(),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Of the noise. Give the edits' KSampler the same.",
-                ),
+                seed_input("Of the noise. Give the edits' KSampler the same."),
                 io.Int.Input("steps", default=15, min=1, max=1000, tooltip="Give the edits' KSampler the same."),
                 io.Combo.Input(
                     "sampler_name",

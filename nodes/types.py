@@ -46,6 +46,18 @@ def strength_input(
     return io.MultiType.Input(slider, types=[io.Float, Strengths])
 
 
+def seed_input(tooltip: str) -> io.Int.Input:
+    """The seed of a noise."""
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=0xFFFFFFFFFFFFFFFF,
+        control_after_generate=io.ControlAfterGenerate.fixed,
+        tooltip=tooltip,
+    )
+
+
 def instruction_inputs() -> tuple[io.Clip.Input, io.String.Input, io.Combo.Input]:
     """clip, text and mode of what encodes sub-instructions."""
     return (
