@@ -187,7 +187,10 @@ def test_bad_regions():
 
 
 def clip(projection: torch.Tensor | None = None, flux: bool = False, without_projection: bool = False):
-    """A tiny CLIP-L, alone as a checkpoint's or with a T5 as FLUX.1's; its own projection or another."""
+    """A tiny CLIP-L, alone as a checkpoint's or with a T5 as FLUX.1's; its own projection or another.
+
+    Without a projection ComfyUI leaves in it what the memory held before, which can be anything.
+    """
     weights = [tiny_clip_l(), *([tiny_t5()] if flux else [])]
     if projection is not None:
         weights[0]["text_projection.weight"] = projection
@@ -255,8 +258,12 @@ def test_words_that_have_no_space_in_common_with_pictures(one_space):
     for bad in (torch.eye(768), torch.zeros(768, 768)):
         with pytest.raises(SliderError, match="has no text_projection"):
             clip_measures(pictures, model, clip(projection=bad), *words)
-    with pytest.raises(SliderError, match="text_projection"):
-        clip_measures(pictures, model, clip(without_projection=True), *words)
+    left_over = recipe.draw("left over", (768, 768), 5, 0.02)
+    for memory, why in ((torch.zeros(768, 768), "has no text_projection"), (left_over, "do not come from one model")):
+        bare = clip(without_projection=True)
+        bare.cond_stage_model.clip_l.transformer.text_projection.weight.data.copy_(memory)
+        with pytest.raises(SliderError, match=why):
+            clip_measures(pictures, model, bare, *words)
     with pytest.raises(SliderError, match="do not come from one model"):
         clip_measures(pictures, model, clip(projection=-projection), *words)
     with pytest.raises(SliderError, match="768 wide and the pictures' 16"):
