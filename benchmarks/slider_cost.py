@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 
 from slider_core.adapter_file import read_adapter
 from slider_core.attention_weights import apply_attention_weights
+from slider_core.fidelity_steering import noise_levels, steer
 from slider_core.global_lora import apply_gstlora
 from slider_core.prompt_difference import PromptDifferences
 from slider_core.selective_lora import apply_stlora
@@ -74,8 +75,7 @@ class _Bench:
     def slid(self, *strengths: float) -> list:
         return set_strengths(self.text, {str(k): v for k, v in enumerate((*strengths, 1.0, 1.0, 1.0, 1.0)[:4])})
 
-    def gst_stack(self, count: int) -> Model:
-        model = self.model
+    def gst_stack(self, model: Model, count: int) -> Model:
         for k in range(count):
             model = apply_gstlora(model, self.gst, 0.5 + 0.1 * k)
         return model
@@ -85,37 +85,52 @@ class _Bench:
             model, self.noise, steps, 1.0, "euler", "simple", text, text, self.latent, disable_pbar=True, seed=0
         )
 
-    def variants(self) -> dict[str, Callable[[], tuple[Model, list]]]:
-        st = apply_stlora(self.model, self.st)
-        projector = apply_projector(self.model, self.projector)
+    def steer(self, model: Model, steps: int) -> None:
+        sigmas = noise_levels(model, "simple", steps)
+        steer(model, self.text, self.text, self.noise, self.noise, (0.5,), sigmas, seed=0)
+
+    def variants(self, bare: Model) -> dict[str, Callable[[], Callable[[int], None]]]:
+        """What to sample, by name, on this model: each gives a function of the number of steps."""
+        st = apply_stlora(bare, self.st)
+        projector = apply_projector(bare, self.projector)
         differences = PromptDifferences("", self.spans, self.text, [self.text] * 4)
-        blended = blend_velocity(self.model, self.noise, (0.5,))
-        bare_projector = apply_projector(self.model, replace(self.projector, lora=None))
-        return {
-            "bare": lambda: (self.model, self.text),
+        variants = {
+            "bare": lambda: (bare, self.text),
             "STLoRA, 0 active": lambda: (st, self.slid()),
             "STLoRA, 1 active": lambda: (st, self.slid(0.5)),
             "STLoRA, 4 active": lambda: (st, self.slid(0.5, 0.2, 1.3, 0.0)),
-            "GSTLoRA, strength 1": lambda: (apply_gstlora(self.model, self.gst, 1.0), self.text),
-            "GSTLoRA, 1 active": lambda: (self.gst_stack(1), self.text),
-            "GSTLoRA, 4 active": lambda: (self.gst_stack(4), self.text),
-            "projector": lambda: (bare_projector, set_projector_strength(self.text, self.projector, 0.5)),
+            "GSTLoRA, strength 1": lambda: (apply_gstlora(bare, self.gst, 1.0), self.text),
+            "GSTLoRA, 1 active": lambda: (self.gst_stack(bare, 1), self.text),
+            "GSTLoRA, 4 active": lambda: (self.gst_stack(bare, 4), self.text),
+            "projector": lambda: (
+                apply_projector(bare, replace(self.projector, lora=None)),
+                set_projector_strength(self.text, self.projector, 0.5),
+            ),
             "projector and LoRA": lambda: (projector, set_projector_strength(self.text, self.projector, 0.5)),
-            "text modulation": lambda: (apply_text_modulation(self.model), self.slid(0.5)),
-            "attention to text": lambda: (apply_attention_weights(self.model), self.slid(0.5)),
-            "token interpolation": lambda: (apply_token_interpolation(self.model), self.slid(0.5)),
-            "velocity blending": lambda: (blended, self.text),
-            "prompt difference, 1 active": lambda: (self.model, differences.at({"1": 0.5, **_REST})),
-            "prompt difference, 2 active": lambda: (self.model, differences.at({"1": 0.5, **_REST, "2": 0.2})),
+            "text modulation": lambda: (apply_text_modulation(bare), self.slid(0.5)),
+            "attention to text": lambda: (apply_attention_weights(bare), self.slid(0.5)),
+            "token interpolation": lambda: (apply_token_interpolation(bare), self.slid(0.5)),
+            "velocity blending": lambda: (blend_velocity(bare, self.noise, (0.5,)), self.text),
+            "prompt difference, 1 active": lambda: (bare, differences.at({"1": 0.5, **_REST})),
+            "prompt difference, 2 active": lambda: (bare, differences.at({"1": 0.5, **_REST, "2": 0.2})),
         }
+        runs = {name: partial(self._sampling, variant) for name, variant in variants.items()}
+        return {**runs, "fidelity and steering": lambda: partial(self.steer, bare)}
 
-    def evaluations(self, model: Model, text: list) -> int:
-        """How many times a step evaluates the model, batched or not."""
+    def _sampling(self, variant: Callable[[], tuple[Model, list]]) -> Callable[[int], None]:
+        return partial(self.sample, *variant())
+
+    def evaluations(self) -> dict[str, int]:
+        """How many times a step of each variant evaluates the model, batched or not."""
         calls: list[int] = []
-        counted = model.clone()
+        counted = self.model.clone()
         counted.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "benchmark", partial(_counting, calls))
-        self.sample(counted, text, 1)
-        return sum(calls)
+        found = {}
+        for name, variant in self.variants(counted).items():
+            calls.clear()
+            variant()(1)
+            found[name] = sum(calls)
+        return found
 
     def to_first_call(self, change: Callable[[float], tuple[Model, list]], strength: float) -> float:
         """Seconds from a changed slider until the model is called."""
@@ -151,30 +166,30 @@ def _report(bench: _Bench, repeats: int) -> None:
         print(f"    {name:20} {median * 1e3:10.1f} ms    stock / this: {stock / median:8.1f}")
 
     print(f"\n(b) step time and (c) peak memory against the bare model, {bench.steps} steps, median of {repeats}")
-    variants = bench.variants()
+    variants = bench.variants(bench.model)
     times: dict[str, list[float]] = {name: [] for name in variants}
     peaks: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(repeats + 1):
         print(f"    round {repeat} of {repeats}", file=sys.stderr)
         for name, variant in variants.items():
-            model, text = variant()
-            bench.sample(model, text, 1)
+            run = variant()
+            run(1)
             with peak_memory() as peak:
                 synchronise()
                 start = time.perf_counter()
-                bench.sample(model, text, bench.steps)
+                run(bench.steps)
                 synchronise()
             if repeat:
                 times[name].append((time.perf_counter() - start) / bench.steps)
                 peaks[name].append(peak[0])
+    evaluations = bench.evaluations()
     for name in variants:
         step = statistics.median(a / b for a, b in zip(times[name], times["bare"]))
         memory = statistics.median(a / b for a, b in zip(peaks[name], peaks["bare"]))
         low, high = (f(a / b for a, b in zip(times[name], times["bare"])) for f in (min, max))
-        evaluations = bench.evaluations(*variants[name]())
         print(
             f"    {name:28} step x {step:.3f} ({low:.3f} to {high:.3f})    memory x {memory:.3f}    "
-            f"evaluations {evaluations}"
+            f"evaluations {evaluations[name]}"
         )
     print(
         f"    bare: {statistics.median(times['bare']):.3f} s a step, {statistics.median(peaks['bare']) / 2**30:.2f} GiB"
