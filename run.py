@@ -74,7 +74,7 @@ def demo(python: Path, comfyui: Path, args: Sequence[str]) -> int:
 def test(python: Path, comfyui: Path, args: Sequence[str]) -> int:
     """Run every check even when one fails; the worst exit status.
 
-    Tests of the page and the others run beside each other, unless there are arguments for pytest.
+    Tests of the page, of whole graphs and the others run beside each other, unless there are arguments for pytest.
     """
     with cache_lock() as cache:
         provide_browser(python, cache / "setup.log")
@@ -85,9 +85,14 @@ def test(python: Path, comfyui: Path, args: Sequence[str]) -> int:
     pytest: list[str | Path] = [python, "-m", "pytest"]
     if args:
         return max(check(python, comfyui), step("tests", [*pytest, *args], comfyui, **newer))
-    with step_beside("tests of all but the page", [*pytest, "-m", "not page"], comfyui, **newer, **sharing) as others:
+    with (
+        step_beside("tests of graphs", [*pytest, "-m", "server and not page"], comfyui, **newer, **sharing) as graphs,
+        step_beside(
+            "tests of the library", [*pytest, "-m", "not server and not page"], comfyui, **newer, **sharing
+        ) as library,
+    ):
         page = step("tests of the page", [*pytest, "-m", "page"], comfyui, **newer, **sharing)
-        return max(page, check(python, comfyui), others())
+        return max(page, check(python, comfyui), graphs(), library())
 
 
 def check(python: Path, comfyui: Path) -> int:

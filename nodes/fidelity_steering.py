@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..slider_core.fidelity_steering import noise_levels, steer
 from ..slider_core.span_strengths import Conditioning
 from ..slider_core.strength import read_strength
+from ..slider_core.time_ranges import check_part
 from .latents import noise_for
 from .progress import previews
 from .types import CATEGORY, check_strengths, seed_input, strength_input
@@ -54,6 +55,14 @@ class FidelitySteering(io.ComfyNode):
                     tooltip="Share of the schedule that is skipped, the noisiest: the more, the more of the source's "
                     "layout stays.",
                 ),
+                io.Float.Input(
+                    "end",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the schedule after which the strength is 0. Those steps call the model twice.",
+                ),
             ],
             outputs=[io.Latent.Output()],
         )
@@ -74,10 +83,12 @@ class FidelitySteering(io.ComfyNode):
         steps: int,
         scheduler: str,
         start: float,
+        end: float,
     ) -> io.NodeOutput:
+        check_part(start, end)
         values, samples = read_strength(strength, "strength"), latent["samples"]
         sigmas, noise = noise_levels(model, scheduler, steps, start), noise_for(model, latent, seed)
         on_step = previews(model, len(sigmas) - 1)
         mask = latent.get("noise_mask")
-        edited = steer(model, source, target, samples, noise, values, sigmas, seed, mask, on_step)
+        edited = steer(model, source, target, samples, noise, values, sigmas, seed, mask, end, on_step)
         return io.NodeOutput({"samples": edited})

@@ -135,6 +135,7 @@ class PromptDifference(io.ComfyNode):
                     default=True,
                     tooltip="Pads the T5 text to 512 tokens, as Encode Sub-Instructions does.",
                 ),
+                *part_inputs(),
                 *(strength_input(name, optional=True) for name in STRENGTHS),
                 io.Mask.Input(
                     "mask",
@@ -158,12 +159,14 @@ class PromptDifference(io.ComfyNode):
         text: str,
         mode: str,
         pad_to_512: bool,
+        start: float,
+        end: float,
         mask: torch.Tensor | None = None,
         **strengths: object,
     ) -> io.NodeOutput:
         differences = _encoded(clip, text, mode, TRAINING_LENGTH if pad_to_512 else None)
         values = {name: strengths.get(name, 1.0) for name in STRENGTHS}
-        return io.NodeOutput(differences.at(values, mask), differences.prompt)
+        return io.NodeOutput(differences.at(values, mask, start, end), differences.prompt)
 
 
 def _encoded(clip: CLIP, *how: Any) -> PromptDifferences:

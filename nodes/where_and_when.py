@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
+from ..slider_core.number_list import parse_numbers
 from ..slider_core.span_strengths import Conditioning
 from ..slider_core.where_and_when import where_and_when
 from .types import CATEGORY
@@ -40,6 +41,12 @@ class WhereAndWhen(io.ComfyNode):
                     step=0.01,
                     tooltip="Strength of all sliders outside the mask and before and after: 0 = the source.",
                 ),
+                io.String.Input(
+                    "sub_instructions",
+                    default="",
+                    tooltip="Numbers of the sub-instructions that this is for, such as 1, 3; chain one node for each "
+                    "place. Empty: all sliders, a GSTLoRA and a projector too.",
+                ),
             ],
             outputs=[io.Conditioning.Output()],
         )
@@ -51,6 +58,8 @@ class WhereAndWhen(io.ComfyNode):
         start: float,
         end: float,
         elsewhere: float,
+        sub_instructions: str,
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        return io.NodeOutput(where_and_when(conditioning, mask, start, end, elsewhere))
+        chosen = parse_numbers(sub_instructions, "sub-instruction")
+        return io.NodeOutput(where_and_when(conditioning, mask, start, end, elsewhere, chosen))

@@ -21,9 +21,11 @@ from comfy.samplers import CFGGuider, Sampler, calc_cond_batch, calculate_sigmas
 
 from .errors import SliderError
 from .inversion import OnStep, check_flow_matching, check_picture
+from .module_overrides import in_part
 from .per_image_cond import check_batch
 from .span_strengths import Conditioning
 from .strength import Strength
+from .time_ranges import check_part
 from .trajectory import check_sigmas
 
 
@@ -37,16 +39,19 @@ def steer(
     sigmas: torch.Tensor,
     seed: int | None = None,
     mask: torch.Tensor | None = None,
+    end: float = 1.0,
     on_step: OnStep | None = None,
 ) -> torch.Tensor:
     """Edit pictures from the source prompt to the target prompt: (images, channels, height, width).
 
     latent: (1 or images, channels, height, width), the source as an autoencoder gives it; noise: of the same shape.
     strength: one, or one per image. sigmas: falling noise levels, see noise_levels. mask: what moves is multiplied by
-    it, as a sampler's noise mask. Costs three evaluations of the model per step.
+    it, as a sampler's noise mask. end: share of the schedule, 0 to 1, after which the strength is 0. Costs three
+    evaluations of the model per step, and two after `end`.
     Raises SliderError for a model or noise levels that are not those of flow matching, a latent that is no picture, and
     a batch that the strengths do not fit.
     """
+    check_part(0.0, end)
     check_flow_matching(model)
     check_sigmas(sigmas)
     check_picture(model, latent)
@@ -55,7 +60,7 @@ def steer(
     latent, noise = (one.expand(images, -1, -1, -1) for one in (latent, noise))
     guider = RolesGuider(model)
     guider.inner_set_conds({STAYING: source, MOVING: source, AIMING: target})
-    sampler = FidelitySteering(strength)
+    sampler = FidelitySteering(strength, end)
     samples = guider.sample(noise, latent, sampler, sigmas, mask, callback=on_step, disable_pbar=True, seed=seed)
     return samples.to(intermediate_device(), intermediate_dtype())
 
@@ -84,6 +89,10 @@ STAYING, MOVING, AIMING = "source prompt, source", "source prompt, edit", "targe
 class RolesGuider(CFGGuider):
     """Gives a sampler the velocities of several prompts, each as the model is patched, without guidance."""
 
+    def percent_to_sigma(self, percent: float) -> float:
+        """The noise level at a share of the schedule."""
+        return self.inner_model.model_sampling.percent_to_sigma(percent)
+
     def velocities(
         self, x: torch.Tensor, sigma: torch.Tensor, roles: tuple[str, ...], options: dict[str, Any]
     ) -> list[torch.Tensor]:
@@ -100,8 +109,8 @@ class RolesGuider(CFGGuider):
 class FidelitySteering(Sampler):
     """The Euler steps, for RolesGuider."""
 
-    def __init__(self, strength: Strength):
-        self.strength = strength
+    def __init__(self, strength: Strength, end: float = 1.0):
+        self.strength, self.end = strength, end
 
     def sample(
         self,
@@ -121,8 +130,12 @@ class FidelitySteering(Sampler):
             z_src = (1 - sigma) * latent_image + sigma * noise
             z_tar = z + z_src - latent_image
             [staying] = guider.velocities(z_src, sigma, (STAYING,), options)
-            moving, aiming = guider.velocities(z_tar, sigma, (MOVING, AIMING), options)
-            velocity = moving - staying + strength * (aiming - moving)
+            if in_part(sigma, guider.percent_to_sigma, 0.0, self.end):
+                moving, aiming = guider.velocities(z_tar, sigma, (MOVING, AIMING), options)
+                velocity = moving - staying + strength * (aiming - moving)
+            else:
+                [moving] = guider.velocities(z_tar, sigma, (MOVING,), options)
+                velocity = moving - staying
             if denoise_mask is not None:
                 velocity = velocity * denoise_mask
             z, expected = z + (following - sigma) * velocity, z - sigma * velocity

@@ -200,8 +200,8 @@ def _check_image_by_image(operations: tuple[Operation, ...]) -> None:
     if not all(operation.image_by_image for operation in operations):
         raise SliderError(
             "The batch is split by 'Images at Once', but the model lets its images look at one another or keeps what "
-            "it saw of them (such as 'Inject Vital Layers'); expected sliders alone. Raise at_once to the number of "
-            "images, or bypass it."
+            "it saw of them (such as 'Inject Vital Layers' and 'Remember Source'); expected none of these. Raise "
+            "at_once to the number of images, or bypass it."
         )
 
 

@@ -7,7 +7,7 @@ P weighs 1 - sum_k (1 - s_k), and P without k weighs 1 - s_k.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from .span_conditioning import SPLITTERS, encode, encode_sub_instructions
 from .span_strengths import Conditioning, Span, check_count
 from .strength import Strength, batch_length, read_strength
 from .sub_instructions import without
+from .time_ranges import check_part, divided_in_time
 
 if TYPE_CHECKING:
     from comfy.sd import CLIP
@@ -38,17 +39,29 @@ class PromptDifferences:
     whole: Conditioning
     without: list[Conditioning]
 
-    def at(self, values: Mapping[str, object], mask: torch.Tensor | None = None) -> Conditioning:
+    def at(
+        self, values: Mapping[str, object], mask: torch.Tensor | None = None, start: float = 0.0, end: float = 1.0
+    ) -> Conditioning:
         """The conditioning at some strengths: the k-th of `values` (input name -> strength) for the k-th instruction.
 
-        mask: (1 or images, height, width), what every strength is multiplied by. Entries without weight are left out;
-        each one beyond the first costs a model evaluation per step.
-        Raises SliderError as set_strengths does, and for masks whose number does not fit.
+        mask: (1 or images, height, width), what every strength is multiplied by. start, end: the part of the schedule,
+        0 to 1, in which they hold; outside all are 0. Entries without weight are left out; each one beyond the first
+        costs a model evaluation per step.
+        Raises SliderError as set_strengths does, for masks whose number does not fit and for a part that is none.
         """
+        check_part(start, end)
         strengths = {name: read_strength(value, name) for name, value in values.items()}
         check_count(self.spans, strengths)
         images = batch_length(strengths)
-        absent = [_absence(strength, images, mask) for _, strength in zip(self.spans, strengths.values())]
+        inside = self._weighing(
+            [_absence(strength, images, mask) for _, strength in zip(self.spans, strengths.values())]
+        )
+        if (start, end) == (0, 1):
+            return inside
+        return divided_in_time(inside, self._weighing([torch.ones(1, 1, 1)] * len(self.spans)), start, end)
+
+    def _weighing(self, absent: Sequence[torch.Tensor]) -> Conditioning:
+        """The entries where the k-th instruction is absent by the k-th of `absent`: (1 or images, height, width)."""
         weights = [1 - torch.stack(torch.broadcast_tensors(*absent)).sum(0), *absent]
         parts = zip([self.whole, *self.without], weights)
         return [

@@ -21,8 +21,9 @@ from .inversion import Denoise, OnStep, StepSampler, check_flow_matching, run
 from .model_identity import ModelIdentity, identity_of
 from .module_overrides import Around, ModelCall, ModelInputs, Operation, add_operation, operations_of
 from .span_strengths import Conditioning
+from .time_ranges import check_part
 from .trajectory import Trajectory
-from .vital_layers import KeyValuePlaces, check_part
+from .vital_layers import KeyValuePlaces
 
 _SHARE_OF_FREE_MEMORY = 0.5
 _SAME_SIGMA = 1e-4
@@ -314,6 +315,8 @@ class _Capture(Operation):
 
 class _CachedInjection(Operation):
     """Operation: K and V of the image tokens of every picture become those of a cached source."""
+
+    image_by_image = True
 
     def __init__(self, places: KeyValuePlaces, cache: ReferenceCache, strength: float, part: tuple[float, float]):
         self.places, self.cache, self.strength, self.part = places, cache, strength, part

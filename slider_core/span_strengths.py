@@ -7,12 +7,12 @@ A cond's dict carries a SpannedText (what the spans are) and, once a strength di
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from .elsewhere import PADDING, SPANS, refuse_later, strength_elsewhere
+from .elsewhere import PADDING, SPANS, elsewhere_of, refuse_later, strength_elsewhere
 from .errors import SliderError
 from .module_overrides import COND_PREFIX, ModelCall
 from .per_image_cond import PerImageCond
@@ -20,6 +20,7 @@ from .strength import Strength, batch_length, read_strength, suppression
 
 SPAN_PREFIX = COND_PREFIX + "spans."
 PADDING_PREFIX = COND_PREFIX + "padding."
+_OTHERS, _OTHERS_PADDING = COND_PREFIX + "others.spans", COND_PREFIX + "others.padding"
 Conditioning = list[list[Any]]
 DEFAULT_CHANNEL = "default"
 _KEY = "edit_sliders"
@@ -35,11 +36,17 @@ class Span:
 
 @dataclass(frozen=True)
 class SpannedText:
-    """What is known of one encoded prompt: its length in rows, its spans, and how many rows at its end are padding."""
+    """What is known of one encoded prompt: its length in rows, its spans, and how many rows at its end are padding.
+
+    strengths: of the spans, by channel, those at the end that are missing being 1. others: of the spans on channels
+    that are missing; empty unless sub-instructions have a place of their own.
+    """
 
     length: int
     spans: tuple[Span, ...] = ()
     padding: int = 0
+    strengths: Mapping[str, tuple[Strength, ...]] = field(default_factory=dict)
+    others: tuple[Strength, ...] = ()
 
 
 def attach_spans(conditioning: Conditioning, length: int, spans: Sequence[Span], padding: int = 0) -> Conditioning:
@@ -54,6 +61,7 @@ def attach_spans(conditioning: Conditioning, length: int, spans: Sequence[Span],
     for cond, options in conditioning:
         refuse_later(options, "Select Phrase")
         known = spanned_text(options) or SpannedText(cond.shape[1], padding=padding)
+        _refuse_placed(known, "'Select Phrase'")
         if known.length != length:
             raise SliderError(
                 f"The conditioning has {known.length} text rows, but this text encoder gives {length} for the prompt; "
@@ -84,19 +92,69 @@ def set_strengths(
 
 
 def _with_strengths(options: dict[str, Any], strengths: Mapping[str, Strength], channel: str) -> dict[str, Any]:
+    text = _spans_of(options)
+    check_count(text.spans, strengths)
+    batch_length(strengths)
+    _refuse_placed(text, "strengths")
+    return _with_text(options, replace(text, strengths={**text.strengths, channel: tuple(strengths.values())}))
+
+
+def _refuse_placed(text: SpannedText, what: str) -> None:
+    if text.others:
+        raise SliderError(
+            f"Sub-instructions have been given a place of their own by 'Where and When'; expected {what} before it. "
+            "Put 'Where and When' behind."
+        )
+
+
+def _spans_of(options: Mapping[str, Any]) -> SpannedText:
     text = spanned_text(options)
     if text is None or not text.spans:
         raise SliderError(
             "The conditioning has no sub-instructions; expected one from 'Encode Sub-Instructions' or 'Select Phrase'."
         )
-    check_count(text.spans, strengths)
-    ours = (SPAN_PREFIX + channel, PADDING_PREFIX + channel)
-    conds = {k: v for k, v in options.get("model_conds", {}).items() if k not in ours}
-    scale = _scale(text, list(strengths.values()), batch_length(strengths))
-    if scale.any():
-        conds[SPAN_PREFIX + channel] = PerImageCond(scale)
-        conds[PADDING_PREFIX + channel] = PerImageCond(torch.tensor([[text.padding]]))
-    return {**options, "model_conds": conds}
+    return text
+
+
+def with_some_at(options: dict[str, Any], chosen: Sequence[int], strength: float) -> dict[str, Any]:
+    """The options of a conditioning entry with this strength for some of its spans, on all channels.
+
+    chosen: which ones, counted from 1. Raises SliderError when there are no such spans, or others hold elsewhere.
+    """
+    text, elsewhere = _spans_of(options), elsewhere_of(options)
+    if missing := [number for number in chosen if not 1 <= number <= len(text.spans)]:
+        listed = "; ".join(f"{k} = {span.text!r}" for k, span in enumerate(text.spans, 1))
+        raise SliderError(
+            f"There is no sub-instruction {missing[0]}; expected numbers from 1 to {len(text.spans)}: {listed}."
+        )
+    if elsewhere is not None and elsewhere.strength != strength:
+        raise SliderError(
+            f"The strength elsewhere is {elsewhere.strength} for all sliders by an earlier 'Where and When', and "
+            f"{strength} for some by a later one; expected the same of both, or the one for some first."
+        )
+
+    def changed(strengths: Sequence[Strength]) -> tuple[Strength, ...]:
+        return tuple((strength,) if k in chosen else own for k, own in enumerate(_all_strengths(text, strengths), 1))
+
+    by_channel = {channel: changed(strengths) for channel, strengths in text.strengths.items()}
+    return _with_text(options, replace(text, strengths=by_channel, others=changed(text.others)))
+
+
+def _with_text(options: Mapping[str, Any], text: SpannedText) -> dict[str, Any]:
+    """The options of a conditioning entry with a text, and what its strengths are in `model_conds`."""
+    conds = dict(options.get("model_conds", {}))
+    own = ((SPAN_PREFIX + name, PADDING_PREFIX + name, strengths) for name, strengths in text.strengths.items())
+    for scale_name, padding_name, strengths in (*own, (_OTHERS, _OTHERS_PADDING, text.others)):
+        conds.pop(scale_name, None)
+        conds.pop(padding_name, None)
+        scale = _scale(text, strengths, max(map(len, strengths), default=1))
+        if scale.any():
+            conds |= {scale_name: PerImageCond(scale), padding_name: _padding(text)}
+    return {**options, _KEY: text, "model_conds": conds}
+
+
+def _padding(text: SpannedText) -> PerImageCond:
+    return PerImageCond(torch.tensor([[text.padding]]))
 
 
 def check_count(spans: Sequence[Span], strengths: Mapping[str, Strength]) -> None:
@@ -122,16 +180,23 @@ def spans_at(options: Mapping[str, Any], strength: float) -> dict[str, PerImageC
     scale = torch.zeros(0) if text is None else _scale(text, [(strength,)] * len(text.spans), 1)
     if text is None or not scale.any():
         return {}
-    return {SPANS: PerImageCond(scale), PADDING: PerImageCond(torch.tensor([[text.padding]]))}
+    return {SPANS: PerImageCond(scale), PADDING: _padding(text)}
 
 
 def _scale(text: SpannedText, strengths: Sequence[Strength], images: int) -> torch.Tensor:
-    """Scale of every row, shape (images, rows): product of the suppressions of its spans, 0 outside all."""
+    """Scale of every row, shape (images, rows): product of the suppressions of its spans, 0 outside all.
+
+    Spans without a strength have 1.
+    """
     scale = torch.zeros(images, text.length)
     scale[:, sorted({row for span in text.spans for row in span.rows})] = 1.0
-    for span, strength in zip(text.spans, strengths):
+    for span, strength in zip(text.spans, _all_strengths(text, strengths)):
         scale[:, list(span.rows)] *= suppression(strength, images)[:, None]
     return scale
+
+
+def _all_strengths(text: SpannedText, strengths: Sequence[Strength]) -> list[Strength]:
+    return [*strengths, *[(1.0,)] * (len(text.spans) - len(strengths))]
 
 
 def row_scales(call: ModelCall, channel: str) -> torch.Tensor | None:
@@ -140,7 +205,7 @@ def row_scales(call: ModelCall, channel: str) -> torch.Tensor | None:
     Where the strengths do not act, it is that of the strength elsewhere, on every channel.
     Raises SliderError when the text is shorter than the one the spans were found on.
     """
-    scale = call.conds.get(SPAN_PREFIX + channel if strength_elsewhere(call) is None else SPANS)
+    scale = call.conds.get(_names(call, channel)[0])
     if scale is None:
         return None
     missing = call.text_rows - scale.shape[1]
@@ -160,11 +225,18 @@ def row_strengths(call: ModelCall, channel: str) -> torch.Tensor | None:
 
 def padding_row(call: ModelCall, channel: str) -> int:
     """A row of padding in a text whose row_scales are not None. Raises SliderError when a text has none."""
-    own = strength_elsewhere(call) is None
-    scales, padding = (SPAN_PREFIX + channel, PADDING_PREFIX + channel) if own else (SPANS, PADDING)
+    scales, padding = _names(call, channel)
     if (call.conds[padding] < 1).any():
         raise SliderError(
             "The prompt has no padding, whose tokens the words are to be replaced by; expected at least one row after "
             "the prompt's end. Switch pad_to_512 on where it is encoded, or shorten the prompt."
         )
     return call.conds[scales].shape[1] - 1
+
+
+def _names(call: ModelCall, channel: str) -> tuple[str, str]:
+    """What the rows' scales and the padding of a channel are called in this model call."""
+    if strength_elsewhere(call) is not None:
+        return SPANS, PADDING
+    own = SPAN_PREFIX + channel
+    return (own, PADDING_PREFIX + channel) if own in call.conds else (_OTHERS, _OTHERS_PADDING)

@@ -18,7 +18,7 @@ from .errors import SliderError
 from .module_overrides import in_part
 from .per_image_cond import check_batch
 from .strength import Strength
-from .vital_layers import check_part
+from .time_ranges import check_part
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,6 @@ Blocks are counted as in the paper: double blocks first, then single blocks; 0 t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -16,6 +15,8 @@ from .errors import SliderError
 from .families import Block, family_of
 from .fitting_samplers import refuse_noise_adding_samplers
 from .module_overrides import Around, Forward, ModelCall, Operation, add_operation
+from .number_list import parse_numbers
+from .time_ranges import check_part
 
 
 class KeyValuePlaces:
@@ -150,15 +151,7 @@ def layer_count(model: ModelPatcher) -> int:
 
 def parse_layers(text: str) -> list[int]:
     """Layers such as '0, 1, 17-18'. Raises SliderError naming what is neither a number nor a range."""
-    layers: list[int] = []
-    for item in text.replace(",", " ").split():
-        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", item)
-        if match is None:
-            raise SliderError(f"{item!r} is no layer; expected numbers and ranges such as '0, 1, 17-18'.")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise SliderError(f"{item!r} runs backwards; expected the lower layer first, such as '{last}-{first}'.")
-        layers += range(first, last + 1)
+    layers = parse_numbers(text, "layer")
     if not layers:
         raise SliderError("No layer is listed; expected numbers and ranges such as '0, 1, 17-18'.")
     return layers
@@ -171,12 +164,6 @@ def chosen_blocks(model: ModelPatcher, layers: Sequence[int]) -> list[Block]:
     if absent:
         raise SliderError(f"The model has no layer {absent[0]}; expected layers from 0 to {len(blocks) - 1}.")
     return [blocks[layer] for layer in dict.fromkeys(layers)]
-
-
-def check_part(start: float, end: float) -> None:
-    """Raise SliderError for a part of the schedule that ends before it starts."""
-    if start > end:
-        raise SliderError(f"start {start:g} lies behind end {end:g}; expected start first, both from 0 to 1.")
 
 
 def _passing(block: Block) -> Around:

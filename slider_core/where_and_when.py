@@ -2,11 +2,13 @@
 
 ComfyUI averages what the entries of a CONDITIONING predict, weighted by their masks. So an entry is divided in two:
 one with its strengths, weighted by the mask, and one with the strength elsewhere, weighted by the rest. The part of the
-denoising is looked up in each model call and costs nothing.
+denoising is looked up in each model call and costs nothing. Some sub-instructions alone are divided in time likewise:
+no model call has more than one of these entries.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,14 +20,13 @@ from .errors import SliderError
 from .module_overrides import COND_PREFIX
 from .per_image_cond import PerImageCond
 from .prompt_difference import WEIGHED
-from .span_strengths import Conditioning, spans_at
+from .span_strengths import Conditioning, spans_at, with_some_at
 from .strength import read_strength
 from .strength_projector import offsets_at
+from .time_ranges import Entry, check_part, divided_in_time
 
 _MASKS = COND_PREFIX + "masks"
 _ALWAYS = (1.0, 0.0)  # no step lies inside
-
-Entry = list[Any]
 
 
 def where_and_when(
@@ -34,11 +35,13 @@ def where_and_when(
     start: float = 0.0,
     end: float = 1.0,
     elsewhere: float = 0.0,
+    chosen: Sequence[int] = (),
 ) -> Conditioning:
     """The conditioning with its strengths inside `mask` and start..end of the schedule, `elsewhere` outside.
 
     mask: (H, W) or (images, H, W), 0 to 1, of any size; between 0 and 1 it blends. None is all ones.
     elsewhere: one strength for all sliders: every channel's spans, the projector, the model's GSTLoRAs.
+    chosen: the sub-instructions, counted from 1, that this is for; the other sliders are left alone. None: all sliders.
     Costs one more model evaluation per step and entry, none where the mask is all ones or all zeros.
     Raises SliderError for a mask or schedule that is none, and for entries that cannot be divided.
     """
@@ -46,16 +49,29 @@ def where_and_when(
     if any(WEIGHED in options for _, options in conditioning):
         raise SliderError(
             "The strengths of 'Prompt Difference' are weights of its prompts, which 'Where and When' does not change; "
-            "expected sliders that act on one prompt. Use the mask of 'Prompt Difference' itself."
+            "expected sliders that act on one prompt. Use the mask, start and end of 'Prompt Difference' itself."
         )
-    if not 0 <= start < end <= 1:
-        raise SliderError(f"start is {start} and end is {end}; expected 0 <= start < end <= 1.")
+    check_part(start, end)
     if mask is not None:
         mask = _checked(mask)
         if bool((mask == 1).all()):
             mask = None
-    part = None if (start, end) == (0, 1) else (start, end)
-    return [piece for entry in conditioning for piece in _divided(entry, mask, strength, part)]
+    if chosen:
+        each = (_divided_for(entry, mask, strength, start, end, chosen) for entry in conditioning)
+    else:
+        part = None if (start, end) == (0, 1) else (start, end)
+        each = (_divided(entry, mask, strength, part) for entry in conditioning)
+    return [piece for pieces in each for piece in pieces]
+
+
+def _divided_for(
+    entry: Entry, mask: torch.Tensor | None, strength: float, start: float, end: float, chosen: Sequence[int]
+) -> list[Entry]:
+    outside = [entry[0], with_some_at(entry[1], chosen, strength)]
+    inside = [entry] if mask is None else _by_mask(entry, outside, mask)
+    if (start, end) == (0, 1):
+        return inside
+    return divided_in_time(inside, [outside], start, end)
 
 
 def _divided(entry: Entry, mask: torch.Tensor | None, strength: float, part: tuple[float, float] | None) -> list[Entry]:
@@ -65,9 +81,13 @@ def _divided(entry: Entry, mask: torch.Tensor | None, strength: float, part: tup
     outside = _limited(entry, Elsewhere(strength, *_ALWAYS))
     if elsewhere_of(inside[1]) == elsewhere_of(outside[1]):
         return [inside]
+    return _by_mask(inside, outside, mask)
+
+
+def _by_mask(inside: Entry, outside: Entry, mask: torch.Tensor) -> list[Entry]:
     if not mask.any():
         return [outside]
-    _check_divisible(entry[1])
+    _check_divisible(inside[1])
     pieces = (_masked(inside, mask), _masked(outside, 1 - mask))
     return [piece for piece in pieces if piece[1]["mask"].any()]
 

@@ -31,9 +31,9 @@ def steered(model, strength: tuple[float, ...] = (0.6,), source=SOURCE, target=T
 
 
 def by_hand(
-    model, strength: float, source=SOURCE, target=TARGET, first: int = 0, mask=1.0, latent=None, from_noise=None
+    model, strength: float, source=SOURCE, target=TARGET, first: int = 0, mask=1.0, latent=None, from_noise=None, acts=9
 ) -> torch.Tensor:
-    """The published steps, one velocity at a time; they begin with step `first`."""
+    """The published steps, one velocity at a time; they begin with step `first`, and steer in the first `acts`."""
     x_src = model.model.latent_format.process_in(photo(model) if latent is None else latent)
     n = noise_of() if from_noise is None else from_noise
     z, sigmas = x_src, sigmas_of(model, STEPS)
@@ -43,7 +43,7 @@ def by_hand(
         z_tar = z + z_src - x_src
         fidelity = velocity_of(model, z_tar, sigma, source) - velocity_of(model, z_src, sigma, source)
         steering = velocity_of(model, z_tar, sigma, target) - velocity_of(model, z_tar, sigma, source)
-        z = z + (sigmas[k + 1] - sigmas[k]) * (fidelity + strength * steering) * mask
+        z = z + (sigmas[k + 1] - sigmas[k]) * (fidelity + (strength if k < acts else 0) * steering) * mask
     return model.model.latent_format.process_out(z)
 
 
@@ -62,6 +62,19 @@ def test_it_begins_later_in_the_schedule(golden_model):
     found = steered(golden_model, start=0.3)
     assert near(found, by_hand(golden_model, 0.6, first=1))
     assert far(found, steered(golden_model))
+
+
+@pytest.mark.parametrize(("end", "acts"), [(0.1, 1), (0.5, 2), (1.0, 3)])
+def test_it_stops_to_steer(golden_model, end, acts):
+    """The three steps begin at shares 0, 1/3 and 2/3 of the schedule."""
+    assert near(steered(golden_model, end=end), by_hand(golden_model, 0.6, acts=acts))
+    if acts < STEPS:
+        assert far(steered(golden_model, end=end), steered(golden_model))
+
+
+def test_a_part_that_is_none(golden_model):
+    with pytest.raises(SliderError, match="expected 0 <= start < end <= 1"):
+        steered(golden_model, end=0.0)
 
 
 def test_the_noise_mask_keeps_the_source(golden_model):
@@ -170,7 +183,7 @@ def test_refused(golden_model):
 
 
 def edit(g: Graph, strength: object = 0.6, target: str = "make it red", latent: Link | None = None, **more) -> Link:
-    settings = {"seed": 7, "steps": 2, "scheduler": "simple", "start": 0.0, **more}
+    settings = {"seed": 7, "steps": 2, "scheduler": "simple", "start": 0.0, "end": 1.0, **more}
     source = g.edited(g.stock_text("keep the image the same"))
     return g.add(
         "EditSlidersFidelitySteering",
@@ -197,7 +210,7 @@ def rendered(g: Graph) -> Link:
 
 
 def test_whole_graphs(server):
-    before, source, half, same, pictures, masked, seeded, lora, later = latents(
+    before, source, half, same, pictures, masked, seeded, lora, later, shorter = latents(
         server,
         rendered,
         lambda g: g.photo(),
@@ -208,12 +221,13 @@ def test_whole_graphs(server):
         lambda g: edit(g, seed=8),
         lambda g: edit(g, model=g.lora(g.model())),
         lambda g: edit(g, start=0.5),
+        lambda g: edit(g, end=0.3),
     )
     assert near(same, source)
     assert near(masked, source)
     assert near(pictures[:1], source)
     assert near(pictures[1:2], half)
-    for other in (source, seeded, lora, later):
+    for other in (source, seeded, lora, later, shorter):
         assert far(half, other)
     server.free()
     after, again = latents(server, rendered, lambda g: edit(g, seed=7, steps=2))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
+import comfy.sample
 import pytest
 import torch
+from comfy.samplers import calculate_sigmas
 from support.comfy_server import PromptRefused
 from support.graphs import Graph, Link
 from support.model_calls import noise, velocity_of
@@ -26,8 +30,8 @@ WHOLE, WITHOUT = text(1), [text(3), text(5)]
 DIFFERENCES = PromptDifferences("first and second", SPANS, WHOLE, WITHOUT)
 
 
-def at(*strengths: object, mask: torch.Tensor | None = None) -> list:
-    return DIFFERENCES.at({f"strength_{k}": s for k, s in enumerate(strengths, 1)}, mask)
+def at(*strengths: object, **place) -> list:
+    return DIFFERENCES.at({f"strength_{k}": s for k, s in enumerate(strengths, 1)}, **place)
 
 
 def by_hand(model, *strengths: object) -> torch.Tensor:
@@ -88,6 +92,36 @@ def test_outside_the_mask_the_strengths_are_zero(golden_model):
     assert near(each[1:], by_hand(golden_model, 1.6 * (1 - small), 1 - small))
 
 
+@pytest.mark.parametrize(("start", "end"), [(0.0, 0.5), (0.25, 0.75), (0.5, 1.0)])
+def test_before_and_after_its_part_the_strengths_are_zero(golden_model, start, end):
+    """Single calls, borders included, and a run of 8 steps against one whose steps are switched by hand."""
+    sampling = golden_model.model.model_sampling
+    first, last = (torch.tensor(sampling.percent_to_sigma(p), dtype=torch.float32) for p in (start, end))
+    values, soft = (1.6, 0.4), torch.full((1, 8, 8), 0.5)
+    for place in ({}, {"mask": soft}):
+        placed, inside, outside = at(*values, start=start, end=end, **place), at(*values, **place), at(0.0, 0.0)
+        x, acted = X * 1.0, []
+        sigmas = calculate_sigmas(sampling, "simple", 8)
+        for now, then in pairwise(sigmas):
+            acts = bool(last <= now <= first)
+            acted.append(acts)
+            want = velocity_of(golden_model, x, now.item(), inside if acts else outside)
+            assert near(velocity_of(golden_model, x, now.item(), placed), want)
+            x = x + (then - now) * want
+        assert 0 < sum(acted) < 8
+        for border in {start, end} - {0.0, 1.0}:
+            sigma = torch.tensor(sampling.percent_to_sigma(border), dtype=torch.float32).item()
+            assert near(velocity_of(golden_model, X, sigma, placed), velocity_of(golden_model, X, sigma, inside))
+        found = comfy.sample.sample(
+            golden_model, X, 8, 1.0, "euler", "simple", placed, placed, torch.zeros_like(X), disable_pbar=True
+        )
+        assert near(found, golden_model.model.process_latent_out(x))
+        whole = comfy.sample.sample(
+            golden_model, X, 8, 1.0, "euler", "simple", inside, inside, torch.zeros_like(X), disable_pbar=True
+        )
+        assert far(found, whole)
+
+
 def test_refused():
     for strengths, message in {
         (0.5,): "2 sub-instructions but only 1 strengths",
@@ -117,6 +151,7 @@ def test_prompts_without_a_part():
 
 def difference(g: Graph, words: str, *strengths: object, mode: str = "one per line", **more: object) -> Link:
     values = {f"strength_{k}": value for k, value in enumerate(strengths, 1)}
+    more = {"start": 0.0, "end": 1.0, **more}
     return g.add("EditSlidersPromptDifference", clip=g.clip(), text=words, mode=mode, pad_to_512=True, **values, **more)
 
 
@@ -135,7 +170,7 @@ def test_whole_graphs(server):
     def made(conditioning) -> object:
         return lambda g: g.sample(g.model(), g.edited(conditioning(g)))
 
-    one, bare, less, by_stock, marked, gone, lacking, masked, blank = latents(
+    one, bare, less, by_stock, marked, gone, lacking, masked, blank, early = latents(
         server,
         made(lambda g: difference(g, words)),
         made(lambda g: g.stock_text("make it red and blur it")),
@@ -148,6 +183,7 @@ def test_whole_graphs(server):
             lambda g: difference(g, "blur it", mask=g.add("SolidMask", value=0.0, width=64, height=64)),
         ),
         made(lambda g: g.stock_text("")),
+        made(lambda g: difference(g, words, end=0.4)),
     )
     assert (one == bare).all()
     assert near(less, by_stock)
@@ -156,6 +192,8 @@ def test_whole_graphs(server):
     assert near(gone, lacking)
     assert far(gone, bare)
     assert near(masked, blank)
+    assert far(early, one)
+    assert far(early, blank)
 
 
 def test_lists_in_graphs_and_bad_strengths(server):

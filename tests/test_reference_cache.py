@@ -19,6 +19,7 @@ from slider_core.adapter_file import read_adapter
 from slider_core.errors import SliderError
 from slider_core.fitting_samplers import ONE_CALL_PER_STEP
 from slider_core.global_lora import apply_gstlora
+from slider_core.images_at_once import split_batches
 from slider_core.inversion import FOLLOWS, FREE, edit_from_trajectory, invert
 from slider_core.reference_cache import (
     check_remembers,
@@ -60,6 +61,15 @@ def test_equals_the_source_in_the_batch(golden_model, limit, strength):
         assert near(edited(model, edit_text(k)), together[k : k + 1])
     assert near(edited(model, stacked_text(edits_only=True), 2), together[1:])
     assert far(edited(golden_model, edit_text(1)), together[1:2])
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e-9], ids=["kept", "computed again"])
+def test_pictures_that_are_computed_one_by_one(golden_model, limit):
+    model = inject_cached(golden_model, remembered(golden_model, limit)[0])
+    text = stacked_text(edits_only=True)
+    whole = edited(model, text, 2)
+    assert near(edited(split_batches(model, 1), text, 2), whole)
+    assert far(whole[:1], whole[1:])
 
 
 def test_texts_of_other_lengths_and_reference_latents(golden_model):
@@ -220,7 +230,7 @@ def test_bad_input(golden_model, recipe, manifest):
         remembered(golden_model, latent=(2, *LATENT[1:]))
     with pytest.raises(SliderError, match="several conditionings"):
         remembered(golden_model, text=[*source_text(), *edit_text(1)])
-    with pytest.raises(SliderError, match="expected start first"):
+    with pytest.raises(SliderError, match="expected 0 <= start < end"):
         inject_cached(golden_model, cache, start=0.6, end=0.4)
     with pytest.raises(SliderError, match=r"remembered source was made with another FLUX\.1 model"):
         inject_cached(other_model(recipe, manifest["model"] | {"seed": 99}), cache)

@@ -148,7 +148,7 @@ def test_bad_input(golden_model):
     for method in (inject_key_values, bypass):
         with pytest.raises(SliderError, match="no layer 17; expected layers from 0 to 6"):
             method(golden_model, [0, 17])
-    with pytest.raises(SliderError, match="expected start first"):
+    with pytest.raises(SliderError, match="expected 0 <= start < end"):
         inject_key_values(golden_model, LAYERS, start=0.6, end=0.4)
     with pytest.raises(SliderError, match=r"reference is image 3 .* the batch has 3"):
         velocity_of(inject_key_values(golden_model, LAYERS, 3), X, SIGMA, text())

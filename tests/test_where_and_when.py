@@ -19,6 +19,7 @@ from support.outcomes import far, latents, near
 from slider_core.adapter_file import read_adapter
 from slider_core.errors import SliderError
 from slider_core.global_lora import apply_gstlora
+from slider_core.module_overrides import in_part
 from slider_core.prompt_difference import PromptDifferences
 from slider_core.selective_lora import apply_stlora
 from slider_core.span_strengths import Span, attach_spans, set_strengths
@@ -227,6 +228,100 @@ def test_all_steps_have_one_strength_borders_included(golden_model, st):
     assert outcomes == [True, True, False, True, False, True]
 
 
+FIRST, SECOND = (0.3, 1.6)
+TOP = torch.zeros(1, 8, 8)
+TOP[:, :4] = 1
+
+
+@pytest.mark.parametrize("strengths", [(FIRST, SECOND), (1.0, 1.0), ((0.3, 1.4), SECOND)])
+def test_a_place_for_one_sub_instruction(golden_model, st, gst, strengths):
+    """The other keeps its strength everywhere, and so does a GSTLoRA; on a channel of its own too."""
+    model = apply_gstlora(apply_stlora(golden_model, st), gst, 0.7)
+    x = X.repeat(2, 1, 1, 1) if isinstance(strengths[0], tuple) else X
+    given = at(*strengths)
+    split = where_and_when(given, LEFT, elsewhere=ELSEWHERE, chosen=[2])
+    own, rest = (velocity_of(model, x, SIGMA, at(strengths[0], second)) for second in (strengths[1], ELSEWHERE))
+    found = velocity_of(model, x, SIGMA, split)
+    assert far(own, rest)
+    assert torch.allclose(found[..., :4], own[..., :4], atol=1e-5)
+    assert torch.allclose(found[..., 4:], rest[..., 4:], atol=1e-5)
+    assert torch.equal(velocity_of(model, x, SIGMA, given), own)
+
+
+def test_each_sub_instruction_has_its_own_mask(golden_model, st):
+    """Four quarters, four mixtures; the channels are the default one, another, and one without strengths."""
+    for channel, set_on, rest in (("default", "default", None), ("other", "other", None), ("third", "other", 1.0)):
+        model = apply_stlora(golden_model, st, channel)
+        own = (FIRST, SECOND) if rest is None else (rest, rest)
+        split = where_and_when(at(FIRST, SECOND, channel=set_on), LEFT, chosen=[1], elsewhere=ELSEWHERE)
+        split = where_and_when(split, TOP, chosen=[2], elsewhere=0.0)
+        assert len(split) == 4
+        found = velocity_of(model, X, SIGMA, split)
+        for rows, second in ((slice(0, 4), own[1]), (slice(4, 8), 0.0)):
+            for columns, first in ((slice(0, 4), own[0]), (slice(4, 8), ELSEWHERE)):
+                want = velocity_of(model, X, SIGMA, at(first, second, channel=channel))
+                assert torch.allclose(found[..., rows, columns], want[..., rows, columns], atol=1e-5)
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.0, 0.5), (0.25, 0.75), (0.5, 1.0)])
+def test_each_sub_instruction_has_its_own_time(golden_model, st, start, end):
+    """The other one acts in the first half only; no step has two of the entries, noise levels on borders included."""
+    model = apply_stlora(golden_model, st)
+    split = where_and_when(at(FIRST, SECOND), None, start, end, ELSEWHERE, chosen=[1])
+    split = where_and_when(split, None, 0.0, 0.5, 0.0, chosen=[2])
+    seen = set()
+    for percent in (0.05, 0.25, 0.3, 0.5, 0.6, 0.75, 0.9):
+        sigma = torch.tensor(in_schedule(model, percent), dtype=torch.float32)
+        sampling = model.model.model_sampling.percent_to_sigma
+        first, second = (in_part(sigma, sampling, *part) for part in ((start, end), (0.0, 0.5)))
+        want = velocity_of(model, X, sigma.item(), at(FIRST if first else ELSEWHERE, SECOND if second else 0.0))
+        assert torch.equal(velocity_of(model, X, sigma.item(), split), want)
+        seen.add((first, second))
+    assert len(seen) > 1
+    both = where_and_when(at(FIRST, SECOND), LEFT, start, end, ELSEWHERE, chosen=[1])
+    for percent in (0.05, 0.6, 0.9):
+        sigma = torch.tensor(in_schedule(model, percent), dtype=torch.float32)
+        acts = in_part(sigma, model.model.model_sampling.percent_to_sigma, start, end)
+        mask = LEFT if acts else torch.zeros(8, 8)
+        want = where_and_when(at(FIRST, SECOND), mask, elsewhere=ELSEWHERE, chosen=[1])
+        assert near(velocity_of(model, X, sigma.item(), both), velocity_of(model, X, sigma.item(), want))
+
+
+def test_places_for_some_beside_others(golden_model, st, gst):
+    """After a place for all, and before one; and beside a range that the conditioning already has."""
+    model = apply_gstlora(apply_stlora(golden_model, st), gst, 0.7)
+    off = apply_gstlora(apply_stlora(golden_model, st), gst, 0.0)
+    after = where_and_when(where_and_when(at(FIRST, SECOND), LEFT), TOP, chosen=[2])
+    before = where_and_when(where_and_when(at(FIRST, SECOND), TOP, chosen=[2]), LEFT)
+    for split in (after, before):
+        found = velocity_of(model, X, SIGMA, split)
+        rest = velocity_of(off, X, SIGMA, at(0.0, 0.0))
+        assert torch.allclose(found[..., 4:], rest[..., 4:], atol=1e-5)
+        for rows, second in ((slice(0, 4), SECOND), (slice(4, 8), 0.0)):
+            want = velocity_of(model, X, SIGMA, at(FIRST, second))
+            assert torch.allclose(found[..., rows, :4], want[..., rows, :4], atol=1e-5)
+    early = [[cond, {**options, "start_percent": 0.0, "end_percent": 0.4}] for cond, options in at(FIRST, SECOND)]
+    parts = where_and_when(early, None, 0.2, 1.0, chosen=[1])
+    ranges = [(options["start_percent"], options["end_percent"]) for _, options in parts]
+    assert ranges == [(0.0, pytest.approx(0.2, abs=1e-5)), (pytest.approx(0.2, abs=1e-5), 0.4)]
+
+
+def test_refused_places_for_some(golden_model):
+    with pytest.raises(SliderError, match="no sub-instruction 3; expected numbers from 1 to 2: 1 = 'first'; 2 = 'seco"):
+        where_and_when(at(FIRST, SECOND), LEFT, chosen=[1, 3])
+    with pytest.raises(SliderError, match="no sub-instruction 0"):
+        where_and_when(at(FIRST, SECOND), LEFT, chosen=[0])
+    with pytest.raises(SliderError, match="has no sub-instructions"):
+        where_and_when(plain(), LEFT, chosen=[1])
+    placed = where_and_when(at(FIRST, SECOND), LEFT, chosen=[1])
+    with pytest.raises(SliderError, match="expected strengths before it"):
+        set_strengths(placed, {"strength_1": 0.5, "strength_2": 0.5})
+    with pytest.raises(SliderError, match="expected 'Select Phrase' before it"):
+        attach_spans(placed, ROWS, SPANS)
+    with pytest.raises(SliderError, match=r"0\.0 for all sliders .* 0\.5 for some"):
+        where_and_when(where_and_when(at(FIRST, SECOND), LEFT), TOP, elsewhere=0.5, chosen=[2])
+
+
 def sampled(model, positive: list, steps: int, x: torch.Tensor = X) -> torch.Tensor:
     return comfy.sample.sample(
         model, x, steps, 1.0, "euler", "simple", positive, positive, torch.zeros_like(x), disable_pbar=True
@@ -324,7 +419,7 @@ def mask(g: Graph, value: float, half: bool = False) -> Link:
 
 
 def placed(g: Graph, conditioning: Link, **more) -> Link:
-    inputs = {"start": 0.0, "end": 1.0, "elsewhere": 0.0, **more}
+    inputs = {"start": 0.0, "end": 1.0, "elsewhere": 0.0, "sub_instructions": "", **more}
     return g.add("EditSlidersWhereAndWhen", conditioning=conditioning, **inputs)
 
 
@@ -350,7 +445,7 @@ def off(**more) -> Callable[[Graph], Link]:
 
 
 def test_graphs(server):
-    full, none, ones, zeros, half, late, early = latents(
+    full, none, ones, zeros, half, late, early, second_alone, no_first = latents(
         server,
         run(1.4, 0.8),
         off(),
@@ -359,10 +454,14 @@ def test_graphs(server):
         run(1.4, 0.8, lambda g: {"mask": mask(g, 1.0, half=True)}),
         run(1.4, 0.8, lambda g: {"mask": mask(g, 1.0, half=True)}, late=True),
         run(1.4, 0.8, lambda g: {"end": 0.4}),
+        run(0.0, 0.8),
+        run(1.4, 0.8, lambda g: {"mask": mask(g, 0.0), "sub_instructions": "1"}),
     )
     assert np.array_equal(ones, full)
     assert np.array_equal(zeros, none)
     assert np.array_equal(half, late)
+    assert np.array_equal(no_first, second_alone)
+    assert far(no_first, none)
     for mixed in (half, early):
         assert far(mixed, full)
         assert far(mixed, none)
