@@ -9,7 +9,7 @@ from ..slider_core.adapter_file import Adapter, read_adapter
 from ..slider_core.global_lora import apply_gstlora
 from ..slider_core.selective_lora import apply_stlora
 from .files import fingerprint, names, path_of
-from .types import CATEGORY, SliderAdapter, channel_input, check_strengths, strength_input
+from .types import CATEGORY, OneStrength, SliderAdapter, channel_input, strength_input
 
 
 class LoadAdapter(io.ComfyNode):
@@ -73,7 +73,7 @@ class ApplySTLoRA(io.ComfyNode):
         return io.NodeOutput(apply_stlora(model, adapter, **channel))
 
 
-class ApplyGSTLoRA(io.ComfyNode):
+class ApplyGSTLoRA(OneStrength, io.ComfyNode):
     """Puts a global adapter beside the model, at one strength for the whole instruction."""
 
     @classmethod
@@ -92,10 +92,6 @@ class ApplyGSTLoRA(io.ComfyNode):
             ],
             outputs=[io.Model.Output()],
         )
-
-    @classmethod
-    def validate_inputs(cls, strength: object = 1.0) -> bool | str:
-        return strength is None or check_strengths({"strength": strength})
 
     @classmethod
     def execute(cls, model: ModelPatcher, adapter: Adapter, strength: object) -> io.NodeOutput:

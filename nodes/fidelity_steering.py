@@ -12,10 +12,10 @@ from ..slider_core.strength import read_strength
 from ..slider_core.time_ranges import check_part
 from .latents import noise_for
 from .progress import previews
-from .types import CATEGORY, check_strengths, seed_input, strength_input
+from .types import CATEGORY, OneStrength, seed_input, strength_input
 
 
-class FidelitySteering(io.ComfyNode):
+class FidelitySteering(OneStrength, io.ComfyNode):
     """One strength for the whole edit, from a prompt of the source to a prompt of the edit."""
 
     @classmethod
@@ -66,10 +66,6 @@ class FidelitySteering(io.ComfyNode):
             ],
             outputs=[io.Latent.Output()],
         )
-
-    @classmethod
-    def validate_inputs(cls, strength: object = 1.0) -> bool | str:
-        return strength is None or check_strengths({"strength": strength})
 
     @classmethod
     def execute(

@@ -15,7 +15,7 @@ from ..slider_core.strength_projector import (
     set_projector_strength,
 )
 from .files import fingerprint, names, path_of
-from .types import CATEGORY, Projector, check_strengths, strength_input
+from .types import CATEGORY, OneStrength, Projector, strength_input
 
 NO_LORA = "none, or in the projector's file"
 CLAMP, FREE, DROP = "clamp to 0..1", "allow outside 0..1", "drop the strength"
@@ -85,7 +85,7 @@ class ApplyProjector(io.ComfyNode):
         return io.NodeOutput(apply_projector(model, projector))
 
 
-class ProjectorStrength(io.ComfyNode):
+class ProjectorStrength(OneStrength, io.ComfyNode):
     """Gives a conditioning its strength for the whole edit."""
 
     @classmethod
@@ -118,10 +118,6 @@ class ProjectorStrength(io.ComfyNode):
             outputs=[io.Conditioning.Output()],
             has_intermediate_output=True,
         )
-
-    @classmethod
-    def validate_inputs(cls, strength: object = 0.5) -> bool | str:
-        return strength is None or check_strengths({"strength": strength})
 
     @classmethod
     def execute(

@@ -19,7 +19,7 @@ from ..slider_core.token_interpolation import apply_token_interpolation
 from ..slider_core.velocity_blending import blend_velocity
 from .layer_choice import part_inputs
 from .prompts import STRENGTHS, SubInstructionStrengths
-from .types import CATEGORY, channel_input, check_strengths, instruction_inputs, strength_input
+from .types import CATEGORY, OneStrength, channel_input, instruction_inputs, strength_input
 
 METHODS = {
     "text modulation": apply_text_modulation,
@@ -63,7 +63,7 @@ class ApplyTrainingFree(io.ComfyNode):
         return io.NodeOutput(METHODS[method](model, **channel))
 
 
-class VelocityBlending(io.ComfyNode):
+class VelocityBlending(OneStrength, io.ComfyNode):
     """One strength for the whole edit, between the source and what the model makes of it."""
 
     @classmethod
@@ -95,10 +95,6 @@ class VelocityBlending(io.ComfyNode):
             ],
             outputs=[io.Model.Output()],
         )
-
-    @classmethod
-    def validate_inputs(cls, strength: object = 1.0) -> bool | str:
-        return strength is None or check_strengths({"strength": strength})
 
     @classmethod
     def execute(

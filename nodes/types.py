@@ -87,6 +87,14 @@ def check_strengths(values: Mapping[str, object]) -> bool | str:
     return True
 
 
+class OneStrength:
+    """A node whose input `strength` comes from strength_input."""
+
+    @classmethod
+    def validate_inputs(cls, strength: object = None) -> bool | str:
+        return strength is None or check_strengths({"strength": strength})
+
+
 def channel_input() -> io.String.Input:
     return io.String.Input(
         "channel",
