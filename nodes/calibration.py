@@ -6,7 +6,7 @@ import torch
 from comfy.clip_vision import ClipVisionModel
 from comfy_api.latest import io
 
-from ..slider_core.calibration import calibrate, calibrated
+from ..slider_core.calibration import calibrate, calibrated, parse_calibration
 from ..slider_core.picture_distance import sweep_distances
 from ..slider_core.plots import check_plots, curves_plot
 from ..slider_core.slider_measures import check_sweep, source_of
@@ -66,6 +66,7 @@ class CalibratedStrength(io.ComfyNode):
             description="Turns even positions into a method's strengths by a curve from Calibrate Slider. The curve "
             "stays in the workflow and serves other seeds too.",
             search_aliases=["slider calibration", "strength curve"],
+            has_intermediate_output=True,  # so a page that was opened anew gets the curve from ComfyUI's memory
             inputs=[
                 strength_input(
                     "position",
@@ -90,4 +91,5 @@ class CalibratedStrength(io.ComfyNode):
     @classmethod
     def execute(cls, position: object, curve: str, on: bool) -> io.NodeOutput:
         strengths = calibrated(read_strength(position, "position"), curve, on)
-        return io.NodeOutput(strengths, strengths[0])
+        used = parse_calibration(curve) if on else None
+        return io.NodeOutput(strengths, strengths[0], ui={"curve": [curve], "points": [used.drawn() if used else []]})

@@ -28,6 +28,7 @@ BACK = 0.9
 """Above strength 1 the edit goes back where the distance to the source falls below this share of that at 1."""
 
 _DIGITS = 4
+_DRAWN = 65
 _LEAST_MOVE = 0.005
 _NOT_FURTHER = "no pictures were made further on"
 _EXAMPLE = '{"positions": [0, 0.5, 1], "strengths": [0.2, 0.7, 1]}'
@@ -50,6 +51,12 @@ class Calibration:
         begin, full = curve([0.0, 1.0])
         found = curve(inside) + (asked - inside) * (full - begin)
         return read_strength(found.round(6).tolist(), "The calibrated strength")
+
+    def drawn(self) -> list[tuple[float, float]]:
+        """Positions and strengths to draw the curve by, its own points among them."""
+        even = np.linspace(self.positions[0], self.positions[-1], _DRAWN).tolist()
+        places = sorted({*self.positions, *even})
+        return list(zip(places, self.strength(places)))
 
     def as_text(self) -> str:
         """Short JSON, which parse_calibration reads back to the same curve."""

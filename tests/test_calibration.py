@@ -127,6 +127,14 @@ def test_beyond_the_curve_it_goes_on_in_a_line():
     assert curve.strength([1.5, 2, -1]) == pytest.approx((1.4, 1.8, -0.6))
 
 
+def test_the_drawn_line_passes_through_the_points():
+    curve = Calibration((-0.3, 0.0, 0.77, 1.0), (-0.2, 0.1, 0.2, 1.0))
+    line = curve.drawn()
+    assert {*zip(curve.positions, curve.strengths)} <= {*line}
+    assert all(a < c and b < d for (a, b), (c, d) in pairwise(line))
+    assert max(c - a for (a, _), (c, _) in pairwise(line)) < 0.03
+
+
 # --- text
 
 
@@ -145,25 +153,25 @@ def test_no_curve_or_off():
     assert calibrated((0.0, 0.5, 2.0), curve) == (0.5, 0.75, 1.5)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("0.5, 1", "no JSON"),
-        ("[" * 100_000, "no JSON"),
-        ("[1, 2]", "must have 'positions' and 'strengths'"),
-        ('{"positions": [0, 1]}', "must have 'positions' and 'strengths'"),
-        ('{"positions": [0, 1], "strengths": 3}', "expected a list of two numbers or more"),
-        ('{"positions": [0], "strengths": [0]}', "expected a list of two numbers or more"),
-        ('{"positions": [0, 1], "strengths": [0, "1"]}', "strengths is '1'; expected a number"),
-        ('{"positions": [0, 1], "strengths": [0, NaN]}', "strengths is nan; expected a number"),
-        ('{"positions": [0, 1], "strengths": [0, true]}', "strengths is True; expected a number"),
-        ('{"positions": [0, 1], "strengths": [1, 0]}', "expected each to be above the one before"),
-        ('{"positions": [0, 0, 1], "strengths": [0, 0.5, 1]}', "expected each to be above the one before"),
-        ('{"positions": [0, 1], "strengths": [0, 0.5, 1]}', "2 positions and 3 strengths"),
-        ('{"positions": [0.2, 1], "strengths": [0, 1]}', "go from 0.2 to 1; expected 0"),
-        ('{"positions": [0, 0.9], "strengths": [0, 1]}', "go from 0 to 0.9; expected 0"),
-    ],
-)
+BAD = [
+    ("0.5, 1", "no JSON"),
+    ("[" * 100_000, "no JSON"),
+    ("[1, 2]", "must have 'positions' and 'strengths'"),
+    ('{"positions": [0, 1]}', "must have 'positions' and 'strengths'"),
+    ('{"positions": [0, 1], "strengths": 3}', "expected a list of two numbers or more"),
+    ('{"positions": [0], "strengths": [0]}', "expected a list of two numbers or more"),
+    ('{"positions": [0, 1], "strengths": [0, "1"]}', "strengths is '1'; expected a number"),
+    ('{"positions": [0, 1], "strengths": [0, NaN]}', "strengths is nan; expected a number"),
+    ('{"positions": [0, 1], "strengths": [0, true]}', "strengths is True; expected a number"),
+    ('{"positions": [0, 1], "strengths": [1, 0]}', "expected each to be above the one before"),
+    ('{"positions": [0, 0, 1], "strengths": [0, 0.5, 1]}', "expected each to be above the one before"),
+    ('{"positions": [0, 1], "strengths": [0, 0.5, 1]}', "2 positions and 3 strengths"),
+    ('{"positions": [0.2, 1], "strengths": [0, 1]}', "go from 0.2 to 1; expected 0"),
+    ('{"positions": [0, 0.9], "strengths": [0, 1]}', "go from 0 to 0.9; expected 0"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD)
 def test_bad_text(text, message):
     with pytest.raises(SliderError, match=message):
         parse_calibration(text)
@@ -240,6 +248,28 @@ def test_calibrate_and_use(server):
 
 
 CURVE = '{"positions": [0, 1], "strengths": [0.4, 1]}'
+
+
+def test_what_the_page_draws(server):
+    g = Graph()
+    cases = {"on": (CURVE, True), "off": (CURVE, False), "empty": ("", True)}
+    nodes = {
+        name: g.add("EditSlidersCalibratedStrength", position=0.5, curve=curve, on=on)
+        for name, (curve, on) in cases.items()
+    }
+    for node in nodes.values():
+        g.add("PreviewAny", source=node)
+    assert server.run(g).ok
+    given = server.run(g).outputs  # from ComfyUI's memory
+    assert {name: given[node]["curve"] for name, (node, _) in nodes.items()} == {
+        name: [curve] for name, (curve, _) in cases.items()
+    }
+    assert given[nodes["off"][0]]["points"] == given[nodes["empty"][0]]["points"] == [[]]
+    [points] = given[nodes["on"][0]]["points"]
+    positions, strengths = zip(*points)
+    assert len(points) > 50
+    assert (positions[0], positions[-1]) == (0, 1)
+    assert strengths == pytest.approx([0.4 + 0.6 * position for position in positions])
 
 
 @pytest.mark.parametrize("output", [0, 1])

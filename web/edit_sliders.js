@@ -2,6 +2,7 @@
 
 import { api } from '../../scripts/api.js'
 import { app } from '../../scripts/app.js'
+import { settleCurve, showCurve } from './calibration/node.mjs'
 import { SETTINGS } from './settings.mjs'
 import { showText } from './shown_text.mjs'
 import { addSliders, forgetFilms, NODE, settle, slidersOf } from './slider_prompt/node.mjs'
@@ -38,6 +39,7 @@ app.registerExtension({
 
   nodeCreated(node) {
     showText(node)
+    showCurve(node)
     if (node.comfyClass === NODE) addSliders(node)
   },
 
@@ -46,7 +48,10 @@ app.registerExtension({
 
 /** Another graph is shown, or another state of it. */
 function settleAll() {
-  for (const node of app.canvas.graph?.nodes ?? []) settle(node)
+  for (const node of app.canvas.graph?.nodes ?? []) {
+    settle(node)
+    settleCurve(node)
+  }
 }
 
 /**

@@ -515,6 +515,6 @@ function bounded(value, usual) {
 }
 
 /** On the canvas the wheel over a node zooms; Nodes 2.0 sees to that itself. @param {WheelEvent} event */
-function forward(event) {
+export function forward(event) {
   if (!app.extensionManager.setting.get('Comfy.VueNodes.Enabled')) app.canvas.processMouseWheel(event)
 }
