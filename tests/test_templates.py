@@ -15,6 +15,7 @@ from support.comfy_server import ComfyServer
 
 WORKFLOWS = REPO / "workflows"
 PICTURES = {  # how many each template makes
+    "calibrated_slider": 1,
     "consistent_style": 4,
     "incremental_editing": 4,
     "layer_analysis": 1,
@@ -31,6 +32,7 @@ PICTURES = {  # how many each template makes
 }
 NAMES = tuple(PICTURES)
 FILES = {
+    "calibrated_slider": 5,
     "single_slider": 5,
     "slider_prompt": 5,
     "strength_projector": 6,

@@ -24,6 +24,7 @@ MARGIN = 24
 THUMBNAIL = 512
 OVERVIEW_WIDTH = 1800
 SUBJECTS = {  # the nodes that a thumbnail is about
+    "calibrated_slider": ("EditSlidersCalibrate", "EditSlidersCalibratedStrength"),
     "consistent_style": ("EditSlidersStackPrompts",),
     "incremental_editing": ("EditSlidersInjectVitalLayers", "EditSlidersStackPrompts"),
     "layer_analysis": ("EditSlidersFindVitalLayers",),
