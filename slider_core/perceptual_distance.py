@@ -23,9 +23,9 @@ _BYTES_PER_PIXEL = 512
 
 @torch.inference_mode()
 def lpips_distances(images: torch.Tensor, source: int = 0) -> PictureDistances:
-    """LPIPS 0.1 with AlexNet, by which Kontinuous Kontext measures sweeps, of images (n, h, w, 3), 0 to 1.
+    """LPIPS 0.1 with AlexNet, by which Kontinuous Kontext chose its training pictures, of images (n, h, w, 3), 0 to 1.
 
-    It is the mean square of a difference of features, so that small steps' distances grow with their square.
+    It is a weighted mean square of the difference of features, so small steps' distances grow with their square.
     source and errors: as pixel_distances; also SliderError where the package lpips or AlexNet's weights are not on this
     computer, and for pictures with a side below 31 pixels.
     """
