@@ -9,10 +9,11 @@ from comfy_api.latest import io
 
 from ..slider_core.clip_direction import clip_measures
 from ..slider_core.errors import SliderError
-from ..slider_core.picture_distance import share_outside, sweep_distances
+from ..slider_core.picture_distance import share_outside
 from ..slider_core.plots import check_plots, curves_plot
 from ..slider_core.slider_measures import check_sweep, measure, source_of
 from ..slider_core.strength import Strength
+from .distances import SEEN, distance_input, sweep_distances
 from .types import CATEGORY, Strengths
 
 
@@ -53,6 +54,7 @@ class MeasureSweep(io.ComfyNode):
                     optional=True,
                     tooltip="Describes the full edit: 'a photo of an old woman'. Not an instruction.",
                 ),
+                distance_input(),
             ],
             outputs=[
                 io.String.Output("report", tooltip="To read."),
@@ -71,6 +73,7 @@ class MeasureSweep(io.ComfyNode):
         clip: CLIP | None = None,
         source_words: str = "",
         edit_words: str = "",
+        distance: str = SEEN,
     ) -> io.NodeOutput:
         check_plots()
         check_sweep(strengths, len(images))
@@ -84,6 +87,6 @@ class MeasureSweep(io.ComfyNode):
             clip_measures(images, clip_vision, clip, source_words, edit_words, source) if clip and clip_vision else None
         )
         outside = None if mask is None else share_outside(images, mask, source)
-        measures = measure(strengths, sweep_distances(images, clip_vision, source), words, outside)
+        measures = measure(strengths, sweep_distances(images, clip_vision, distance, source), words, outside)
         plot = curves_plot(strengths, measures.curves(), "strength", measures.distances.compared_by)
         return io.NodeOutput(measures.report(), measures.as_json(), plot)

@@ -21,7 +21,7 @@ class PictureDistances:
 
     compared_by: in words. adjacent: d(I_k, I_k+1), n of them. skipping: d(I_k, I_k+2), one less.
     from_source: d(source, I_k), one per picture; 0 at the source itself.
-    squared: whether small steps' distances grow with their square, as 1 - cosine does.
+    squared: whether small steps' distances grow with their square, as those of 1 - cosine do.
     """
 
     compared_by: str
@@ -31,7 +31,7 @@ class PictureDistances:
     squared: bool = False
 
     def lengths(self) -> tuple[float, ...]:
-        """The adjacent ones so that they add up along a path: of 1 - cosine the chord, sqrt(2 d)."""
+        """The adjacent ones so that they add up along a path: sqrt(2 d) of squared ones, of 1 - cosine the chord."""
         return tuple(math.sqrt(2 * step) for step in self.adjacent) if self.squared else self.adjacent
 
 
@@ -45,12 +45,7 @@ def pixel_distances(images: torch.Tensor, source: int = 0) -> PictureDistances:
     def apart(one: int, other: int) -> float:
         return float((images[one].double() - images[other].double()).square().mean().sqrt())
 
-    return _distances(len(images), source, "pixels, root mean square", apart)
-
-
-def sweep_distances(images: torch.Tensor, vision: ClipVisionModel | None, source: int = 0) -> PictureDistances:
-    """By what a vision model sees, or by pixels without one."""
-    return pixel_distances(images, source) if vision is None else feature_distances(images, vision, source)
+    return pair_distances(len(images), source, "pixels, root mean square", apart)
 
 
 def feature_distances(images: torch.Tensor, vision: ClipVisionModel, source: int = 0) -> PictureDistances:
@@ -69,7 +64,7 @@ def distances_of_features(features: torch.Tensor, name: str, source: int = 0) ->
     def apart(one: int, other: int) -> float:
         return float((directions[one] - directions[other]).square().sum()) / 2
 
-    return _distances(len(features), source, f"{name}, 1 - cosine", apart, squared=True)
+    return pair_distances(len(features), source, f"{name}, 1 - cosine", apart, squared=True)
 
 
 @torch.inference_mode()
@@ -120,9 +115,10 @@ def check_pictures(images: torch.Tensor) -> None:
         raise SliderError("The pictures have numbers that are not finite (black pictures?); render them again.")
 
 
-def _distances(
+def pair_distances(
     count: int, source: int, compared_by: str, apart: Callable[[int, int], float], squared: bool = False
 ) -> PictureDistances:
+    """Those of `count` pictures, two at a time. Raises SliderError where they are not finite."""
     found = PictureDistances(
         compared_by,
         tuple(apart(k, k + 1) for k in range(count - 1)),
@@ -131,5 +127,5 @@ def _distances(
         squared,
     )
     if not all(map(math.isfinite, found.adjacent)):
-        raise SliderError(f"{compared_by}: the distances are not finite; try another vision model.")
+        raise SliderError(f"{compared_by}: the distances are not finite; compare by another model.")
     return found

@@ -86,9 +86,13 @@ def server(frontend: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     args = ["--preview-method", "latent2rgb"]
     if frontend == "newer":
         args += ["--front-end-root", os.environ["EDITSLIDERS_NEWER_FRONTEND"]]
-    with ComfyServer(COMFYUI, base, packs, args) as running:
-        running.put_input("photo.png", Image.open(REPO / "demo" / "photo.jpg").resize((64, 64)))
-        yield running
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(
+            "TORCH_HOME", str(base / "torch")
+        )  # not what else this computer has of torchvision's weights
+        with ComfyServer(COMFYUI, base, packs, args) as running:
+            running.put_input("photo.png", Image.open(REPO / "demo" / "photo.jpg").resize((64, 64)))
+            yield running
 
 
 @pytest.fixture(scope="session")

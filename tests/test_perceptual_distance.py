@@ -1,0 +1,224 @@
+"""LPIPS against the package itself, with random weights in AlexNet's place, and what is said where it cannot be had."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import lpips
+import pytest
+import torch
+from comfy.model_management import InterruptProcessingException, interrupt_current_processing
+from support.graphs import Graph
+from test_slider_measures import pictures, strengths
+from torchvision.models import alexnet
+
+from slider_core.errors import SliderError
+from slider_core.perceptual_distance import lpips_distances
+
+FILE = "alexnet-owt-7be5be79.pth"
+
+
+def put_weights(home: Path, weights: object) -> Path:
+    """Where torchvision looks for AlexNet's, in TORCH_HOME."""
+    file = home / "hub" / "checkpoints" / FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(weights, file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def random_weights() -> dict[str, torch.Tensor]:
+    """A whole AlexNet's; the classifier, which LPIPS does not use, is one zero and takes no room in a file."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        found = alexnet().state_dict()
+    return OrderedDict(
+        (name, torch.zeros(1).expand(value.shape) if "classifier" in name else value) for name, value in found.items()
+    )
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def reached(monkeypatch) -> list[object]:
+    """Where anything tried to connect to; nothing gets there."""
+    asked: list[object] = []
+
+    def refuse(*where: object, **_: object) -> None:
+        asked.append(where)
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    return asked
+
+
+def sweep(count: int, height: int = 48, width: int = 64) -> torch.Tensor:
+    return torch.rand(count, height, width, 3, generator=torch.Generator().manual_seed(1))
+
+
+# --- distances
+
+
+def test_lpips_is_the_package_s_own(home, random_weights, reached):
+    """The package reads the same file by itself and gets pictures from -1 to 1."""
+    put_weights(home, random_weights)
+    network = lpips.LPIPS(net="alex", verbose=False)
+    images = sweep(4)
+    scaled = images.movedim(-1, 1) * 2 - 1
+
+    def own(one: int, other: int) -> float:
+        with torch.inference_mode():
+            return network(scaled[one : one + 1], scaled[other : other + 1]).item()
+
+    found = lpips_distances(images, source=2)
+    assert found.adjacent == pytest.approx([own(k, k + 1) for k in range(3)], rel=1e-4)
+    assert found.skipping == pytest.approx([own(k, k + 2) for k in range(2)], rel=1e-4)
+    assert found.from_source == pytest.approx([own(2, k) for k in range(4)], rel=1e-4)
+    assert len({round(distance, 6) for distance in (*found.adjacent, *found.skipping)}) == 5
+    assert found.compared_by == "LPIPS (AlexNet)"
+    assert reached == []
+
+
+def test_equal_pictures_have_no_distance(home, random_weights):
+    put_weights(home, random_weights)
+    images = sweep(3)
+    images[2] = images[1]
+    found = lpips_distances(images, source=1)
+    assert found.adjacent[1] == 0
+    assert found.from_source[1:] == (0, 0)
+    assert found.adjacent[0] > 0
+
+
+def test_a_fourth_channel_is_left_out(home, random_weights):
+    put_weights(home, random_weights)
+    images = sweep(2)
+    transparent = torch.cat([images, torch.rand(2, 48, 64, 1)], -1)
+    assert lpips_distances(transparent) == lpips_distances(images)
+
+
+def test_lengths_add_up_along_a_path(home, random_weights):
+    """LPIPS itself does not: two small steps are half of the one."""
+    put_weights(home, random_weights)
+    start, end = sweep(2)
+    images = torch.stack([start + share * 0.02 * (end - start) for share in (0, 0.5, 1)])
+    found = lpips_distances(images)
+    whole = lpips_distances(images[::2])
+    assert sum(found.lengths()) == pytest.approx(sum(whole.lengths()), rel=0.05)
+    assert sum(found.adjacent) == pytest.approx(sum(whole.adjacent) / 2, rel=0.05)
+
+
+def test_an_interrupted_run_stops(home, random_weights):
+    put_weights(home, random_weights)
+    interrupt_current_processing()
+    with pytest.raises(InterruptProcessingException):
+        lpips_distances(sweep(2))
+
+
+# --- what is missing or wrong
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(SliderError, match="pip install lpips"):
+        lpips_distances(sweep(2))
+
+
+def test_missing_weights_are_named_and_not_downloaded(home, reached):
+    with pytest.raises(SliderError, match="Nothing is downloaded") as error:
+        lpips_distances(sweep(2))
+    assert str(home / "hub" / "checkpoints" / FILE) in str(error.value)
+    assert reached == []
+    assert list(home.iterdir()) == []
+
+
+def test_a_file_that_runs_code_is_refused(home):
+    class Runs:
+        def __reduce__(self):
+            return os.mkdir, (str(home / "it ran"),)
+
+    put_weights(home, {"features.0.weight": Runs()})
+    with pytest.raises(SliderError, match=f"{FILE} cannot be read as torchvision's AlexNet"):
+        lpips_distances(sweep(2))
+    assert not (home / "it ran").exists()
+
+
+@pytest.mark.parametrize("what", ["missing", "of another shape"])
+def test_weights_of_something_else(home, random_weights, what):
+    weights = dict(random_weights)
+    if what == "missing":
+        del weights["features.3.bias"]
+    else:
+        weights["features.3.bias"] = torch.zeros(7)
+    file = put_weights(home, weights)
+    with pytest.raises(SliderError, match="is not torchvision's AlexNet") as error:
+        lpips_distances(sweep(2))
+    assert str(file) in str(error.value)
+
+
+def test_numbers_that_are_not_finite(home, random_weights):
+    images = sweep(3)
+    images[1, 0, 0, 0] = math.nan
+    with pytest.raises(SliderError, match="The pictures have numbers that are not finite"):
+        lpips_distances(images)
+    put_weights(home, {**random_weights, "features.0.bias": torch.full((64,), math.nan)})
+    with pytest.raises(SliderError, match=r"LPIPS \(AlexNet\): the distances are not finite"):
+        lpips_distances(sweep(2))
+
+
+def test_small_pictures(home, random_weights):
+    put_weights(home, random_weights)
+    with pytest.raises(SliderError, match="The pictures are 64 x 30; LPIPS needs 31 pixels or more"):
+        lpips_distances(sweep(2, 30, 64))
+    assert lpips_distances(sweep(2, 31, 31)).adjacent[0] > 0
+
+
+# --- the nodes
+
+
+def test_nodes_compare_by_lpips(server, random_weights):
+    """First without weights, which are named; then with them."""
+    colours = (0x203040, 0x705030, 0xE0D0F0)
+    images = torch.tensor([[colour >> shift & 255 for shift in (16, 8, 0)] for colour in colours]) / 255
+    images = images[:, None, None].expand(-1, 32, 32, -1)
+    home = server.base / "torch"
+
+    def run(node: str):
+        g = Graph()
+        made, _ = g.add(node, images=pictures(g, *colours), strengths=strengths(g, "0 .5 1"), distance="LPIPS")
+        texts = [g.add("PreviewAny", source=[made, output])[0] for output in (0, 1 if "Measure" in node else 2)]
+        result = server.run(g)
+        return result, texts
+
+    nodes = ("EditSlidersMeasureSweep", "EditSlidersCalibrate")
+    for node in nodes:
+        result, _ = run(node)
+        assert not result.ok
+        assert str(home / "hub" / "checkpoints" / FILE) in result.error["exception_message"]
+    put_weights(home, random_weights)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TORCH_HOME", str(home))
+        own = lpips_distances(images)
+
+    (measured, texts), (calibrated, others) = map(run, nodes)
+    assert measured.ok, measured.error
+    assert "compared by LPIPS (AlexNet)" in measured.text(texts[0])
+    distances = json.loads(measured.text(texts[1]))["distances"]
+    assert distances["adjacent"] == pytest.approx(own.adjacent, rel=1e-4)
+    assert distances["squared"] is True
+    assert calibrated.ok, calibrated.error
+    first, second = own.lengths()
+    assert json.loads(calibrated.text(others[0]))["positions"] == pytest.approx(
+        [0, first / (first + second), 1], abs=2e-3
+    )
+    assert "compared by LPIPS (AlexNet)" in calibrated.text(others[1])
