@@ -10,7 +10,7 @@ declare module '*/scripts/api.js' {
 
 type ComfyExtension = import('@comfyorg/comfyui-frontend-types').ComfyExtension
 type LGraphNode = Parameters<NonNullable<ComfyExtension['nodeCreated']>>[0] & {
-  onExecuted?(output: { text?: string[]; source?: string }): void
+  onExecuted?(output: { text?: string[] }): void
 }
 type NodeWithElements = LGraphNode & {
   addDOMWidget(name: string, type: string, element: HTMLElement, options: object): Widget

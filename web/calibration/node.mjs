@@ -13,7 +13,6 @@ import { draw } from './drawing.mjs'
  * @typedef {object} Ran what a run gave, as the page keeps it
  * @property {string[]} curve the text that was used
  * @property {Point[][]} points close ones along it, none if it was off
- * @property {string} source where the text came from
  */
 
 const NODE = 'EditSlidersCalibratedStrength'
@@ -47,6 +46,9 @@ const STYLE = `
 
 /** @type {WeakMap<LGraphNode, CurveView>} */
 const views = new WeakMap()
+
+/** @type {Set<string>} place of a node, where its curve came from, the text that came: undo and tabs make new nodes */
+const arrived = new Set()
 
 /** @param {LGraphNode} node */
 export function showCurve(node) {
@@ -109,7 +111,7 @@ class CurveView {
     }
     node.onExecuted = (output) => {
       onExecuted?.call(node, output)
-      if (output) output.source = this.source('curve')
+      if (this.ran) arrived.add(this.arrival)
       this.refresh()
     }
   }
@@ -133,19 +135,27 @@ class CurveView {
     return link ? `${link.origin_id}:${link.origin_slot}` : ''
   }
 
+  /** Where the page keeps what a run gave. */
+  get place() {
+    const { graph, id } = this.node
+    return graph && !graph.isRootGraph ? `${graph.id}:${id}` : `${id}`
+  }
+
   /** @returns {Ran | undefined} what the last run gave */
   get ran() {
-    const { graph, id } = this.node
-    const place = graph && !graph.isRootGraph ? `${graph.id}:${id}` : `${id}`
-    const outputs = /** @type {Record<string, any>} */ (app.nodeOutputs)
-    return outputs[place]?.curve ? outputs[place] : undefined
+    const output = /** @type {Record<string, any>} */ (app.nodeOutputs)[this.place]
+    return output?.curve ? output : undefined
+  }
+
+  /** The last run's text as one that came from where the curve comes from now. */
+  get arrival() {
+    return JSON.stringify([this.place, this.source('curve'), this.ran?.curve.at(-1)])
   }
 
   /** @returns {string | undefined} the text that a run uses; undefined while only a run can tell */
   get text() {
-    const source = this.source('curve')
-    if (!source) return String(this.widget('curve').value ?? '')
-    return this.ran?.source === source ? this.ran.curve.at(-1) : undefined
+    if (!this.source('curve')) return String(this.widget('curve').value ?? '')
+    return arrived.has(this.arrival) ? this.ran?.curve.at(-1) : undefined
   }
 
   /** @returns {number | undefined} */
