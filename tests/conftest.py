@@ -87,9 +87,8 @@ def server(frontend: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     if frontend == "newer":
         args += ["--front-end-root", os.environ["EDITSLIDERS_NEWER_FRONTEND"]]
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv(
-            "TORCH_HOME", str(base / "torch")
-        )  # not what else this computer has of torchvision's weights
+        # where torchvision's weights are: not what else this computer has of them
+        environment.setenv("TORCH_HOME", str(base / "torch"))
         with ComfyServer(COMFYUI, base, packs, args) as running:
             running.put_input("photo.png", Image.open(REPO / "demo" / "photo.jpg").resize((64, 64)))
             yield running
