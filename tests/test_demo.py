@@ -11,6 +11,7 @@ from conftest import COMFYUI, REPO
 from PIL import Image
 from support.browser import ComfyPage, write_settings
 
+from slider_core.contact_sheet import GAP
 from training.miniature.examining import held_out_tasks
 from training.miniature.measuring import edit_reached, measured
 from training.miniature.world import picture_of
@@ -20,7 +21,7 @@ sys.path.append(str(REPO / "demo"))
 from graph import edit_graph
 from models import MINIATURE, users_models
 from page import write_page
-from show import MANY, SCENE, of_miniature, server_with_miniature
+from show import MANY, SCENE, SIDE, STRENGTHS, of_miniature, server_with_miniature
 from workflow import NAME, workflow
 
 FILES = {
@@ -77,6 +78,18 @@ def test_its_pictures_and_its_page(tmp_path):
         Image.open(one.file).load()
     [moving] = [one.file for one in shown if one.file.suffix == ".webp"]
     assert Image.open(moving).n_frames > len(MANY) / 2  # equal neighbours are one frame
+    with Image.open(tmp_path / "one-slider.png") as strip:
+        changes = [changed(strip, k) for k in range(len(STRENGTHS))]
+    assert STRENGTHS == tuple(sorted(STRENGTHS))
+    assert min(np.diff(changes)) > -0.002
+    assert changes[0] < changes[-1] / 2
+
+
+def changed(strip: Image.Image, k: int) -> float:
+    """How far the k-th picture of a strip is from the scene, mean over the pixels."""
+    panel = strip.convert("RGB").crop((k * (SIDE + GAP), 0, k * (SIDE + GAP) + SIDE, SIDE))
+    scene = Image.open(SCENE).convert("RGB").resize(panel.size, Image.Resampling.BICUBIC)
+    return float(np.abs(np.asarray(panel, float) - np.asarray(scene, float)).mean() / 255)
 
 
 def test_the_workflow_of_the_browser_edits_too(tmp_path, chromium):
