@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from playwright.sync_api import Locator, expect
 from support.browser import ComfyPage
@@ -63,8 +65,8 @@ def place(part: Locator) -> tuple[float, float]:
     return float(part.get_attribute("cx")), float(part.get_attribute("cy"))
 
 
-def tracker(view: ComfyPage, call: str) -> None:
-    view.page.evaluate(f"app.extensionManager.workflow.activeWorkflow.changeTracker.{call}()")
+def tracker(view: ComfyPage, what: str) -> Any:
+    return view.page.evaluate(f"app.extensionManager.workflow.activeWorkflow.changeTracker.{what}")
 
 
 def inputs(view: ComfyPage) -> dict:
@@ -109,14 +111,24 @@ def test_the_curve_of_the_text(view):
     assert view.saved_values(NODE) == [1.5, CURVE, True]
     assert inputs(view) == {"position": 1.5, "curve": CURVE, "on": True}
 
-    tracker(view, "captureCanvasState")
+    tracker(view, "captureCanvasState()")
     view.set_widget(NODE, "curve", THREE)
-    tracker(view, "captureCanvasState")
-    tracker(view, "undo")
+    tracker(view, "captureCanvasState()")
+    tracker(view, "undo()")
     show(view)
     says(view, "Curve: 0 is strength 0.4, 1 is strength 1. Now 1.5 is strength 1.3.")
     view.set_widget(NODE, "position", 0.5)
     says(view, "Curve: 0 is strength 0.4, 1 is strength 1. Now 0.5 is strength 0.7.")
+    view.set_widget(NODE, "on", False)
+    view.page.evaluate(
+        """type => {
+            const copy = app.graph.findNodesByType(type)[0].clone()
+            copy.pos = [-4600, 0]
+            app.graph.add(copy)
+        }""",
+        NODE,
+    )
+    expect(view.page.get_by_role("img", name=NO_CURVE, exact=True)).to_have_count(2)
     assert view.errors == []
 
 
@@ -124,7 +136,7 @@ def test_the_curve_of_the_text(view):
 def test_a_linked_curve_is_drawn_after_a_run_and_kept(view):
     g = Graph()
     images, listed = pictures(g, *grays(0, 0, 10, 110, 210)), strengths(g, "0 .25 .5 .75 1")
-    opened(view, graph(g, g.add("EditSlidersCalibrate", images=images, strengths=listed), 0.7))
+    opened(view, graph(g, g.add("EditSlidersCalibrate", images=images, strengths=listed), 0.3))
     assert "comes from another node" in view.page.locator(".es-plot").inner_text()
     expect(keep(view)).to_be_hidden()
 
@@ -134,18 +146,32 @@ def test_a_linked_curve_is_drawn_after_a_run_and_kept(view):
     assert "es-" not in saved
     picture = view.page.locator(".es-plot svg").get_attribute("aria-label")
     linked = inputs(view)["curve"]
+    tracker(view, "captureCanvasState()")
+    steps = tracker(view, "undoQueue.length")
     keep(view).click()
     expect(keep(view)).to_be_hidden()
     kept = inputs(view)["curve"]
     curve = parse_calibration(kept)
     assert curve.strengths == (0.25, 0.5, 0.75, 1)
-    [strength] = curve.strength([0.7])
-    assert picture.endswith(f"Now 0.7 is strength {round(strength, 3):g}.")  # not on a straight line between the points
+    [strength] = curve.strength([0.3])
+    assert picture.endswith(f"Now 0.3 is strength {round(strength, 3):g}.")  # not on a straight line between the points
     says(view, picture)
 
-    tracker(view, "undo")
+    assert tracker(view, "undoQueue.length") == steps + 1
+    tracker(view, "undo()")
     show(view)
     says(view, picture)
     assert inputs(view)["curve"] == linked
     expect(keep(view)).to_be_visible()
+    view.page.wait_for_timeout(1500)  # until nothing is drawn anew because of the undo
+    view.page.evaluate(
+        """type => {
+            const [node] = app.graph.findNodesByType(type)
+            const slot = node.inputs.findIndex(input => input.name === 'curve')
+            app.graph.findNodesByType('EditSlidersCalibrate')[0].connect(2, node, slot)
+        }""",
+        NODE,
+    )
+    assert "comes from another node" in view.page.locator(".es-plot").inner_text()
+    expect(keep(view)).to_be_hidden()
     assert view.errors == []
