@@ -10,7 +10,7 @@ from ..slider_core.calibration import calibrate, calibrated, parse_calibration
 from ..slider_core.plots import check_plots, curves_plot
 from ..slider_core.slider_measures import check_sweep, source_of
 from ..slider_core.strength import Strength, read_strength
-from .distances import SEEN, distance_input, sweep_distances
+from .distances import SEEN, distance_inputs, sweep_distances
 from .types import CATEGORY, Strengths, check_strengths, strength_input
 
 
@@ -34,7 +34,7 @@ class Calibrate(io.ComfyNode):
                     optional=True,
                     tooltip="Compares the pictures: DINOv2, CLIP or SigLIP. Without it pixels are compared.",
                 ),
-                distance_input(),
+                *distance_inputs(),
             ],
             outputs=[
                 io.String.Output("curve", tooltip="For Calibrated Strength: linked, or pasted once and kept."),
@@ -50,10 +50,11 @@ class Calibrate(io.ComfyNode):
         strengths: Strength,
         clip_vision: ClipVisionModel | None = None,
         distance: str = SEEN,
+        latent: dict | None = None,
     ) -> io.NodeOutput:
         check_plots()
         check_sweep(strengths, len(images))
-        distances = sweep_distances(images, clip_vision, distance, source_of(strengths))
+        distances = sweep_distances(images, clip_vision, distance, latent, source_of(strengths))
         found = calibrate(strengths, distances)
         plot = curves_plot(*found.before_and_after(), "strength before, position after", "share of the edit")
         return io.NodeOutput(found.calibration.as_text(), plot, found.report(distances.compared_by))

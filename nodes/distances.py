@@ -6,27 +6,46 @@ import torch
 from comfy.clip_vision import ClipVisionModel
 from comfy_api.latest import io
 
+from ..slider_core.errors import SliderError
 from ..slider_core.perceptual_distance import lpips_distances
-from ..slider_core.picture_distance import PictureDistances, feature_distances, pixel_distances
+from ..slider_core.picture_distance import PictureDistances, feature_distances, latent_distances, pixel_distances
 
-SEEN, LPIPS = "clip_vision or pixels", "LPIPS"
+SEEN, LATENT, LPIPS = "clip_vision or pixels", "latent", "LPIPS"
 
 
-def distance_input() -> io.Combo.Input:
-    return io.Combo.Input(
-        "distance",
-        options=[SEEN, LPIPS],
-        default=SEEN,
-        optional=True,
-        tooltip="clip_vision or pixels: pixels where clip_vision is not linked. LPIPS: as people find pictures "
-        "different; needs the package lpips and AlexNet's weights on this computer.",
+def distance_inputs() -> tuple[io.Combo.Input, io.Latent.Input]:
+    """'distance' and 'latent', for sweep_distances."""
+    return (
+        io.Combo.Input(
+            "distance",
+            options=[SEEN, LATENT, LPIPS],
+            default=SEEN,
+            optional=True,
+            tooltip="clip_vision or pixels: pixels where clip_vision is not linked. latent: what the sampler made. "
+            "LPIPS: as people find pictures different; needs the package lpips and AlexNet's weights on this computer.",
+        ),
+        io.Latent.Input("latent", optional=True, tooltip="The sweep's latents, for the distance of that name."),
     )
 
 
 def sweep_distances(
-    images: torch.Tensor, vision: ClipVisionModel | None, distance: str, source: int
+    images: torch.Tensor, vision: ClipVisionModel | None, distance: str, latent: dict | None, source: int
 ) -> PictureDistances:
-    """By the choice of distance_input."""
+    """By the choice of distance_inputs."""
     if distance == LPIPS:
         return lpips_distances(images, source)
+    if distance == LATENT:
+        return latent_distances(_latents(latent, len(images)), source)
     return pixel_distances(images, source) if vision is None else feature_distances(images, vision, source)
+
+
+def _latents(latent: dict | None, images: int) -> torch.Tensor:
+    if latent is None:
+        raise SliderError(
+            f"The distance is {LATENT!r}, but none is linked; expected the sweep's latents, from its sampler. Link "
+            "them, or choose another distance."
+        )
+    found = len(latent["samples"])
+    if found != images:
+        raise SliderError(f"There are {found} latents and {images} pictures; expected those of the same sweep.")
+    return latent["samples"]

@@ -13,7 +13,7 @@ from ..slider_core.picture_distance import share_outside
 from ..slider_core.plots import check_plots, curves_plot
 from ..slider_core.slider_measures import check_sweep, measure, source_of
 from ..slider_core.strength import Strength
-from .distances import SEEN, distance_input, sweep_distances
+from .distances import SEEN, distance_inputs, sweep_distances
 from .types import CATEGORY, Strengths
 
 
@@ -54,7 +54,7 @@ class MeasureSweep(io.ComfyNode):
                     optional=True,
                     tooltip="Describes the full edit: 'a photo of an old woman'. Not an instruction.",
                 ),
-                distance_input(),
+                *distance_inputs(),
             ],
             outputs=[
                 io.String.Output("report", tooltip="To read."),
@@ -74,6 +74,7 @@ class MeasureSweep(io.ComfyNode):
         source_words: str = "",
         edit_words: str = "",
         distance: str = SEEN,
+        latent: dict | None = None,
     ) -> io.NodeOutput:
         check_plots()
         check_sweep(strengths, len(images))
@@ -87,6 +88,6 @@ class MeasureSweep(io.ComfyNode):
             clip_measures(images, clip_vision, clip, source_words, edit_words, source) if clip and clip_vision else None
         )
         outside = None if mask is None else share_outside(images, mask, source)
-        measures = measure(strengths, sweep_distances(images, clip_vision, distance, source), words, outside)
+        measures = measure(strengths, sweep_distances(images, clip_vision, distance, latent, source), words, outside)
         plot = curves_plot(strengths, measures.curves(), "strength", measures.distances.compared_by)
         return io.NodeOutput(measures.report(), measures.as_json(), plot)

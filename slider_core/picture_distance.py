@@ -41,11 +41,16 @@ def pixel_distances(images: torch.Tensor, source: int = 0) -> PictureDistances:
     source: the picture that from_source starts at. Raises SliderError for fewer than two pictures, or none finite.
     """
     check_pictures(images)
+    return _root_mean_squares(images, source, "pixels, root mean square")
 
-    def apart(one: int, other: int) -> float:
-        return float((images[one].double() - images[other].double()).square().mean().sqrt())
 
-    return pair_distances(len(images), source, "pixels, root mean square", apart)
+def latent_distances(latents: torch.Tensor, source: int = 0) -> PictureDistances:
+    """Root mean squares of the differences between latents (n, channels, height, width), which spread by about 1.
+
+    source and errors: as pixel_distances.
+    """
+    check_pictures(latents)
+    return _root_mean_squares(latents, source, "latents, root mean square")
 
 
 def feature_distances(images: torch.Tensor, vision: ClipVisionModel, source: int = 0) -> PictureDistances:
@@ -80,6 +85,13 @@ def vision_features(images: torch.Tensor, vision: ClipVisionModel, crop: bool = 
         embedding = output["last_hidden_state"] if embedding is None else embedding
         found.append((embedding.mean(1) if embedding.ndim == 3 else embedding).float())
     return torch.cat(found)
+
+
+def _root_mean_squares(values: torch.Tensor, source: int, compared_by: str) -> PictureDistances:
+    def apart(one: int, other: int) -> float:
+        return float((values[one].double() - values[other].double()).square().mean().sqrt())
+
+    return pair_distances(len(values), source, compared_by, apart)
 
 
 def share_outside(images: torch.Tensor, region: torch.Tensor, source: int = 0) -> tuple[float | None, ...]:

@@ -18,6 +18,7 @@ from slider_core.errors import SliderError
 from slider_core.picture_distance import (
     distances_of_features,
     feature_distances,
+    latent_distances,
     pixel_distances,
     share_outside,
     vision_features,
@@ -46,6 +47,16 @@ def test_pixels():
     half = flat(0.0, 0.0)
     half[1, :4] = 0.6
     assert pixel_distances(half).adjacent == pytest.approx((0.6 * math.sqrt(0.5),))
+
+
+def test_latents():
+    latents = torch.zeros(3, 16, 4, 4)
+    latents[1] += 0.5
+    latents[2, :, :2] = 2.0
+    found = latent_distances(latents, source=1)
+    assert found.adjacent == pytest.approx((0.5, math.sqrt((1.5**2 + 0.5**2) / 2)))
+    assert found.from_source == pytest.approx((0.5, 0, math.sqrt((1.5**2 + 0.5**2) / 2)))
+    assert "latents" in found.compared_by
 
 
 def test_features():
@@ -304,6 +315,31 @@ def test_measure_sweep(server):
     assert "first order 0.750" in result.text(texts[0])
     assert json.loads(result.text(texts[1]))["distances"]["from_source"] == pytest.approx([0, 0.2, 0.8], abs=1e-4)
     assert result.images(plot)[0].size == (900, 500)
+
+
+def test_nodes_compare_latents(server):
+    """A latent and half of it: apart by half of its root mean square."""
+
+    def run(node: str, count: int, **more) -> tuple:
+        g = Graph()
+        half = g.add("LatentMultiply", samples=g.photo(), multiplier=0.5)
+        latent = g.add("LatentBatch", samples1=g.photo(), samples2=half)
+        kept = g.save(g.photo())
+        more = {"latent": latent, **more} if count else more
+        images, listed = pictures(g, *grays(*range(count or 2))), strengths(g, " ".join(map(str, range(count or 2))))
+        made, _ = g.add(node, images=images, strengths=listed, distance="latent", **more)
+        text = g.add("PreviewAny", source=[made, 2 if node == "EditSlidersCalibrate" else 1])[0]
+        return server.run(g), text, kept
+
+    result, text, kept = run("EditSlidersMeasureSweep", 2)
+    assert result.ok, result.error
+    photo = result.latent(kept)
+    distances = json.loads(result.text(text))["distances"]
+    assert distances["adjacent"] == pytest.approx([0.5 * float((photo**2).mean()) ** 0.5], rel=1e-3)
+    result, text, _ = run("EditSlidersCalibrate", 2)
+    assert "compared by latents" in result.text(text)
+    assert "2 latents and 3 pictures" in run("EditSlidersMeasureSweep", 3)[0].error["exception_message"]
+    assert "none is linked" in run("EditSlidersCalibrate", 0)[0].error["exception_message"]
 
 
 def test_measure_sweep_with_a_mask(server):
