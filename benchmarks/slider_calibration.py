@@ -32,10 +32,12 @@ from training.miniature.world import Scene
 
 ROOT = Path(__file__).resolve().parents[1]
 EVEN = tuple(k / 8 for k in range(9))
-CALIBRATABLE = (
+CALIBRATED = (
     "STLoRA",
     "GSTLoRA",
     "strength projector",
+    "text modulation",
+    "attention to text",
     "token interpolation",
     "velocity blending",
     "prompt difference",
@@ -48,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=8)
     parser.add_argument("--models", type=Path, default=ROOT / "demo" / "miniature")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(CALIBRATABLE))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(CALIBRATED))
     args, _ = parser.parse_known_args()
     it = Miniature(args.models)
     print("| method | measure | " + " | ".join(COLUMNS) + " |")
