@@ -8,6 +8,7 @@ import pytest
 from playwright.sync_api import Locator, expect
 from support.browser import ComfyPage
 from support.graphs import Graph
+from support.slider_page import bring_into_sight
 from test_calibration import BAD, CURVE
 from test_slider_measures import grays, pictures, strengths
 
@@ -24,22 +25,7 @@ def graph(g: Graph, curve: object, position: float = 1.0) -> Graph:
 
 
 def show(view: ComfyPage) -> None:
-    """Bring the node into sight; the page may move the view itself after a graph is opened."""
-    for _ in range(10):
-        view.page.evaluate(
-            """type => {
-                const [node] = app.graph.findNodesByType(type)
-                node.pos = [-5000, 0] // away from the others
-                app.canvas.ds.scale = 1
-                app.canvas.ds.offset = [5400, 160]
-                app.canvas.setDirty(true, true)
-            }""",
-            NODE,
-        )
-        view.page.wait_for_timeout(400)
-        if view.page.locator(".es-curve").is_visible():
-            return
-    view.page.locator(".es-curve").wait_for()
+    bring_into_sight(view, NODE, view.page.locator(".es-curve"))
 
 
 def opened(view: ComfyPage, g: Graph) -> None:

@@ -41,16 +41,20 @@ def opened(view: ComfyPage, graph: Graph) -> None:
 
 
 def show(view: ComfyPage) -> None:
+    bring_into_sight(view, NODE, rows(view))
+
+
+def bring_into_sight(view: ComfyPage, node_type: str, part: Locator) -> None:
     """Bring the node where the page shows it in full; the page may move the view itself after a graph is opened."""
     for _ in range(10):
-        _bring(view)
+        _bring(view, node_type)
         view.page.wait_for_timeout(400)
-        if rows(view).first.is_visible():
+        if part.first.is_visible():
             return
-    rows(view).first.wait_for()
+    part.first.wait_for()
 
 
-def _bring(view: ComfyPage) -> None:
+def _bring(view: ComfyPage, node_type: str) -> None:
     view.page.evaluate(
         """type => {
             const node = app.canvas.graph.nodes.find(node => node.type === type)
@@ -59,7 +63,7 @@ def _bring(view: ComfyPage) -> None:
             app.canvas.ds.offset = [5400, 160]
             app.canvas.setDirty(true, true)
         }""",
-        NODE,
+        node_type,
     )
 
 
