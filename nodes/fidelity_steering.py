@@ -61,6 +61,7 @@ class FidelitySteering(OneStrength, io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
+                    optional=True,
                     tooltip="Share of the schedule after which the strength is 0. Those steps call the model twice.",
                 ),
             ],
@@ -79,7 +80,7 @@ class FidelitySteering(OneStrength, io.ComfyNode):
         steps: int,
         scheduler: str,
         start: float,
-        end: float,
+        end: float = 1.0,
     ) -> io.NodeOutput:
         check_part(start, end)
         values, samples = read_strength(strength, "strength"), latent["samples"]

@@ -33,11 +33,18 @@ def chosen_layers(model: ModelPatcher, layers: str, listed: str) -> list[int]:
     return parse_layers(listed) if layers == LISTED else layer_set(model, layers)
 
 
-def part_inputs() -> list[io.Input]:
+def part_inputs(optional: bool = False) -> list[io.Input]:
     """'start' and 'end': a part of the schedule."""
     return [
         io.Float.Input(
-            name, default=default, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="Share of the schedule."
+            name,
+            default=default,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            optional=optional,
+            advanced=True,
+            tooltip="Share of the schedule.",
         )
         for name, default in (("start", 0.0), ("end", 1.0))
     ]

@@ -131,7 +131,6 @@ class PromptDifference(io.ComfyNode):
                     default=True,
                     tooltip="Pads the T5 text to 512 tokens, as Encode Sub-Instructions does.",
                 ),
-                *part_inputs(),
                 *(strength_input(name, optional=True) for name in STRENGTHS),
                 io.Mask.Input(
                     "mask",
@@ -139,6 +138,7 @@ class PromptDifference(io.ComfyNode):
                     tooltip="Where the sub-instructions act. Outside, all their strengths are 0. With a mask every one "
                     "of them costs an evaluation.",
                 ),
+                *part_inputs(optional=True),
             ],
             outputs=[
                 io.Conditioning.Output(),
@@ -155,9 +155,9 @@ class PromptDifference(io.ComfyNode):
         text: str,
         mode: str,
         pad_to_512: bool,
-        start: float,
-        end: float,
         mask: torch.Tensor | None = None,
+        start: float = 0.0,
+        end: float = 1.0,
         **strengths: object,
     ) -> io.NodeOutput:
         differences = _encoded(clip, text, mode, TRAINING_LENGTH if pad_to_512 else None)

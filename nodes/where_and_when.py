@@ -21,7 +21,7 @@ class WhereAndWhen(io.ComfyNode):
             display_name="Where and When",
             category=CATEGORY,
             description="Lets the sliders of a conditioning act inside a mask and in a part of the denoising. "
-            "Elsewhere they all have one other strength, 0 being the source. A mask costs one more model evaluation "
+            "Elsewhere they have one other strength, 0 being the source. A mask costs one more model evaluation "
             "per step, a schedule nothing.",
             search_aliases=["mask", "regional", "schedule", "timestep range", "local edit"],
             inputs=[
@@ -39,11 +39,12 @@ class WhereAndWhen(io.ComfyNode):
                     min=-5.0,
                     max=5.0,
                     step=0.01,
-                    tooltip="Strength of all sliders outside the mask and before and after: 0 = the source.",
+                    tooltip="Strength of these sliders outside the mask and before and after: 0 = the source.",
                 ),
                 io.String.Input(
                     "sub_instructions",
                     default="",
+                    optional=True,
                     tooltip="Numbers of the sub-instructions that this is for, such as 1, 3; chain one node for each "
                     "place. Empty: all sliders, a GSTLoRA and a projector too.",
                 ),
@@ -58,8 +59,8 @@ class WhereAndWhen(io.ComfyNode):
         start: float,
         end: float,
         elsewhere: float,
-        sub_instructions: str,
         mask: torch.Tensor | None = None,
+        sub_instructions: str = "",
     ) -> io.NodeOutput:
-        chosen = parse_numbers(sub_instructions, "sub-instruction")
+        chosen = parse_numbers(sub_instructions, "sub-instruction", "1, 3-4")
         return io.NodeOutput(where_and_when(conditioning, mask, start, end, elsewhere, chosen))

@@ -119,7 +119,7 @@ def calibrate(strengths: Sequence[float], distances: PictureDistances) -> Calibr
     start = max(k for k in range(zero, one) if way[k] - way[zero] <= NOTHING * whole)
     usual = median((way[k + 1] - way[k]) / (knots[k + 1] - knots[k]) for k in range(start, one))
     low, below = _reach(range(zero, -1, -1), knots, way, usual, whole)
-    far = _between(strengths, distances.from_source, knots)
+    far = _between(strengths, distances.as_lengths(distances.from_source), knots)
     kept = next((k for k in range(one, len(knots)) if far[k] < BACK * far[one]), len(knots))
     high, above = _reach(range(one, kept), knots, way, usual, whole)
     if high == kept - 1 < len(knots) - 1:

@@ -26,6 +26,9 @@ from .errors import SliderError
 COND_PREFIX = "edit_sliders."
 """Names of tensors in a cond's `model_conds` that are for the operations. A model without any gets them too, unread."""
 
+TIME_RANGE = COND_PREFIX + "time_range"
+"""Of those, the start and end of the part of the schedule that a cond was made for."""
+
 PART = "edit_sliders.part"
 """Name in transformer_options of the Part of the batch that a model call is for, when it is split."""
 
@@ -188,6 +191,11 @@ def _run(
         inputs=inputs,
         run=partial(_run_again, executor),
     )
+    if not call.within(*call.conds.get(TIME_RANGE, (0, 1))):
+        raise SliderError(
+            "A conditioning that 'Where and When' or 'Prompt Difference' divided in time got another part of the "
+            "schedule behind it; expected 'ConditioningSetTimestepRange' before it. Change their order."
+        )
     changes = [operation.around(call) for operation in operations]
     for operation in operations:
         transformer_options = _with_attention_patches(transformer_options, operation.attention_patches(call))

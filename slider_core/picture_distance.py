@@ -32,7 +32,10 @@ class PictureDistances:
 
     def lengths(self) -> tuple[float, ...]:
         """The adjacent ones so that they add up along a path: sqrt(2 d) of squared ones, of 1 - cosine the chord."""
-        return tuple(math.sqrt(2 * step) for step in self.adjacent) if self.squared else self.adjacent
+        return self.as_lengths(self.adjacent)
+
+    def as_lengths(self, distances: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(math.sqrt(2 * distance) for distance in distances) if self.squared else distances
 
 
 def pixel_distances(images: torch.Tensor, source: int = 0) -> PictureDistances:

@@ -46,17 +46,16 @@ class PromptDifferences:
 
         mask: (1 or images, height, width), what every strength is multiplied by. start, end: the part of the schedule,
         0 to 1, in which they hold; outside all are 0. Entries without weight are left out; each one beyond the first
-        costs a model evaluation per step.
+        costs a model evaluation per step: outside of the part, every instruction.
         Raises SliderError as set_strengths does, for masks whose number does not fit and for a part that is none.
         """
         check_part(start, end)
         strengths = {name: read_strength(value, name) for name, value in values.items()}
         check_count(self.spans, strengths)
         images = batch_length(strengths)
-        inside = self._weighing(
-            [_absence(strength, images, mask) for _, strength in zip(self.spans, strengths.values())]
-        )
-        if (start, end) == (0, 1):
+        absent = [_absence(strength, images, mask) for _, strength in zip(self.spans, strengths.values())]
+        inside = self._weighing(absent)
+        if (start, end) == (0, 1) or all(bool((one == 1).all()) for one in absent):
             return inside
         return divided_in_time(inside, self._weighing([torch.ones(1, 1, 1)] * len(self.spans)), start, end)
 

@@ -31,7 +31,7 @@ class SliderMeasures:
     first_order, delta_smooth, kl_to_uniform: see smoothness.py; they speak of the pictures as they are, so they tell of
     the slider only when the strengths are evenly spaced. delta_smooth is None for two pictures, infinite where a
     picture comes back.
-    path: linearity of the way along the pictures, the sum of adjacent distances, against the strength.
+    path: linearity of the way along the pictures, the sum of adjacent lengths (PictureDistances), against the strength.
     direct: the same of the distance to the source, counted negative below it; None where the last picture equals it.
     similarity: 1 - distance to the source, per picture.
     clip: see clip_direction.py. outside: share of the change outside of a region, see picture_distance.share_outside.
@@ -101,8 +101,8 @@ def measure(
         first_order(distances.adjacent),
         delta_smooth(distances.adjacent, distances.skipping) if distances.skipping else None,
         kl_to_uniform(distances.adjacent),
-        linearity(strengths, [0.0, *accumulate(distances.adjacent)]),
-        _direct(strengths, distances.from_source),
+        linearity(strengths, [0.0, *accumulate(distances.lengths())]),
+        _direct(strengths, distances.as_lengths(distances.from_source)),
         tuple(1 - distance for distance in distances.from_source),
         clip,
         outside,

@@ -38,15 +38,16 @@ class Span:
 class SpannedText:
     """What is known of one encoded prompt: its length in rows, its spans, and how many rows at its end are padding.
 
-    strengths: of the spans, by channel, those at the end that are missing being 1. others: of the spans on channels
+    strengths: of the spans, by channel; None, or missing at the end, of spans that came after the strengths were set,
+    which count as 1 but take nothing from the suppression of spans that they overlap. others: of the spans on channels
     that are missing; empty unless sub-instructions have a place of their own.
     """
 
     length: int
     spans: tuple[Span, ...] = ()
     padding: int = 0
-    strengths: Mapping[str, tuple[Strength, ...]] = field(default_factory=dict)
-    others: tuple[Strength, ...] = ()
+    strengths: Mapping[str, tuple[Strength | None, ...]] = field(default_factory=dict)
+    others: tuple[Strength | None, ...] = ()
 
 
 def attach_spans(conditioning: Conditioning, length: int, spans: Sequence[Span], padding: int = 0) -> Conditioning:
@@ -96,7 +97,8 @@ def _with_strengths(options: dict[str, Any], strengths: Mapping[str, Strength], 
     check_count(text.spans, strengths)
     batch_length(strengths)
     _refuse_placed(text, "strengths")
-    return _with_text(options, replace(text, strengths={**text.strengths, channel: tuple(strengths.values())}))
+    own = tuple(strengths.values())[: len(text.spans)]
+    return _with_text(options, replace(text, strengths={**text.strengths, channel: own}))
 
 
 def _refuse_placed(text: SpannedText, what: str) -> None:
@@ -133,11 +135,14 @@ def with_some_at(options: dict[str, Any], chosen: Sequence[int], strength: float
             f"{strength} for some by a later one; expected the same of both, or the one for some first."
         )
 
-    def changed(strengths: Sequence[Strength]) -> tuple[Strength, ...]:
-        return tuple((strength,) if k in chosen else own for k, own in enumerate(_all_strengths(text, strengths), 1))
+    def changed(strengths: Sequence[Strength | None]) -> tuple[Strength | None, ...]:
+        every = [*strengths, *[None] * (len(text.spans) - len(strengths))]
+        new = None if strength == 1 else (strength,)
+        return tuple((new if own is None else (strength,)) if k in chosen else own for k, own in enumerate(every, 1))
 
     by_channel = {channel: changed(strengths) for channel, strengths in text.strengths.items()}
-    return _with_text(options, replace(text, strengths=by_channel, others=changed(text.others)))
+    others = changed(text.others or [(1.0,)] * len(text.spans))
+    return _with_text(options, replace(text, strengths=by_channel, others=others))
 
 
 def _with_text(options: Mapping[str, Any], text: SpannedText) -> dict[str, Any]:
@@ -147,7 +152,7 @@ def _with_text(options: Mapping[str, Any], text: SpannedText) -> dict[str, Any]:
     for scale_name, padding_name, strengths in (*own, (_OTHERS, _OTHERS_PADDING, text.others)):
         conds.pop(scale_name, None)
         conds.pop(padding_name, None)
-        scale = _scale(text, strengths, max(map(len, strengths), default=1))
+        scale = _scale(text, strengths, max((len(strength) for strength in strengths if strength), default=1))
         if scale.any():
             conds |= {scale_name: PerImageCond(scale), padding_name: _padding(text)}
     return {**options, _KEY: text, "model_conds": conds}
@@ -183,20 +188,14 @@ def spans_at(options: Mapping[str, Any], strength: float) -> dict[str, PerImageC
     return {SPANS: PerImageCond(scale), PADDING: _padding(text)}
 
 
-def _scale(text: SpannedText, strengths: Sequence[Strength], images: int) -> torch.Tensor:
-    """Scale of every row, shape (images, rows): product of the suppressions of its spans, 0 outside all.
-
-    Spans without a strength have 1.
-    """
+def _scale(text: SpannedText, strengths: Sequence[Strength | None], images: int) -> torch.Tensor:
+    """Scale of every row, shape (images, rows): product of the suppressions of its spans, 0 outside all."""
+    known = [(list(span.rows), strength) for span, strength in zip(text.spans, strengths) if strength is not None]
     scale = torch.zeros(images, text.length)
-    scale[:, sorted({row for span in text.spans for row in span.rows})] = 1.0
-    for span, strength in zip(text.spans, _all_strengths(text, strengths)):
-        scale[:, list(span.rows)] *= suppression(strength, images)[:, None]
+    scale[:, sorted({row for rows, _ in known for row in rows})] = 1.0
+    for rows, strength in known:
+        scale[:, rows] *= suppression(strength, images)[:, None]
     return scale
-
-
-def _all_strengths(text: SpannedText, strengths: Sequence[Strength]) -> list[Strength]:
-    return [*strengths, *[(1.0,)] * (len(text.spans) - len(strengths))]
 
 
 def row_scales(call: ModelCall, channel: str) -> torch.Tensor | None:

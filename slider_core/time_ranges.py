@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import SliderError
+from comfy.conds import CONDConstant
 
-_APART = 1e-6
+from .errors import SliderError
+from .module_overrides import TIME_RANGE
+
+_APART = 1e-5
 """By which a part reaches beyond its borders, where noise levels like to lie exactly: else they would be in two parts,
 since ComfyUI counts both borders of a part to it."""
 
@@ -16,7 +19,9 @@ Entry = list[Any]
 def check_part(start: float, end: float) -> None:
     """Raise SliderError unless these are the start and end of a part of the schedule."""
     if not 0 <= start < end <= 1:
-        raise SliderError(f"start is {start:g} and end is {end:g}; expected 0 <= start < end <= 1.")
+        raise SliderError(
+            f"start is {start:g} and end is {end:g}; expected 0 <= start < end <= 1. To switch it off, bypass the node."
+        )
 
 
 def divided_in_time(inside: list[Entry], outside: list[Entry], start: float, end: float) -> list[Entry]:
@@ -31,5 +36,6 @@ def _within(entries: list[Entry], start: float, end: float) -> list[Entry]:
     for cond, options in entries:
         first, last = max(start, options.get("start_percent", 0.0)), min(end, options.get("end_percent", 1.0))
         if first < last:
-            parts.append([cond, {**options, "start_percent": first, "end_percent": last}])
+            conds = {**options.get("model_conds", {}), TIME_RANGE: CONDConstant((first, last))}
+            parts.append([cond, {**options, "start_percent": first, "end_percent": last, "model_conds": conds}])
     return parts

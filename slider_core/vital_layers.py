@@ -151,7 +151,7 @@ def layer_count(model: ModelPatcher) -> int:
 
 def parse_layers(text: str) -> list[int]:
     """Layers such as '0, 1, 17-18'. Raises SliderError naming what is neither a number nor a range."""
-    layers = parse_numbers(text, "layer")
+    layers = parse_numbers(text, "layer", "0, 1, 17-18")
     if not layers:
         raise SliderError("No layer is listed; expected numbers and ranges such as '0, 1, 17-18'.")
     return layers

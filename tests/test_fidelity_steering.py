@@ -68,6 +68,13 @@ def test_it_begins_later_in_the_schedule(golden_model):
 def test_it_stops_to_steer(golden_model, end, acts):
     """The three steps begin at shares 0, 1/3 and 2/3 of the schedule."""
     assert near(steered(golden_model, end=end), by_hand(golden_model, 0.6, acts=acts))
+    calls: list[int] = []
+    counted = golden_model.clone()
+    counted.set_model_unet_function_wrapper(
+        lambda apply, args: (calls.append(len(args["input"])), apply(args["input"], args["timestep"], **args["c"]))[1]
+    )
+    steered(counted, end=end)
+    assert sum(calls) == 2 * STEPS + acts
     if acts < STEPS:
         assert far(steered(golden_model, end=end), steered(golden_model))
 

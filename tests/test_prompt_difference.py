@@ -56,6 +56,7 @@ def test_what_weighs_nothing_costs_nothing(golden_model):
     assert len(at(0.3, 0.2)) == 3
     assert len(at(0.5, 0.5)) == 2
     assert at(0.3, 1.0, mask=torch.ones(64, 64)) == at(0.3, 1.0)
+    assert [cond for cond, _ in at(0.0, 0.0, end=0.5)] == [cond for cond, _ in at(0.0, 0.0)]
     assert WHOLE[0][1].keys() == {"pooled_output", "guidance"}
 
 

@@ -16,6 +16,7 @@ from test_layer_views import vision
 from slider_core.clip_direction import clip_measures
 from slider_core.errors import SliderError
 from slider_core.picture_distance import (
+    PictureDistances,
     distances_of_features,
     feature_distances,
     latent_distances,
@@ -76,6 +77,15 @@ def test_lengths_of_features_add_up_along_a_path():
     ends = distances_of_features(torch.stack([angles.cos(), angles.sin()], 1)[::2], "name")
     assert sum(whole.lengths()) == pytest.approx(sum(ends.lengths()), rel=0.01)
     assert sum(whole.adjacent) == pytest.approx(sum(ends.adjacent) / 2, rel=0.01)
+
+
+def test_steady_squares_are_linear():
+    """What grows with the square of the change, as LPIPS does: pictures evenly on a straight line."""
+    values = (0.0, 0.25, 0.5, 0.75, 1.0)
+    squares = PictureDistances("squares", (0.0625,) * 4, (0.25,) * 3, tuple(value**2 for value in values), squared=True)
+    found = measure(values, squares)
+    assert (found.path.largest, found.direct.largest) == pytest.approx((0, 0), abs=1e-9)
+    assert measure((0.0, 0.1, 0.2, 0.3, 1.0), squares).path.largest == pytest.approx(0.45)
 
 
 @pytest.mark.parametrize("kind", ["clip_vision_model", "dinov2", "siglip_vision_model"])

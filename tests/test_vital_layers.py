@@ -135,6 +135,7 @@ def test_layers(golden_model):
     for bad in ("", "a", "1-", "1.5", "-3"):
         with pytest.raises(SliderError, match="expected numbers and ranges"):
             parse_layers(bad)
+    assert parse_layers("0 - 2,5") == [0, 1, 2, 5]
     with pytest.raises(SliderError, match=r"'5-1' runs backwards; .* '1-5'"):
         parse_layers("0, 5-1")
     sets = {name: layer_set(golden_model, name) for name in LAYER_SETS}

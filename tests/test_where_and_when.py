@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN
+from node_helpers import conditioning_set_values
 from support.graphs import Graph, Link
 from support.model_calls import compiled, noise, velocity_of
 from support.outcomes import far, latents, near
@@ -303,7 +304,33 @@ def test_places_for_some_beside_others(golden_model, st, gst):
     early = [[cond, {**options, "start_percent": 0.0, "end_percent": 0.4}] for cond, options in at(FIRST, SECOND)]
     parts = where_and_when(early, None, 0.2, 1.0, chosen=[1])
     ranges = [(options["start_percent"], options["end_percent"]) for _, options in parts]
-    assert ranges == [(0.0, pytest.approx(0.2, abs=1e-5)), (pytest.approx(0.2, abs=1e-5), 0.4)]
+    assert ranges == [(0.0, pytest.approx(0.2, abs=1e-4)), (pytest.approx(0.2, abs=1e-4), 0.4)]
+
+
+def test_phrases_that_come_later_leave_the_others_alone(golden_model, st):
+    """An overlapping phrase, selected after strengths were set: they hold as before, on their channel and in parts."""
+    model = apply_stlora(golden_model, st)
+    first = at(FIRST)
+    both = attach_spans(first, ROWS, [Span("inside", (3, 4))])
+    want = velocity_of(model, X, SIGMA, first)
+    assert far(want, velocity_of(model, X, SIGMA, plain()))
+    assert torch.equal(velocity_of(model, X, SIGMA, both), want)
+    other = set_strengths(both, {"strength_1": 1.0, "strength_2": 0.2}, "other")
+    assert torch.equal(velocity_of(model, X, SIGMA, other), want)
+    nothing = where_and_when(both, LEFT, elsewhere=1.0, chosen=[2])
+    assert near(velocity_of(model, X, SIGMA, nothing), want)
+    off = where_and_when(both, torch.zeros(8, 8), elsewhere=0.0, chosen=[2])
+    overlapping = set_strengths(both, {"strength_1": FIRST, "strength_2": 0.0})
+    assert torch.equal(velocity_of(model, X, SIGMA, off), velocity_of(model, X, SIGMA, overlapping))
+
+
+def test_a_range_behind_a_part_is_refused(golden_model, st):
+    """It would let both entries act at once."""
+    model = apply_stlora(golden_model, st)
+    split = where_and_when(at(FIRST, SECOND), None, 0.0, 0.5, chosen=[1])
+    ranged = conditioning_set_values(split, {"start_percent": 0.0, "end_percent": 0.9})
+    with pytest.raises(SliderError, match="expected 'ConditioningSetTimestepRange' before it"):
+        velocity_of(model, X, in_schedule(model, 0.3), ranged)
 
 
 def test_refused_places_for_some(golden_model):

@@ -47,8 +47,8 @@ const STYLE = `
 /** @type {WeakMap<LGraphNode, CurveView>} */
 const views = new WeakMap()
 
-/** @type {Set<string>} place of a node, where its curve came from, the text that came: undo and tabs make new nodes */
-const arrived = new Set()
+/** @type {Map<string, string>} the text that came, by the node's place and where it came from: undo makes new nodes */
+const arrived = new Map()
 
 /** @param {LGraphNode} node */
 export function showCurve(node) {
@@ -111,7 +111,7 @@ class CurveView {
     }
     node.onExecuted = (output) => {
       onExecuted?.call(node, output)
-      if (this.ran) arrived.add(this.arrival)
+      if (this.ran) arrived.set(this.arrival, String(this.ran.curve.at(-1)))
       this.refresh()
     }
   }
@@ -147,15 +147,15 @@ class CurveView {
     return output?.curve ? output : undefined
   }
 
-  /** The last run's text as one that came from where the curve comes from now. */
   get arrival() {
-    return JSON.stringify([this.place, this.source('curve'), this.ran?.curve.at(-1)])
+    return `${this.place} ${this.source('curve')}`
   }
 
   /** @returns {string | undefined} the text that a run uses; undefined while only a run can tell */
   get text() {
     if (!this.source('curve')) return String(this.widget('curve').value ?? '')
-    return arrived.has(this.arrival) ? this.ran?.curve.at(-1) : undefined
+    const came = arrived.get(this.arrival)
+    return came === this.ran?.curve.at(-1) ? came : undefined
   }
 
   /** @returns {number | undefined} */
