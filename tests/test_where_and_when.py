@@ -310,7 +310,7 @@ def test_places_for_some_beside_others(golden_model, st, gst):
 def test_phrases_that_come_later_leave_the_others_alone(golden_model, st):
     """An overlapping phrase, selected after strengths were set: they hold as before, on their channel and in parts."""
     model = apply_stlora(golden_model, st)
-    first = at(FIRST)
+    first = set_strengths(attach_spans(plain(), ROWS, SPANS[:1]), {"strength_1": FIRST, "strength_2": 1.0})
     both = attach_spans(first, ROWS, [Span("inside", (3, 4))])
     want = velocity_of(model, X, SIGMA, first)
     assert far(want, velocity_of(model, X, SIGMA, plain()))
