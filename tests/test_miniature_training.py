@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import pairwise
 
 import comfy.sd
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPO
+from PIL import Image
 
 from training.config import Config, read_config
 from training.draws import generator
@@ -24,6 +26,7 @@ from training.miniature.learning import learn
 from training.miniature.text_encoders import ENCODER_OPTIONS, T5Reader, TextEncoders, random_clip_l
 from training.miniature.transformer import Lessons, untrained
 from training.miniature.world import coverage, drawn, scene
+from training.stacks import read_stacks
 
 CONFIGS = sorted((REPO / "training" / "miniature" / "configs").glob("*.yaml"))
 
@@ -204,6 +207,18 @@ def test_configs_of_its_adapters(file, tmp_path):
     else:
         assert len(found.training) == 10
         assert {len(example.instructions) for example in found.training} <= {1, 2, 3}
+
+
+def test_stacks_go_from_the_source_to_the_edit(tmp_path):
+    """Each column is as far on the way as the strength that the trainer reads for it."""
+    write_lessons(tmp_path, scenes=1, stacks=6)
+    for stack in read_stacks(tmp_path / "stacks", most_kl=0.3, category_thresholds=False):
+        with Image.open(stack.file) as row:
+            source, *columns, edit = np.split(np.asarray(row, float), stack.columns, axis=1)
+        away = {strength: np.abs(columns[k - 1] - source).mean() for k, strength in stack.strengths.items()}
+        assert away[0.0] == 0
+        assert all(away[b] > away[a] for a, b in pairwise(sorted(away)))
+        assert away[1.0] == np.abs(edit - source).mean()
 
 
 def test_edits_of_lessons_can_be_seen():
