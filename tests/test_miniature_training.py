@@ -17,7 +17,7 @@ from PIL import Image
 from training.config import Config, read_config
 from training.draws import generator
 from training.examples import read_examples
-from training.miniature.adapter_lessons import write_lessons
+from training.miniature.adapter_lessons import FIRST_SEED, write_lessons
 from training.miniature.autoencoder import Autoencoder, as_pixels
 from training.miniature.edits import HELD_OUT_SEEDS, apply, edits
 from training.miniature.examining import examined, held_out_tasks, rendered
@@ -25,7 +25,7 @@ from training.miniature.latent_bank import samples_of, training_samples
 from training.miniature.learning import learn
 from training.miniature.text_encoders import ENCODER_OPTIONS, T5Reader, TextEncoders, random_clip_l
 from training.miniature.transformer import Lessons, untrained
-from training.miniature.world import coverage, drawn, scene
+from training.miniature.world import coverage, drawn, picture_of, scene
 from training.stacks import read_stacks
 
 CONFIGS = sorted((REPO / "training" / "miniature" / "configs").glob("*.yaml"))
@@ -215,6 +215,8 @@ def test_stacks_go_from_the_source_to_the_edit(tmp_path):
     for stack in read_stacks(tmp_path / "stacks", most_kl=0.3, category_thresholds=False):
         with Image.open(stack.file) as row:
             source, *columns, edit = np.split(np.asarray(row, float), stack.columns, axis=1)
+        pictured = scene(generator(FIRST_SEED + int(stack.file.stem), "stacks"))
+        assert np.array_equal(source, np.asarray(picture_of(pictured), float))
         away = {strength: np.abs(columns[k - 1] - source).mean() for k, strength in stack.strengths.items()}
         assert away[0.0] == 0
         assert all(away[b] > away[a] for a, b in pairwise(sorted(away)))

@@ -19,7 +19,7 @@ from .world import picture_of, scene
 SCENES = 400
 STACKS = 600
 _MOST_IN_A_STACK = 2
-_FIRST_SEED = TRAINING_SEEDS[-1] - 10_000
+FIRST_SEED = TRAINING_SEEDS[-1] - 10_000
 
 
 def write_lessons(folder: Path, scenes: int = SCENES, stacks: int = STACKS) -> None:
@@ -32,7 +32,7 @@ def _write_tasks(folder: Path, count: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for k in range(count):
-        chance = generator(_FIRST_SEED + k, "tasks")
+        chance = generator(FIRST_SEED + k, "tasks")
         source = scene(chance)
         picture_of(source).save(folder / f"{k:04}.png")
         for _ in range(3):
@@ -45,7 +45,7 @@ def _write_stacks(folder: Path, count: int) -> None:
     """The true paths need no sorting out: their strengths are known, and so even."""
     folder.mkdir(parents=True, exist_ok=True)
     for k in range(count):
-        chance = generator(_FIRST_SEED + k, "stacks")
+        chance = generator(FIRST_SEED + k, "stacks")
         source = scene(chance)
         asked = edits(chance, source, _up_to(_MOST_IN_A_STACK, chance))
         strengths = [0.0, *torch.linspace(0, 1, INNER).tolist(), 1.0]
