@@ -152,7 +152,7 @@ def _with_text(options: Mapping[str, Any], text: SpannedText) -> dict[str, Any]:
     for scale_name, padding_name, strengths in (*own, (_OTHERS, _OTHERS_PADDING, text.others)):
         conds.pop(scale_name, None)
         conds.pop(padding_name, None)
-        scale = _scale(text, strengths, max((len(strength) for strength in strengths if strength), default=1))
+        scale = _scale(text, strengths)
         if scale.any():
             conds |= {scale_name: PerImageCond(scale), padding_name: _padding(text)}
     return {**options, _KEY: text, "model_conds": conds}
@@ -182,15 +182,16 @@ def check_count(spans: Sequence[Span], strengths: Mapping[str, Strength]) -> Non
 def spans_at(options: Mapping[str, Any], strength: float) -> dict[str, PerImageCond]:
     """What a cond needs so that all its spans can have this strength elsewhere, on any channel: name -> cond."""
     text = spanned_text(options)
-    scale = torch.zeros(0) if text is None else _scale(text, [(strength,)] * len(text.spans), 1)
+    scale = torch.zeros(0) if text is None else _scale(text, [(strength,)] * len(text.spans))
     if text is None or not scale.any():
         return {}
     return {SPANS: PerImageCond(scale), PADDING: _padding(text)}
 
 
-def _scale(text: SpannedText, strengths: Sequence[Strength | None], images: int) -> torch.Tensor:
+def _scale(text: SpannedText, strengths: Sequence[Strength | None]) -> torch.Tensor:
     """Scale of every row, shape (images, rows): product of the suppressions of its spans, 0 outside all."""
     known = [(list(span.rows), strength) for span, strength in zip(text.spans, strengths) if strength is not None]
+    images = max((len(strength) for _, strength in known), default=1)
     scale = torch.zeros(images, text.length)
     scale[:, sorted({row for rows, _ in known for row in rows})] = 1.0
     for rows, strength in known:

@@ -26,6 +26,8 @@ def check_part(start: float, end: float) -> None:
 
 def divided_in_time(inside: list[Entry], outside: list[Entry], start: float, end: float) -> list[Entry]:
     """Entries of which `inside` hold in start..end of the schedule with its borders, and `outside` before and after."""
+    if (start, end) == (0, 1):
+        return inside
     first, last = start - _APART if start > 0 else 0.0, end + _APART if end < 1 else 1.0
     return [*_within(outside, 0.0, first), *_within(inside, first, last), *_within(outside, last, 1.0)]
 

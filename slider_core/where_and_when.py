@@ -69,8 +69,6 @@ def _divided_for(
 ) -> list[Entry]:
     outside = [entry[0], with_some_at(entry[1], chosen, strength)]
     inside = [entry] if mask is None else _by_mask(entry, outside, mask)
-    if (start, end) == (0, 1):
-        return inside
     return divided_in_time(inside, [outside], start, end)
 
 
