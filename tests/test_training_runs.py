@@ -76,8 +76,14 @@ def named(name: str, **changes):
     return {"name": name, "output": f"out_{name}", **changes}
 
 
-def same(one, other, **tolerance) -> bool:
-    return one.keys() == other.keys() and all(torch.allclose(one[key], other[key], **tolerance) for key in one)
+def same(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def apart(one, other) -> float:
+    """The largest relative difference of a tensor as a whole: Adam makes much of single gradients that are all noise."""
+    assert one.keys() == other.keys()
+    return max(float((one[key] - other[key]).norm() / other[key].norm()) for key in one)
 
 
 def test_inputs_are_encoded_once(place, accelerator, monkeypatch):
@@ -133,7 +139,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(place, accelerator):
     later.resume()
     assert later.step == 3
     later.train(Watching(later.config, accelerator))
-    assert same(result(place, "parts"), result(place, "whole"), rtol=0, atol=0)
+    assert same(result(place, "parts"), result(place, "whole"))
     losses = {name: [r["loss"] for r in read_log(place / f"out_{name}" / "log.jsonl")] for name in ("whole", "parts")}
     assert losses["parts"] == losses["whole"]
 
@@ -154,7 +160,7 @@ def test_killed_and_started_again_equals_never_stopped(place, accelerator):
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert "Going on from step" in said
-    assert same(result(place, "killed"), result(place, "never"), rtol=0, atol=0)
+    assert same(result(place, "killed"), result(place, "never"))
 
 
 def test_two_processes_learn_what_one_learns(place, accelerator):
@@ -163,8 +169,8 @@ def test_two_processes_learn_what_one_learns(place, accelerator):
     process = started(COMFYUI, ["train", config], processes=2)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
-    assert same(result(place, "two"), result(place, "one"), rtol=1e-3, atol=1e-6)
-    assert not same(result(place, "two"), result(place, "whole"), rtol=1e-3, atol=1e-6)
+    assert apart(result(place, "two"), result(place, "one")) < 1e-3
+    assert apart(result(place, "whole"), result(place, "one")) > 0.1
 
 
 def test_settings_of_another_run(place, accelerator):
@@ -214,7 +220,7 @@ def test_a_last_step_without_its_adapter_is_mended(place, accelerator):
     again = run_of(place, accelerator, **named("ended", run={"steps": 2}))
     again.resume()
     again.train(Watching(again.config, accelerator))
-    assert same(load_file(file), before, rtol=0, atol=0)
+    assert same(load_file(file), before)
 
 
 def test_averaged_weights_are_rendered(place, accelerator):
