@@ -50,6 +50,14 @@ def part_inputs(optional: bool = False) -> list[io.Input]:
     ]
 
 
+def injection_mask_input() -> io.Mask.Input:
+    return io.Mask.Input(
+        "mask",
+        optional=True,
+        tooltip="Where the pictures keep the source: 1 = as preservation says, 0 = not. Without one: everywhere.",
+    )
+
+
 def preservation_input() -> io.Float.Input:
     return io.Float.Input(
         "preservation",

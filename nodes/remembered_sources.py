@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import comfy.samplers
+import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
@@ -17,7 +18,7 @@ from ..slider_core.reference_cache import (
 from ..slider_core.span_strengths import Conditioning
 from ..slider_core.trajectory import Trajectory
 from .latents import fitting_latent, noise_for
-from .layer_choice import chosen_layers, layer_inputs, part_inputs, preservation_input
+from .layer_choice import chosen_layers, injection_mask_input, layer_inputs, part_inputs, preservation_input
 from .progress import previews, say
 from .types import CATEGORY, RememberedSource, TrajectoryIO, seed_input
 
@@ -150,6 +151,7 @@ class InjectRememberedSource(io.ComfyNode):
                 RememberedSource.Input("remembered", tooltip="From Remember Source or Remember Trajectory."),
                 preservation_input(),
                 *part_inputs(),
+                injection_mask_input(),
             ],
             outputs=[
                 io.Model.Output(
@@ -161,6 +163,12 @@ class InjectRememberedSource(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: ModelPatcher, remembered: ReferenceCache, preservation: float, start: float, end: float
+        cls,
+        model: ModelPatcher,
+        remembered: ReferenceCache,
+        preservation: float,
+        start: float,
+        end: float,
+        mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        return io.NodeOutput(inject_cached(model, remembered, preservation, start, end))
+        return io.NodeOutput(inject_cached(model, remembered, preservation, start, end, mask))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from comfy_api.latest import io
@@ -9,7 +10,7 @@ from comfy_api.latest import io
 from ..slider_core.stacked_prompts import prompts_of, stack_prompts
 from ..slider_core.sweep import latent_for_sweep
 from ..slider_core.vital_layers import inject_key_values
-from .layer_choice import chosen_layers, layer_inputs, part_inputs, preservation_input
+from .layer_choice import chosen_layers, injection_mask_input, layer_inputs, part_inputs, preservation_input
 from .types import CATEGORY
 
 
@@ -114,6 +115,7 @@ class InjectVitalLayers(io.ComfyNode):
                     tooltip="Every picture takes from the one before it instead of from the reference: a chain of "
                     "edits, each on top of the last.",
                 ),
+                injection_mask_input(),
             ],
             outputs=[io.Model.Output()],
         )
@@ -129,6 +131,7 @@ class InjectVitalLayers(io.ComfyNode):
         start: float,
         end: float,
         chain: bool = False,
+        mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         chosen = chosen_layers(model, layers, list)
-        return io.NodeOutput(inject_key_values(model, chosen, reference, preservation, start, end, chain))
+        return io.NodeOutput(inject_key_values(model, chosen, reference, preservation, start, end, chain, mask))

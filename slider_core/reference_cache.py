@@ -21,9 +21,8 @@ from .inversion import Denoise, OnStep, StepSampler, check_flow_matching, run
 from .model_identity import ModelIdentity, identity_of
 from .module_overrides import Around, ModelCall, ModelInputs, Operation, add_operation, operations_of
 from .span_strengths import Conditioning
-from .time_ranges import check_part
 from .trajectory import Trajectory
-from .vital_layers import KeyValuePlaces
+from .vital_layers import InjectedShare, KeyValuePlaces
 
 _SHARE_OF_FREE_MEMORY = 0.5
 _SAME_SIGMA = 1e-4
@@ -168,16 +167,22 @@ def remember_trajectory(
 
 
 def inject_cached(
-    model: ModelPatcher, cache: ReferenceCache, strength: float = 1.0, start: float = 0.0, end: float = 1.0
+    model: ModelPatcher,
+    cache: ReferenceCache,
+    strength: float = 1.0,
+    start: float = 0.0,
+    end: float = 1.0,
+    mask: torch.Tensor | None = None,
 ) -> ModelPatcher:
     """A clone of `model` that renders every picture with the cached source's K and V.
 
-    strength, start, end: as in vital_layers.inject_key_values. Raises SliderError for a cache of another model; when
-    sampling, for another size or schedule, and samplers that add noise.
+    strength, start, end, mask: as in vital_layers.inject_key_values. Raises SliderError for a cache of another model, a
+    part that ends before it starts and a mask that is none or several; when sampling, for another size or schedule, and
+    samplers that add noise.
     """
     cache.model.check(model, "The remembered source")
-    check_part(start, end)
-    patched = add_operation(model, _CachedInjection(KeyValuePlaces(model, cache.layers), cache, strength, (start, end)))
+    share = InjectedShare(strength, start, end, mask)
+    patched = add_operation(model, _CachedInjection(KeyValuePlaces(model, cache.layers), cache, share))
     refuse_noise_adding_samplers(patched)
     return patched
 
@@ -318,8 +323,8 @@ class _CachedInjection(Operation):
 
     image_by_image = True
 
-    def __init__(self, places: KeyValuePlaces, cache: ReferenceCache, strength: float, part: tuple[float, float]):
-        self.places, self.cache, self.strength, self.part = places, cache, strength, part
+    def __init__(self, places: KeyValuePlaces, cache: ReferenceCache, share: InjectedShare):
+        self.places, self.cache, self.share = places, cache, share
 
     def around(self, call: ModelCall) -> Mapping[str, Around]:
         if tuple(call.latent[1:]) != self.cache.latent:
@@ -328,14 +333,15 @@ class _CachedInjection(Operation):
                 f"{_size(call.latent[1:])}; expected the same size. Use one latent for both."
             )
         moment = self.cache.at(call.sigma.item())
-        if self.strength == 0 or not call.within(*self.part):
+        if not self.share.acts(call):
             return {}
         kept = moment.key_values
         source = self._computed_again(call, moment) if kept is None else kept
-        strength, soon = self.strength, comfy.model_management.device_supports_non_blocking(call.device)
+        share = self.share.of_tokens(self.places, call)
+        soon = comfy.model_management.device_supports_non_blocking(call.device)
 
         def inject(layer: int, part: torch.Tensor) -> None:
-            part.lerp_(source[layer].to(part, non_blocking=soon), strength)
+            part.lerp_(source[layer].to(part, non_blocking=soon), share.to(part))
 
         return self.places.changed(call, inject)
 

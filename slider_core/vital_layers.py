@@ -14,6 +14,7 @@ from .diffusion_model import diffusion_model_of
 from .errors import SliderError
 from .families import Block, family_of
 from .fitting_samplers import refuse_noise_adding_samplers
+from .masks import checked_single_mask, is_everywhere, token_shares
 from .module_overrides import Around, Forward, ModelCall, Operation, add_operation
 from .number_list import parse_numbers
 from .time_ranges import check_part
@@ -54,18 +55,41 @@ def _changed(layer: int, place: tuple[slice, slice], change: Callable[[int, torc
     return around
 
 
+class InjectedShare:
+    """How much of K and V is injected: 0 = own, 1 = the source's; where, and in which part of the schedule.
+
+    Raises SliderError for a part that ends before it starts, and for a mask that is none or several.
+    """
+
+    def __init__(self, strength: float, start: float, end: float, mask: torch.Tensor | None):
+        check_part(start, end)
+        self.strength, self.part = strength, (start, end)
+        self.mask = None if mask is None else checked_single_mask(mask)
+        if self.mask is not None and is_everywhere(self.mask):
+            self.mask = None
+
+    def acts(self, call: ModelCall) -> bool:
+        """Whether anything is injected in this model call."""
+        somewhere = self.mask is None or bool(self.mask.any())
+        return self.strength != 0 and somewhere and call.within(*self.part)
+
+    def of_tokens(self, places: KeyValuePlaces, call: ModelCall) -> torch.Tensor:
+        """One for all tokens, (), or (tokens, 1)."""
+        strength = torch.tensor(self.strength)
+        if self.mask is not None:
+            strength = strength * token_shares(self.mask, places.family.image_grid(call.latent))
+        return strength.to(call.device)
+
+
 class KeyValueInjection(Operation):
     """Operation: in some layers, K and V of the image tokens of every image become those of the reference image.
 
-    Text tokens, reference latents and all queries keep their own. strength blends: 0 = own, 1 = the reference's.
+    Text tokens, reference latents and all queries keep their own.
     chained: the first image has no reference, every other one the image before it.
     """
 
-    def __init__(
-        self, places: KeyValuePlaces, reference: int, strength: float, part: tuple[float, float], chained: bool
-    ):
-        self.places, self.reference, self.strength = places, reference, strength
-        self.part, self.chained = part, chained
+    def __init__(self, places: KeyValuePlaces, reference: int, share: InjectedShare, chained: bool):
+        self.places, self.reference, self.share, self.chained = places, reference, share, chained
 
     def around(self, call: ModelCall) -> Mapping[str, Around]:
         if call.images < 2:
@@ -78,16 +102,17 @@ class KeyValueInjection(Operation):
                 f"The reference is image {self.reference} of the batch (counted from 0), but the batch has "
                 f"{call.images} images. Choose another reference."
             )
-        if self.strength == 0 or not call.within(*self.part):
+        if not self.share.acts(call):
             return {}
-        images, reference, strength, chained = call.images, self.reference, self.strength, self.chained
+        images, reference, chained = call.images, self.reference, self.chained
+        share = self.share.of_tokens(self.places, call)
 
         def inject(_: int, part: torch.Tensor) -> None:
             by_image = part.unflatten(0, (-1, images))
             if chained:
-                by_image[:, 1:].lerp_(by_image[:, :-1].clone(), strength)
+                by_image[:, 1:].lerp_(by_image[:, :-1].clone(), share.to(part))
             else:
-                by_image.lerp_(by_image[:, reference : reference + 1].clone(), strength)
+                by_image.lerp_(by_image[:, reference : reference + 1].clone(), share.to(part))
 
         return self.places.changed(call, inject)
 
@@ -100,16 +125,18 @@ def inject_key_values(
     start: float = 0.0,
     end: float = 1.0,
     chained: bool = False,
+    mask: torch.Tensor | None = None,
 ) -> ModelPatcher:
     """A clone of `model` that renders a batch with the reference image's K and V in `layers`.
 
     start, end: the part of the schedule, 0 to 1, where it does so. chained: every image takes them from the one before
-    it, whatever the reference (a chain of edits, section 4.4). Raises SliderError for a layer that the model does not
-    have, and for a part that ends before it starts; when sampling, for a batch of one and samplers that add noise.
+    it, whatever the reference (a chain of edits, section 4.4). mask: (height, width) or (1, height, width), what the
+    strength is multiplied by. Raises SliderError for a layer that the model does not have, a part that ends before it
+    starts and a mask that is none or several; when sampling, for a batch of one and samplers that add noise.
     """
-    check_part(start, end)
+    share = InjectedShare(strength, start, end, mask)
     places = KeyValuePlaces(model, layers)
-    patched = add_operation(model, KeyValueInjection(places, reference, strength, (start, end), chained))
+    patched = add_operation(model, KeyValueInjection(places, reference, share, chained))
     refuse_noise_adding_samplers(patched)
     return patched
 

@@ -17,6 +17,7 @@ from comfy.utils import common_upscale, repeat_to_batch_size
 
 from .elsewhere import PREFIX, PROJECTOR, Elsewhere, elsewhere_of
 from .errors import SliderError
+from .masks import checked_mask, is_everywhere
 from .module_overrides import COND_PREFIX
 from .per_image_cond import PerImageCond
 from .prompt_difference import WEIGHED
@@ -53,8 +54,8 @@ def where_and_when(
         )
     check_part(start, end)
     if mask is not None:
-        mask = _checked(mask)
-        if bool((mask == 1).all()):
+        mask = checked_mask(mask)
+        if is_everywhere(mask):
             mask = None
     if chosen:
         each = (_divided_for(entry, mask, strength, start, end, chosen) for entry in conditioning)
@@ -108,17 +109,6 @@ def _limited(entry: Entry, new: Elsewhere) -> Entry:
     if offsets is not None:
         conds[PROJECTOR] = offsets
     return [cond, {**options, "model_conds": conds}]
-
-
-def _checked(mask: torch.Tensor) -> torch.Tensor:
-    if mask.ndim not in (2, 3) or not mask.numel():
-        raise SliderError(f"The mask has the shape {tuple(mask.shape)}; expected (height, width) or a batch of these.")
-    mask = mask.float()
-    if not bool(((mask >= 0) & (mask <= 1)).all()):
-        raise SliderError(
-            f"The mask has values from {mask.min():.3g} to {mask.max():.3g}; expected 0 (elsewhere) to 1 (here)."
-        )
-    return mask if mask.ndim == 3 else mask[None]
 
 
 def _check_divisible(options: dict[str, Any]) -> None:

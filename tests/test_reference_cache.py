@@ -64,6 +64,17 @@ def test_equals_the_source_in_the_batch(golden_model, limit, strength):
 
 
 @pytest.mark.parametrize("limit", [0.0, 1e-9], ids=["kept", "computed again"])
+def test_a_mask_acts_as_on_a_source_in_the_batch(golden_model, limit):
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :24, :40] = 0.8
+    together = edited(inject_key_values(golden_model, LAYERS, mask=mask), stacked_text(), 3)
+    cache, _ = remembered(golden_model, limit)
+    found = edited(inject_cached(golden_model, cache, mask=mask), edit_text(1))
+    assert near(found, together[1:2])
+    assert far(found, edited(inject_cached(golden_model, cache), edit_text(1)))
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e-9], ids=["kept", "computed again"])
 def test_pictures_that_are_computed_one_by_one(golden_model, limit):
     model = inject_cached(golden_model, remembered(golden_model, limit)[0])
     text = stacked_text(edits_only=True)

@@ -64,6 +64,53 @@ def test_a_chain_takes_from_the_picture_before(golden_model):
     assert torch.equal(chained, own[[0, 0, 1]])
 
 
+def seen_keys(model, x: torch.Tensor, *variants) -> list[torch.Tensor]:
+    """Of the image's tokens in the first layer, as each variant of the model computes them: (batch, tokens, width)."""
+    seen = []
+    linear = model.model.diffusion_model.double_blocks[0].img_attn.norm.key_norm
+    handle = linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].movedim(1, 2).flatten(2)))
+    try:
+        for variant in variants:
+            velocity_of(variant, x, SIGMA, text())
+    finally:
+        handle.remove()
+    return seen
+
+
+def test_a_mask_chooses_places(golden_model):
+    """Ones at the left, zeros at the right, and one token of 8 x 8 pixels and their half, in a picture of 64 x 96."""
+    mask = torch.zeros(64, 96)
+    mask[:, :32] = 1.0
+    mask[16:24, 80:96] = 1.0
+    share = torch.zeros(4, 6)
+    share[:, :2] = 1.0
+    share[1, 5] = 0.5
+    share = share.flatten()[:, None]
+    x = torch.cat([noise(1, 16, 8, 12, seed=k) for k in range(3)])
+    injections = [
+        inject_key_values(golden_model, [0], strength=strength, chained=chained, mask=mask)
+        for strength, chained in ((1.0, False), (0.6, False), (1.0, True))
+    ]
+    own, whole, partly, chained = seen_keys(golden_model, x, golden_model, *injections)
+    assert near(whole, torch.lerp(own, own[:1].expand_as(own), share.expand_as(own)))
+    assert near(partly, torch.lerp(own, own[:1].expand_as(own), 0.6 * share.expand_as(own)))
+    assert near(chained, torch.lerp(own, own[[0, 0, 1]], share.expand_as(own)))
+
+
+def test_masks_everywhere_and_nowhere(golden_model):
+    own, kept = (velocity_of(model, X, SIGMA, text()) for model in (golden_model, inject_key_values(golden_model, [0])))
+    for mask, want in ((torch.ones(1, 5, 7), kept), (torch.zeros(64, 64), own)):
+        assert torch.equal(velocity_of(inject_key_values(golden_model, [0], mask=mask), X, SIGMA, text()), want)
+    assert far(own[1:], kept[1:])
+    for mask, message in (
+        (torch.ones(2, 8, 8), "There are 2 masks; expected one"),
+        (torch.full((8, 8), 2.0), "values from 2 to 2; expected 0"),
+        (torch.ones(8), r"the shape \(8,\); expected"),
+    ):
+        with pytest.raises(SliderError, match=message):
+            inject_key_values(golden_model, [0], mask=mask)
+
+
 def test_samplers_that_add_noise_are_refused(golden_model):
     """All of ComfyUI's: those under which equal pictures with equal noise come out unequal, and no others."""
     same, start = [[*text()[0]]], X[:2]
@@ -175,14 +222,23 @@ def test_whole_graphs(server):
 
         return part
 
-    own, kept, source, edit = latents(
-        server, lambda g: stacked(g, 0.0), lambda g: stacked(g, 1.0), single("a cat", 1.0), single("a red cat", 3.0)
+    def masked(g: Graph) -> Link:
+        return stacked(g, 1.0, mask=g.add("SolidMask", value=0.0, width=64, height=64))
+
+    own, kept, source, edit, nowhere = latents(
+        server,
+        lambda g: stacked(g, 0.0),
+        lambda g: stacked(g, 1.0),
+        single("a cat", 1.0),
+        single("a red cat", 3.0),
+        masked,
     )
     assert own.shape[0] == 3
     assert near(own[:1], source)
     assert near(own[1:2], edit)
     assert near(kept[:1], source)
     assert far(kept[1:], own[1:])
+    assert near(nowhere, own)
 
 
 @pytest.mark.parametrize(
