@@ -19,7 +19,15 @@ from ..slider_core.token_interpolation import apply_token_interpolation
 from ..slider_core.velocity_blending import blend_velocity
 from .layer_choice import part_inputs
 from .prompts import STRENGTHS, SubInstructionStrengths
-from .types import CATEGORY, OneStrength, channel_input, instruction_inputs, strength_input
+from .types import (
+    CATEGORY,
+    OneStrength,
+    channel_input,
+    chosen_instructions_input,
+    instruction_inputs,
+    parse_instruction_numbers,
+    strength_input,
+)
 
 METHODS = {
     "text modulation": apply_text_modulation,
@@ -135,10 +143,13 @@ class PromptDifference(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where the sub-instructions act. Outside, all their strengths are 0. With a mask every one "
+                    tooltip="Where the sub-instructions act. Outside, their strengths are 0. With a mask every one "
                     "of them costs an evaluation.",
                 ),
                 *part_inputs(optional=True),
+                chosen_instructions_input(
+                    "mask, start and end are for", "The others act everywhere, at all times. Empty: for all."
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(),
@@ -158,11 +169,13 @@ class PromptDifference(io.ComfyNode):
         mask: torch.Tensor | None = None,
         start: float = 0.0,
         end: float = 1.0,
+        sub_instructions: str = "",
         **strengths: object,
     ) -> io.NodeOutput:
         differences = _encoded(clip, text, mode, TRAINING_LENGTH if pad_to_512 else None)
         values = {name: strengths.get(name, 1.0) for name in STRENGTHS}
-        return io.NodeOutput(differences.at(values, mask, start, end), differences.prompt)
+        chosen = parse_instruction_numbers(sub_instructions)
+        return io.NodeOutput(differences.at(values, mask, start, end, chosen), differences.prompt)
 
 
 def _encoded(clip: CLIP, *how: Any) -> PromptDifferences:

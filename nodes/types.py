@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from comfy_api.latest import io
 
 from ..slider_core.errors import SliderError
+from ..slider_core.number_list import parse_numbers
 from ..slider_core.span_conditioning import SPLITTERS
 from ..slider_core.span_strengths import DEFAULT_CHANNEL
 from ..slider_core.strength import read_strength
@@ -75,6 +76,20 @@ def instruction_inputs() -> tuple[io.Clip.Input, io.String.Input, io.Combo.Input
             "phrases: the text is used as it is, and each phrase in [[ ]] gets a slider.",
         ),
     )
+
+
+def chosen_instructions_input(what: str, further: str) -> io.String.Input:
+    """'sub_instructions', for parse_instruction_numbers."""
+    return io.String.Input(
+        "sub_instructions",
+        default="",
+        optional=True,
+        tooltip=f"Numbers of the sub-instructions that {what}, such as 1, 3. {further}",
+    )
+
+
+def parse_instruction_numbers(text: str) -> list[int]:
+    return parse_numbers(text, "sub-instruction", "1, 3-4")
 
 
 def check_strengths(values: Mapping[str, object]) -> bool | str:

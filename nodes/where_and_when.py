@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from ..slider_core.number_list import parse_numbers
 from ..slider_core.span_strengths import Conditioning
 from ..slider_core.where_and_when import where_and_when
-from .types import CATEGORY
+from .types import CATEGORY, chosen_instructions_input, parse_instruction_numbers
 
 
 class WhereAndWhen(io.ComfyNode):
@@ -41,12 +40,8 @@ class WhereAndWhen(io.ComfyNode):
                     step=0.01,
                     tooltip="Strength of these sliders outside the mask and before and after: 0 = the source.",
                 ),
-                io.String.Input(
-                    "sub_instructions",
-                    default="",
-                    optional=True,
-                    tooltip="Numbers of the sub-instructions that this is for, such as 1, 3; chain one node for each "
-                    "place. Empty: all sliders, a GSTLoRA and a projector too.",
+                chosen_instructions_input(
+                    "this is for", "Chain one node for each place. Empty: all sliders, a GSTLoRA and a projector too."
                 ),
             ],
             outputs=[io.Conditioning.Output()],
@@ -62,5 +57,5 @@ class WhereAndWhen(io.ComfyNode):
         mask: torch.Tensor | None = None,
         sub_instructions: str = "",
     ) -> io.NodeOutput:
-        chosen = parse_numbers(sub_instructions, "sub-instruction", "1, 3-4")
+        chosen = parse_instruction_numbers(sub_instructions)
         return io.NodeOutput(where_and_when(conditioning, mask, start, end, elsewhere, chosen))

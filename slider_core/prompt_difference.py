@@ -17,7 +17,7 @@ from .errors import SliderError
 from .module_overrides import COND_PREFIX
 from .per_image_cond import PerImageCond
 from .span_conditioning import SPLITTERS, encode, encode_sub_instructions
-from .span_strengths import Conditioning, Span, check_count
+from .span_strengths import Conditioning, Span, check_chosen, check_count
 from .strength import Strength, batch_length, read_strength
 from .sub_instructions import without
 from .time_ranges import check_part, divided_in_time
@@ -40,24 +40,34 @@ class PromptDifferences:
     without: list[Conditioning]
 
     def at(
-        self, values: Mapping[str, object], mask: torch.Tensor | None = None, start: float = 0.0, end: float = 1.0
+        self,
+        values: Mapping[str, object],
+        mask: torch.Tensor | None = None,
+        start: float = 0.0,
+        end: float = 1.0,
+        chosen: Sequence[int] = (),
     ) -> Conditioning:
         """The conditioning at some strengths: the k-th of `values` (input name -> strength) for the k-th instruction.
 
-        mask: (1 or images, height, width), what every strength is multiplied by. start, end: the part of the schedule,
-        0 to 1, in which they hold; outside all are 0. Entries without weight are left out; each one beyond the first
-        costs a model evaluation per step: outside of the part, every instruction.
-        Raises SliderError as set_strengths does, for masks whose number does not fit and for a part that is none.
+        mask: (1 or images, height, width), what strengths are multiplied by. start, end: the part of the schedule, 0 to
+        1, in which they hold; outside they are 0. chosen: the sub-instructions, counted from 1, that mask and part are
+        for; none: all. Entries without weight are left out; each beyond the first costs a model evaluation per step.
+        Raises SliderError as set_strengths does, for masks whose number does not fit, for a part that is none and for a
+        chosen sub-instruction that is not there.
         """
         check_part(start, end)
         strengths = {name: read_strength(value, name) for name, value in values.items()}
         check_count(self.spans, strengths)
+        check_chosen(self.spans, chosen)
         images = batch_length(strengths)
-        absent = [_absence(strength, images, mask) for _, strength in zip(self.spans, strengths.values())]
+        placed = [not chosen or k in chosen for k in range(1, len(self.spans) + 1)]
+        each = list(zip(strengths.values(), placed))
+        absent = [_absence(strength, images, mask if here else None) for strength, here in each]
         inside = self._weighing(absent)
-        if all(bool((one == 1).all()) for one in absent):
+        outside = [torch.ones(1, 1, 1) if here else own for own, here in zip(absent, placed)]
+        if all(bool((own == other).all()) for own, other in zip(absent, outside)):
             return inside
-        return divided_in_time(inside, self._weighing([torch.ones(1, 1, 1)] * len(self.spans)), start, end)
+        return divided_in_time(inside, self._weighing(outside), start, end)
 
     def _weighing(self, absent: Sequence[torch.Tensor]) -> Conditioning:
         """The entries where the k-th instruction is absent by the k-th of `absent`: (1 or images, height, width)."""

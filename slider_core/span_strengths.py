@@ -124,11 +124,7 @@ def with_some_at(options: dict[str, Any], chosen: Sequence[int], strength: float
     chosen: which ones, counted from 1. Raises SliderError when there are no such spans, or others hold elsewhere.
     """
     text, elsewhere = _spans_of(options), elsewhere_of(options)
-    if missing := [number for number in chosen if not 1 <= number <= len(text.spans)]:
-        listed = "; ".join(f"{k} = {span.text!r}" for k, span in enumerate(text.spans, 1))
-        raise SliderError(
-            f"There is no sub-instruction {missing[0]}; expected numbers from 1 to {len(text.spans)}: {listed}."
-        )
+    check_chosen(text.spans, chosen)
     if elsewhere is not None and elsewhere.strength != strength:
         raise SliderError(
             f"The strength elsewhere is {elsewhere.strength} for all sliders by an earlier 'Where and When', and "
@@ -160,6 +156,15 @@ def _with_text(options: Mapping[str, Any], text: SpannedText) -> dict[str, Any]:
 
 def _padding(text: SpannedText) -> PerImageCond:
     return PerImageCond(torch.tensor([[text.padding]]))
+
+
+def check_chosen(spans: Sequence[Span], chosen: Sequence[int]) -> None:
+    """Raise SliderError for a number, counted from 1, that no span has."""
+    if missing := [number for number in chosen if not 1 <= number <= len(spans)]:
+        listed = "; ".join(f"{k} = {span.text!r}" for k, span in enumerate(spans, 1))
+        raise SliderError(
+            f"There is no sub-instruction {missing[0]}; expected numbers from 1 to {len(spans)}: {listed}."
+        )
 
 
 def check_count(spans: Sequence[Span], strengths: Mapping[str, Strength]) -> None:

@@ -93,6 +93,26 @@ def test_outside_the_mask_the_strengths_are_zero(golden_model):
     assert near(each[1:], by_hand(golden_model, 1.6 * (1 - small), 1 - small))
 
 
+def test_a_place_for_some_of_them(golden_model):
+    """Mask and part hold for the second; the first has its strength everywhere and always."""
+    small = torch.zeros(8, 8)
+    small[:, :4] = 1.0
+    mask = small.repeat_interleave(8, 0).repeat_interleave(8, 1)
+    found = velocity_of(golden_model, X, SIGMA, at(0.4, 1.6, mask=mask, chosen=[2]))
+    assert near(found, by_hand(golden_model, 0.4, 1.6 * small))
+    everywhere = at(0.4, 1.6, mask=mask, chosen=[1, 2])
+    assert near(velocity_of(golden_model, X, SIGMA, everywhere), by_hand(golden_model, 0.4 * small, 1.6 * small))
+    assert len(at(1.0, 1.6, mask=mask, chosen=[2])) == 2
+    late = golden_model.model.model_sampling.percent_to_sigma(0.9)
+    early = at(0.4, 1.6, end=0.5, chosen=[2])
+    for sigma, second in ((1.0, 1.6), (late, 0.0)):
+        now = velocity_of(golden_model, X, sigma, early)
+        assert near(now, velocity_of(golden_model, X, sigma, at(0.4, second)))
+    assert len(at(0.4, 1.0, end=0.5, chosen=[1])) == 3
+    with pytest.raises(SliderError, match=r"no sub-instruction 3; expected numbers from 1 to 2: 1 = 'first'"):
+        at(0.5, 1.0, mask=mask, chosen=[3])
+
+
 @pytest.mark.parametrize(("start", "end"), [(0.0, 0.5), (0.25, 0.75), (0.5, 1.0)])
 def test_before_and_after_its_part_the_strengths_are_zero(golden_model, start, end):
     """Single calls, borders included, and a run of 8 steps against one whose steps are switched by hand."""
@@ -171,7 +191,10 @@ def test_whole_graphs(server):
     def made(conditioning) -> object:
         return lambda g: g.sample(g.model(), g.edited(conditioning(g)))
 
-    one, bare, less, by_stock, marked, gone, lacking, masked, blank, early = latents(
+    def nowhere(g: Graph, words: str, **more: object) -> Link:
+        return difference(g, words, mask=g.add("SolidMask", value=0.0, width=64, height=64), **more)
+
+    one, bare, less, by_stock, marked, gone, lacking, masked, blank, early, some = latents(
         server,
         made(lambda g: difference(g, words)),
         made(lambda g: g.stock_text("make it red and blur it")),
@@ -180,11 +203,10 @@ def test_whole_graphs(server):
         made(lambda g: difference(g, "[[make it red]] and blur it", 0.3, mode="[[marked]] phrases")),
         made(lambda g: difference(g, words, 1.0, 0.0)),
         made(lambda g: g.stock_text("make it red")),
-        made(
-            lambda g: difference(g, "blur it", mask=g.add("SolidMask", value=0.0, width=64, height=64)),
-        ),
+        made(lambda g: nowhere(g, "blur it")),
         made(lambda g: g.stock_text("")),
         made(lambda g: difference(g, words, end=0.4)),
+        made(lambda g: nowhere(g, words, sub_instructions="2")),
     )
     assert (one == bare).all()
     assert near(less, by_stock)
@@ -193,6 +215,7 @@ def test_whole_graphs(server):
     assert near(gone, lacking)
     assert far(gone, bare)
     assert near(masked, blank)
+    assert near(some, lacking)
     assert far(early, one)
     assert far(early, blank)
 
