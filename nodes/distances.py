@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import folder_paths
 import torch
 from comfy.clip_vision import ClipVisionModel
 from comfy_api.latest import io
 
 from ..slider_core.errors import SliderError
-from ..slider_core.perceptual_distance import lpips_distances
+from ..slider_core.perceptual_distance import dreamsim_distances, lpips_distances
 from ..slider_core.picture_distance import PictureDistances, feature_distances, latent_distances, pixel_distances
 
-SEEN, LATENT, LPIPS = "clip_vision or pixels", "latent", "LPIPS"
+SEEN, LATENT, LPIPS, DREAMSIM = "clip_vision or pixels", "latent", "LPIPS", "DreamSim"
 
 
 def distance_inputs() -> tuple[io.Combo.Input, io.Latent.Input]:
@@ -18,11 +21,12 @@ def distance_inputs() -> tuple[io.Combo.Input, io.Latent.Input]:
     return (
         io.Combo.Input(
             "distance",
-            options=[SEEN, LATENT, LPIPS],
+            options=[SEEN, LATENT, LPIPS, DREAMSIM],
             default=SEEN,
             optional=True,
             tooltip="clip_vision or pixels: pixels where clip_vision is not linked. latent: what the sampler made. "
-            "LPIPS: as people find pictures different; needs the package lpips and AlexNet's weights on this computer.",
+            "LPIPS, DreamSim: as people find pictures different; they need the package of that name and its weights on "
+            "this computer.",
         ),
         io.Latent.Input("latent", optional=True, tooltip="The sweep's latents, for the distance of that name."),
     )
@@ -34,6 +38,8 @@ def sweep_distances(
     """By the choice of distance_inputs."""
     if distance == LPIPS:
         return lpips_distances(images, source)
+    if distance == DREAMSIM:
+        return dreamsim_distances(images, Path(folder_paths.models_dir, "dreamsim"), source)
     if distance == LATENT:
         return latent_distances(_latents(latent, len(images)), source)
     return pixel_distances(images, source) if vision is None else feature_distances(images, vision, source)

@@ -1,21 +1,29 @@
-"""How different people find pictures, as far as LPIPS knows (Zhang et al. 2018, arXiv:1801.03924, section 3).
+"""How different people find pictures, as far as LPIPS and DreamSim know.
 
-The package lpips calls torchvision for AlexNet, which downloads weights that are missing and unpickles whatever is in
-them. Here they are read from where torchvision keeps them, as tensors only, and never downloaded.
+LPIPS: Zhang et al. 2018, arXiv:1801.03924, section 3. DreamSim: Fu et al. 2023, arXiv:2306.09344, section 4.
+
+The packages lpips and dreamsim download weights that are missing, and one of their ways of reading them runs what is in
+them. Here they are read as tensors only, and never downloaded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from comfy.model_management import free_memory, get_torch_device, throw_exception_if_processing_interrupted
+from PIL import Image
 
 from .errors import SliderError
-from .picture_distance import PictureDistances, check_pictures, pair_distances
+from .picture_distance import PictureDistances, check_pictures, distances_of_features, pair_distances
 from .tensor_file import read_tensors
 
+_DREAMSIM = "open_clip_vitb32"
+"""Of the authors' networks. Their default, three together, runs code from a repository that it downloads."""
+_DREAMSIM_URL = "https://github.com/ssundaram21/dreamsim"
+_DREAMSIM_BYTES = 1 << 29
 _LEAST_SIDE = 31
 _BYTES_PER_PIXEL = 512
 """At most, of a pair: 80 float32 of both pictures, their features and the differences, and some room."""
@@ -72,3 +80,56 @@ def _network() -> Any:
     except (KeyError, RuntimeError) as error:
         raise SliderError(f"{file} is not torchvision's AlexNet: {error}. Put {url} there.") from error
     return network
+
+
+@torch.inference_mode()
+def dreamsim_distances(images: torch.Tensor, folder: Path, source: int = 0) -> PictureDistances:
+    """DreamSim with OpenCLIP ViT-B/32, 1 - cosine of what it says of images (n, h, w, 3), 0 to 1, made 224 x 224.
+
+    folder: where the authors' checkpoint lies, unpacked. source and errors: as pixel_distances; also SliderError where
+    the package dreamsim or the checkpoint is not on this computer, or is something else.
+    """
+    check_pictures(images)
+    device = get_torch_device()
+    free_memory(_DREAMSIM_BYTES, device)
+    network, prepare = _dreamsim(folder, device)
+    features = []
+    for picture in images[..., :3]:
+        throw_exception_if_processing_interrupted()
+        pixels = (picture.clamp(0, 1) * 255).round().to("cpu", torch.uint8).numpy()
+        features.append(network.embed(prepare(Image.fromarray(pixels)).to(device)))
+    return distances_of_features(torch.cat(features), "DreamSim (OpenCLIP ViT-B/32)", source)
+
+
+def _dreamsim(folder: Path, device: torch.device) -> tuple[Any, Callable[[Image.Image], torch.Tensor]]:
+    """The network, and what makes its inputs of pictures."""
+    try:
+        from dreamsim import dreamsim
+        from peft import set_peft_model_state_dict
+    except ImportError as error:
+        raise SliderError(
+            f"DreamSim needs the package dreamsim, which cannot be imported ({error}). Install it into ComfyUI's "
+            "Python: pip install dreamsim. Or compare by something else."
+        ) from error
+    base, adapter = folder / f"{_DREAMSIM}_pretrain.pth.tar", folder / f"{_DREAMSIM}_single_lora"
+    tensors = next(iter(sorted(adapter.glob("adapter_model.*"), reverse=True)), adapter / "adapter_model.safetensors")
+    for file in (base, adapter / "adapter_config.json", tensors):
+        if not file.is_file():
+            raise SliderError(
+                f"DreamSim needs its checkpoint; expected {file}. Nothing is downloaded for you: get "
+                f"dreamsim_{_DREAMSIM}_checkpoint.zip from the releases of {_DREAMSIM_URL} and unpack it into "
+                f"{folder}, or compare by something else."
+            )
+    learned = read_tensors(tensors, "DreamSim's adapter").tensors
+    read_tensors(base, "DreamSim's OpenCLIP")
+    try:
+        network, prepare = dreamsim(
+            pretrained=False, device=str(device), cache_dir=str(folder), dreamsim_type=_DREAMSIM
+        )
+        found = set_peft_model_state_dict(network, learned)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise SliderError(f"{folder} has not DreamSim's checkpoint: {error}. Unpack it there once more.") from error
+    missing = [*found.unexpected_keys, *(key for key in found.missing_keys if "lora" in key)]
+    if missing:
+        raise SliderError(f"{tensors} is not DreamSim's adapter: {missing[0]}. Unpack the checkpoint once more.")
+    return network.to(device), prepare

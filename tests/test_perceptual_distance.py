@@ -1,4 +1,4 @@
-"""LPIPS against the package itself, with random weights in AlexNet's place, and what is said where it cannot be had."""
+"""LPIPS and DreamSim against the packages themselves, with random weights, and what is said where they are missing."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ import lpips
 import pytest
 import torch
 from comfy.model_management import InterruptProcessingException, interrupt_current_processing
+from dreamsim import dreamsim
+from dreamsim.feature_extraction.vision_transformer import vit_base
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from safetensors.torch import save_file
 from support.graphs import Graph
 from test_slider_measures import pictures, strengths
 from torchvision.models import alexnet
 
 from slider_core.errors import SliderError
-from slider_core.perceptual_distance import lpips_distances
+from slider_core.perceptual_distance import dreamsim_distances, lpips_distances
 
 FILE = "alexnet-owt-7be5be79.pth"
 
@@ -61,6 +66,16 @@ def reached(monkeypatch) -> list[object]:
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     return asked
+
+
+class Runs:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
 
 
 def sweep(count: int, height: int = 48, width: int = 64) -> torch.Tensor:
@@ -143,11 +158,7 @@ def test_missing_weights_are_named_and_not_downloaded(home, reached):
 
 
 def test_a_file_that_runs_code_is_refused(home):
-    class Runs:
-        def __reduce__(self):
-            return os.mkdir, (str(home / "it ran"),)
-
-    put_weights(home, {"features.0.weight": Runs()})
+    put_weights(home, {"features.0.weight": Runs(home / "it ran")})
     with pytest.raises(SliderError, match=f"{FILE} cannot be read as torchvision's AlexNet"):
         lpips_distances(sweep(2))
     assert not (home / "it ran").exists()
@@ -183,7 +194,121 @@ def test_small_pictures(home, random_weights):
     assert lpips_distances(sweep(2, 31, 31)).adjacent[0] > 0
 
 
+# --- DreamSim
+
+
+NETWORK = "open_clip_vitb32"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """In the authors' layout, written by their network and by PEFT; OpenCLIP in half the numbers' precision."""
+    folder = tmp_path_factory.mktemp("dreamsim")
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        network = vit_base(patch_size=32)
+        network.pos_drop = torch.nn.LayerNorm(network.embed_dim)
+        weights = {
+            name: (value + 0.02 * torch.randn_like(value)).half() for name, value in network.state_dict().items()
+        }
+        torch.save({"state_dict": {**weights, "proj": torch.randn(768, 512)}}, folder / f"{NETWORK}_pretrain.pth.tar")
+        adapter = folder / f"{NETWORK}_single_lora"
+        lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.3, bias="none", target_modules=["qkv"])
+        adapted = get_peft_model(torch.nn.ModuleDict({"extractor_list": torch.nn.ModuleList([Wrapped(network)])}), lora)
+        for name, value in adapted.named_parameters():
+            if "lora" in name:
+                torch.nn.init.normal_(value, std=0.05)
+    adapted.save_pretrained(adapter)
+    return folder
+
+
+class Wrapped(torch.nn.Module):
+    """As DreamSim keeps its networks."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+
+def test_dreamsim_is_the_package_s_own(checkpoint, reached):
+    """Which reads the adapter by PEFT, takes two pictures at a time and gives 1 - cosine."""
+    network, prepare = dreamsim(device="cpu", cache_dir=str(checkpoint), dreamsim_type=NETWORK)
+    images = torch.cat([sweep(4), torch.full((4, 48, 64, 1), 0.5)], -1)
+    shown = [prepare(Image.fromarray((picture[..., :3] * 255).round().to(torch.uint8).numpy())) for picture in images]
+
+    def own(one: int, other: int) -> float:
+        with torch.inference_mode():
+            return network(shown[one], shown[other]).item()
+
+    found = dreamsim_distances(images, checkpoint, source=2)
+    assert found.adjacent == pytest.approx([own(k, k + 1) for k in range(3)], rel=1e-3)
+    assert found.skipping == pytest.approx([own(k, k + 2) for k in range(2)], rel=1e-3)
+    assert found.from_source == pytest.approx([own(2, k) for k in range(4)], rel=1e-3, abs=1e-6)
+    assert len({round(distance, 6) for distance in (*found.adjacent, *found.skipping)}) == 5
+    assert found.squared
+    assert found.compared_by == "DreamSim (OpenCLIP ViT-B/32), 1 - cosine"
+    assert reached == []
+
+
+def test_what_dreamsim_needs_is_named(checkpoint, tmp_path, monkeypatch, reached):
+    files = f"{NETWORK}_pretrain.pth.tar", f"{NETWORK}_single_lora/adapter_config.json"
+    for missing in files:
+        folder = tmp_path / missing.replace("/", "_")
+        folder.mkdir()
+        for kept in {*files, f"{NETWORK}_single_lora/adapter_model.safetensors"} - {missing}:
+            (folder / kept).parent.mkdir(exist_ok=True)
+            (folder / kept).hardlink_to(checkpoint / kept)
+        with pytest.raises(SliderError, match="Nothing is downloaded") as error:
+            dreamsim_distances(sweep(2), folder)
+        assert str(folder / missing) in str(error.value)
+    assert reached == []
+    monkeypatch.setitem(sys.modules, "dreamsim", None)
+    with pytest.raises(SliderError, match="pip install dreamsim"):
+        dreamsim_distances(sweep(2), checkpoint)
+
+
+def test_files_of_dreamsim_that_run_code_or_are_something_else(checkpoint, tmp_path):
+    adapter = tmp_path / f"{NETWORK}_single_lora"
+    adapter.mkdir()
+    base, config = f"{NETWORK}_pretrain.pth.tar", f"{NETWORK}_single_lora/adapter_config.json"
+    for kept in (base, config):
+        (tmp_path / kept).hardlink_to(checkpoint / kept)
+    torch.save({"lora": Runs(tmp_path / "it ran")}, adapter / "adapter_model.bin")
+    with pytest.raises(SliderError, match=r"adapter_model.bin cannot be read as DreamSim's adapter"):
+        dreamsim_distances(sweep(2), tmp_path)
+    save_file({"base_model.model.other.lora_A.weight": torch.zeros(4, 4)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(SliderError, match=r"adapter_model.safetensors is not DreamSim's adapter"):
+        dreamsim_distances(sweep(2), tmp_path)
+    (tmp_path / base).unlink()
+    torch.save({"state_dict": {"norm.weight": Runs(tmp_path / "it ran")}}, tmp_path / base)
+    with pytest.raises(SliderError, match=r"pretrain.pth.tar cannot be read as DreamSim's OpenCLIP"):
+        dreamsim_distances(sweep(2), tmp_path)
+    torch.save({"state_dict": {"norm.weight": torch.zeros(768)}}, tmp_path / base)
+    with pytest.raises(SliderError, match="has not DreamSim's checkpoint"):
+        dreamsim_distances(sweep(2), tmp_path)
+    assert not (tmp_path / "it ran").exists()
+
+
 # --- the nodes
+
+
+def test_nodes_compare_by_dreamsim(server, checkpoint):
+    """First without the checkpoint, which is named; then with it."""
+    folder = server.base / "models" / "dreamsim"
+    results = []
+    for _ in range(2):
+        g = Graph()
+        images, listed = pictures(g, 0x203040, 0x705030, 0xE0D0F0), strengths(g, "0 .5 1")
+        made, _ = g.add("EditSlidersMeasureSweep", images=images, strengths=listed, distance="DreamSim")
+        text = g.add("PreviewAny", source=[made, 0])[0]
+        results.append((server.run(g), text))
+        if not folder.exists():
+            folder.symlink_to(checkpoint)
+    (missing, _), (measured, text) = results
+    assert not missing.ok
+    assert str(folder / f"{NETWORK}_pretrain.pth.tar") in missing.error["exception_message"]
+    assert measured.ok, measured.error["exception_message"]
+    assert "compared by DreamSim (OpenCLIP ViT-B/32)" in measured.text(text)
 
 
 def test_nodes_compare_by_lpips(server, random_weights):
@@ -211,7 +336,7 @@ def test_nodes_compare_by_lpips(server, random_weights):
         own = lpips_distances(images)
 
     (measured, texts), (calibrated, others) = map(run, nodes)
-    assert measured.ok, measured.error
+    assert measured.ok, measured.error["exception_message"]
     assert "compared by LPIPS (AlexNet)" in measured.text(texts[0])
     distances = json.loads(measured.text(texts[1]))["distances"]
     assert distances["adjacent"] == pytest.approx(own.adjacent, rel=1e-4)
