@@ -6,7 +6,7 @@ import torch
 from comfy.clip_vision import ClipVisionModel
 from comfy_api.latest import io
 
-from ..slider_core.calibration import calibrate, calibrated, parse_calibration
+from ..slider_core.calibration import calibrate, parse_calibration
 from ..slider_core.plots import check_plots, curves_plot
 from ..slider_core.slider_measures import check_sweep, source_of
 from ..slider_core.strength import Strength, read_strength
@@ -96,6 +96,6 @@ class CalibratedStrength(io.ComfyNode):
 
     @classmethod
     def execute(cls, position: object, curve: str, on: bool) -> io.NodeOutput:
-        strengths = calibrated(read_strength(position, "position"), curve, on)
-        used = parse_calibration(curve) if on else None
+        positions, used = read_strength(position, "position"), parse_calibration(curve) if on else None
+        strengths = used.strength(positions) if used else positions
         return io.NodeOutput(strengths, strengths[0], ui={"curve": [curve], "points": [used.drawn() if used else []]})

@@ -150,12 +150,6 @@ def parse_calibration(text: str) -> Calibration | None:
     return Calibration(positions, strengths)
 
 
-def calibrated(positions: Strength, text: str, on: bool = True) -> Strength:
-    """Positions as the method's strengths by a curve; as they are where it is empty or switched off."""
-    curve = parse_calibration(text) if on else None
-    return positions if curve is None else curve.strength(positions)
-
-
 def _reach(
     order: Sequence[int], knots: Sequence[float], way: Sequence[float], usual: float, whole: float
 ) -> tuple[int, str]:

@@ -14,7 +14,7 @@ from support.outcomes import far, latents, near
 from test_miniature_sliders import ADAPTERS, it  # noqa: F401
 from test_slider_measures import flat, grays, pictures, strengths
 
-from slider_core.calibration import Calibration, calibrate, calibrated, parse_calibration
+from slider_core.calibration import Calibration, calibrate, parse_calibration
 from slider_core.errors import SliderError
 from slider_core.picture_distance import distances_of_features, pixel_distances
 from slider_core.slider_measures import source_of
@@ -145,12 +145,8 @@ def test_text_goes_round():
     assert set(json.loads(found.as_text())) == {"positions", "strengths"}
 
 
-def test_no_curve_or_off():
-    curve = Calibration((0.0, 1.0), (0.5, 1.0)).as_text()
-    assert calibrated((0.3, 2.0), " \n") == (0.3, 2.0)
-    assert calibrated((0.3, 2.0), curve, on=False) == (0.3, 2.0)
-    assert calibrated((0.3, 2.0), "no curve at all", on=False) == (0.3, 2.0)
-    assert calibrated((0.0, 0.5, 2.0), curve) == (0.5, 0.75, 1.5)
+def test_empty_text_is_no_curve():
+    assert parse_calibration(" \n") is None
 
 
 BAD = [
@@ -252,7 +248,7 @@ CURVE = '{"positions": [0, 1], "strengths": [0.4, 1]}'
 
 def test_what_the_page_draws(server):
     g = Graph()
-    cases = {"on": (CURVE, True), "off": (CURVE, False), "empty": ("", True)}
+    cases = {"on": (CURVE, True), "off": (CURVE, False), "empty": ("", True), "off and none": ("no curve", False)}
     nodes = {
         name: g.add("EditSlidersCalibratedStrength", position=0.5, curve=curve, on=on)
         for name, (curve, on) in cases.items()

@@ -92,28 +92,14 @@ class CurveView {
   /** Draw anew whenever the node changes. */
   follow() {
     const { node } = this
-    for (const name of ['position', 'curve', 'on']) {
-      const widget = this.widget(name)
-      const { callback } = widget
-      widget.callback = (...args) => {
-        callback?.apply(widget, args)
-        this.refresh()
-      }
-    }
-    const { onConfigure, onConnectionsChange, onExecuted } = node
-    node.onConfigure = (...args) => {
-      onConfigure?.apply(node, args)
-      this.refresh()
-    }
-    node.onConnectionsChange = (...args) => {
-      onConnectionsChange?.apply(node, args)
-      this.refresh()
-    }
-    node.onExecuted = (output) => {
-      onExecuted?.call(node, output)
+    const refresh = () => this.refresh()
+    for (const name of ['position', 'curve', 'on']) after(this.widget(name), 'callback', refresh)
+    after(node, 'onConfigure', refresh)
+    after(node, 'onConnectionsChange', refresh)
+    after(node, 'onExecuted', () => {
       if (this.ran) arrived.set(this.arrival, String(this.ran.curve.at(-1)))
       this.refresh()
-    }
+    })
   }
 
   /** @param {string} name @returns {Widget} */
@@ -199,5 +185,19 @@ class CurveView {
     widget.value = text
     widget.callback?.(text)
     app.canvas.emitAfterChange()
+  }
+}
+
+/**
+ * Let something follow each call of a method.
+ * @param {Record<string, any>} owner
+ * @param {string} name
+ * @param {() => void} then
+ */
+function after(owner, name, then) {
+  const own = owner[name]
+  owner[name] = (/** @type {unknown[]} */ ...args) => {
+    own?.apply(owner, args)
+    then()
   }
 }
