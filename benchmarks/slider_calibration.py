@@ -3,8 +3,9 @@
     python run.py benchmark --only slider_calibration [--scenes N]
 
 Each method's sweep of 9 strengths, 0 to 1, gives a curve (slider_core/calibration.py, by pixels). Then 9 even positions
-are rendered: uncalibrated; with the scene's own curve, from the same and from other noise; and with one curve for all,
-the mean of what the other scenes' sweeps showed.
+are rendered: uncalibrated; with the scene's own curve, from the same and from other noise; with the curve of the same
+instruction, from the mean of what its sweeps showed in 4 other scenes; and with one curve for all instructions, from
+the mean of the other scenes' sweeps.
 
     linearity       mean |reached - position|, with what is reached read back from the pictures; mean of the scenes
     delta           largest detour of the pictures, by pixels; mean of the scenes
@@ -13,6 +14,7 @@ the mean of what the other scenes' sweeps showed.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,11 +26,12 @@ import in_training  # noqa: F401  # isort: skip
 from slider_core.calibration import calibrate
 from slider_core.picture_distance import PictureDistances, pixel_distances
 from slider_core.smoothness import delta_smooth
-from training.miniature.edits import Edit
+from training.draws import generator
+from training.miniature.edits import HELD_OUT_SEEDS, Edit, fits
 from training.miniature.examining import held_out_tasks
 from training.miniature.measuring import edit_reached, measured
 from training.miniature.sliding import METHODS, Miniature
-from training.miniature.world import Scene
+from training.miniature.world import Scene, scene
 
 ROOT = Path(__file__).resolve().parents[1]
 EVEN = tuple(k / 8 for k in range(9))
@@ -43,7 +46,14 @@ CALIBRATED = (
     "prompt difference",
     "fidelity and steering",
 )
-COLUMNS = ("uncalibrated", "own curve", "own curve, other noise", "curve of the other scenes")
+COLUMNS = (
+    "uncalibrated",
+    "own curve",
+    "own curve, other noise",
+    "the instruction's curve, from other scenes",
+    "one curve for all",
+)
+ALIKE = 4
 
 
 def main() -> None:
@@ -64,14 +74,33 @@ def main() -> None:
 def measure(it: Miniature, name: str, scenes: int) -> np.ndarray:
     """(scenes, COLUMNS, 2): linearity and delta."""
     tasks = held_out_tasks(scenes, 1)
-    sweeps = [pixel_distances(rendered(it, name, source, edits, EVEN)) for source, edits in tasks]
+    sweeps = [_swept(it, name, source, edits[0]) for source, edits in tasks]
     found = []
     for k, (source, edits) in enumerate(tasks):
-        own = calibrate(EVEN, sweeps[k]).calibration.strength(EVEN)
-        others = calibrate(EVEN, _mean([one for j, one in enumerate(sweeps) if j != k])).calibration.strength(EVEN)
-        renders = ((EVEN, "sliding"), (own, "sliding"), (own, "other noise"), (others, "sliding"))
+        alike = [_swept(it, name, other, edits[0]) for other in scenes_for(edits[0], ALIKE)]
+        own, same, any_other = (
+            calibrate(EVEN, sweep).calibration.strength(EVEN)
+            for sweep in (sweeps[k], _mean(alike), _mean(sweeps[:k] + sweeps[k + 1 :]))
+        )
+        renders = (
+            (EVEN, "sliding"),
+            (own, "sliding"),
+            (own, "other noise"),
+            (same, "sliding"),
+            (any_other, "sliding"),
+        )
         found.append([_judged(rendered(it, name, source, edits, *how), source, edits[0]) for how in renders])
     return np.array(found)
+
+
+def scenes_for(edit: Edit, count: int) -> list[Scene]:
+    """Scenes that nothing else was tried on, in which the edit is to be seen."""
+    scenes = (scene(generator(seed, "alike")) for seed in HELD_OUT_SEEDS)
+    return list(itertools.islice((one for one in scenes if fits(one, edit)), count))
+
+
+def _swept(it: Miniature, name: str, source: Scene, edit: Edit) -> PictureDistances:
+    return pixel_distances(rendered(it, name, source, [edit], EVEN))
 
 
 def rendered(

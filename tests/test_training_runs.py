@@ -81,7 +81,7 @@ def same(one, other) -> bool:
 
 
 def apart(one, other) -> float:
-    """The largest relative difference of a tensor as a whole: Adam makes much of single gradients that are all noise."""
+    """The largest relative difference of a whole tensor: Adam makes much of single gradients that are all rounding."""
     assert one.keys() == other.keys()
     return max(float((one[key] - other[key]).norm() / other[key].norm()) for key in one)
 

@@ -140,6 +140,13 @@ def apply(source: Scene, together: Sequence[Edit], strengths: Sequence[float]) -
     return result
 
 
+def fits(source: Scene, edit: Edit) -> bool:
+    """Whether an edit of another scene changes something to be seen in this one, at all STRENGTHS."""
+    if not isinstance(edit.full, float) and not _differs(source, edit.attribute, edit.full):
+        return False
+    return legible(source, [edit])
+
+
 def legible(source: Scene, together: Sequence[Edit]) -> bool:
     """Whether both objects stand out from the background at all STRENGTHS of all these edits."""
     by_attribute = {edit.attribute: edit for edit in together}
@@ -174,8 +181,12 @@ def _recolourings(
     source: Scene, attribute: Attribute, what: str, colours: dict[str, Colour], chance: torch.Generator
 ) -> Iterator[Edit]:
     for name, colour in colours.items():
-        if np.linalg.norm(numbers(source, attribute) - colour) >= VISIBLE_COLOUR:
+        if _differs(source, attribute, colour):
             yield Edit(_one_of(_COLOUR_WORDS, chance).format(what, name), attribute, colour)
+
+
+def _differs(source: Scene, attribute: Attribute, colour: Colour) -> bool:
+    return bool(np.linalg.norm(numbers(source, attribute) - colour) >= VISIBLE_COLOUR)
 
 
 def _resizings(thing: Object, chance: torch.Generator) -> Iterator[Edit]:
