@@ -70,8 +70,7 @@ class InjectedShare:
 
     def acts(self, call: ModelCall) -> bool:
         """Whether anything is injected in this model call."""
-        somewhere = self.mask is None or bool(self.mask.any())
-        return self.strength != 0 and somewhere and call.within(*self.part)
+        return self.strength != 0 and call.within(*self.part)
 
     def of_tokens(self, places: KeyValuePlaces, call: ModelCall) -> torch.Tensor:
         """One for all tokens, (), or (tokens, 1)."""

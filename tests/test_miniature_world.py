@@ -25,6 +25,7 @@ from training.miniature.edits import (
     Edit,
     apply,
     edits,
+    fits,
     legible,
     task,
 )
@@ -210,6 +211,13 @@ def test_what_cannot_be_seen_is_not_asked():
     assert any("circle" in one and one.endswith("blue") for one in words)
     assert not any("square" in one and one.endswith("green") for one in words)
     assert not any("background" in one and one.endswith("gray") for one in words)
+
+
+def test_edits_of_another_scene():
+    cyan_on_gray = replace(SCENE, circle_colour=COLOURS["cyan"], background=TONES["gray"])
+    assert [fits(cyan_on_gray, edit) for edit in EACH] == [False, True, True, True, True]
+    assert [fits(CIRCLE_RED.at(SCENE, 1), edit) for edit in EACH] == [False, True, True, True, True]
+    assert all(fits(SCENE, edit) for edit in EACH)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
