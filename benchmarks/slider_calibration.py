@@ -3,9 +3,9 @@
     python run.py benchmark --only slider_calibration [--scenes N]
 
 Each method's sweep of 9 strengths, 0 to 1, gives a curve (slider_core/calibration.py, by pixels). Then 9 even positions
-are rendered: uncalibrated; with the scene's own curve, from the same and from other noise; with the curve of the same
-instruction, from the mean of what its sweeps showed in 4 other scenes; and with one curve for all instructions, from
-the mean of the other scenes' sweeps.
+are rendered: uncalibrated; with the scene's own curve; with the curve of the same instruction, from the mean of what its
+sweeps showed in 4 other scenes; with one curve for all instructions, from the mean of the other scenes' sweeps; and the
+first two from other noise than the curve was made with.
 
     linearity       mean |reached - position|, with what is reached read back from the pictures; mean of the scenes
     delta           largest detour of the pictures, by pixels; mean of the scenes
@@ -49,9 +49,10 @@ CALIBRATED = (
 COLUMNS = (
     "uncalibrated",
     "own curve",
-    "own curve, other noise",
     "the instruction's curve, from other scenes",
     "one curve for all",
+    "other noise, uncalibrated",
+    "other noise, own curve",
 )
 ALIKE = 4
 
@@ -83,11 +84,8 @@ def measure(it: Miniature, name: str, scenes: int) -> np.ndarray:
             for sweep in (sweeps[k], _mean(alike), _mean(sweeps[:k] + sweeps[k + 1 :]))
         )
         renders = (
-            (EVEN, "sliding"),
-            (own, "sliding"),
-            (own, "other noise"),
-            (same, "sliding"),
-            (any_other, "sliding"),
+            *((curve, "sliding") for curve in (EVEN, own, same, any_other)),
+            *((curve, "other noise") for curve in (EVEN, own)),
         )
         found.append([_judged(rendered(it, name, source, edits, *how), source, edits[0]) for how in renders])
     return np.array(found)

@@ -97,9 +97,14 @@ def test_a_mask_chooses_places(golden_model):
     assert near(chained, torch.lerp(own, own[[0, 0, 1]], share.expand_as(own)))
 
 
-def test_masks_everywhere_and_nowhere(golden_model):
+def test_masks_that_are_the_same_everywhere(golden_model):
     own, kept = (velocity_of(model, X, SIGMA, text()) for model in (golden_model, inject_key_values(golden_model, [0])))
-    for mask, want in ((torch.ones(1, 5, 7), kept), (torch.zeros(64, 64), own)):
+    half = velocity_of(inject_key_values(golden_model, [0], strength=0.5), X, SIGMA, text())
+    for mask, want in (
+        (torch.ones(1, 5, 7), kept),
+        (torch.zeros(64, 64), own),
+        (torch.full((8, 8), 0.5), half),
+    ):
         assert torch.equal(velocity_of(inject_key_values(golden_model, [0], mask=mask), X, SIGMA, text()), want)
     assert far(own[1:], kept[1:])
     for mask, message in (
