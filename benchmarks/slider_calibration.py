@@ -3,9 +3,9 @@
     python run.py benchmark --only slider_calibration [--scenes N]
 
 Each method's sweep of 9 strengths, 0 to 1, gives a curve (slider_core/calibration.py, by pixels). Then 9 even positions
-are rendered: uncalibrated; with the scene's own curve; with the curve of the same instruction, from the mean of what its
-sweeps showed in 4 other scenes; with one curve for all instructions, from the mean of the other scenes' sweeps; and the
-first two from other noise than the curve was made with.
+are rendered: uncalibrated; with the scene's own curve; with the curve of the same instruction, from the mean of what
+its sweeps showed in 4 other scenes; with one curve for all instructions, from the mean of the other scenes' sweeps; and
+the first two from other noise than the curve was made with.
 
     linearity       mean |reached - position|, with what is reached read back from the pictures; mean of the scenes
     delta           largest detour of the pictures, by pixels; mean of the scenes
