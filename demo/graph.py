@@ -7,7 +7,7 @@ from typing import Any
 
 from models import Models
 
-PICTURE = "picture"
+PICTURE, CALIBRATED = "picture", "calibrated picture"
 LORA_INSIDE = "none, or in the projector's file"
 MINIATURE_STEPS = 12
 MINIATURE_VITAL_LAYERS = "0, 2, 4"  # found by: python -m training.miniature layers
@@ -55,6 +55,22 @@ def projector_graph(models: Models, photo: str, instruction: str, strengths: Str
     }
     graph["strengths"]["inputs"]["strength"] = _strength(graph, "list_1", strengths)
     return _swept(graph, "list_1")
+
+
+def calibrated_graph(models: Models, photo: str, instruction: str, strengths: Sequence[float]) -> Graph:
+    """As edit_graph for a list; the node CALIBRATED shows as many pictures by the curve that those give."""
+    graph = edit_graph(models, photo, [instruction], [tuple(strengths)])
+    return {
+        **graph,
+        "curve": _node("EditSlidersCalibrate", images=["decoded", 0], strengths=["list_1", 0]),
+        "position": _node("EditSlidersCalibratedStrength", position=["list_1", 0], curve=["curve", 0], on=True),
+        "even": _node("EditSlidersSubInstructionStrengths", conditioning=["prompt", 0], strength_1=["position", 0]),
+        "even_reference": _like(graph["reference"], conditioning=["even", 0]),
+        "even_guided": _like(graph["guided"], conditioning=["even_reference", 0]),
+        "even_sampled": _like(graph["sampled"], positive=["even_guided", 0]),
+        "even_decoded": _like(graph["decoded"], samples=["even_sampled", 0]),
+        CALIBRATED: _like(graph[PICTURE], images=["even_decoded", 0]),
+    }
 
 
 def parallel_graph(models: Models, photo: str, edits: Sequence[str]) -> Graph:
@@ -107,9 +123,7 @@ def _strength(graph: Graph, name: str, strength: Strengths) -> float | list[str 
 def _swept(graph: Graph, strengths: str) -> Graph:
     """The graph with a latent for every strength of a list."""
     latent = _node("EditSlidersLatentForSweep", latent=["source", 0], strengths=[strengths, 0])
-    sampled = graph["sampled"]
-    changed = {**sampled, "inputs": {**sampled["inputs"], "latent_image": ["latents", 0]}}
-    return {**graph, "latents": latent, "sampled": changed}
+    return {**graph, "latents": latent, "sampled": _like(graph["sampled"], latent_image=["latents", 0])}
 
 
 def _picture_and_models(models: Models, photo: str) -> Graph:
@@ -153,6 +167,10 @@ def _sampled(models: Models, model: str, conditioning: str) -> Graph:
         "decoded": _node("VAEDecode", samples=["sampled", 0], vae=["vae", 0]),
         PICTURE: _node("PreviewImage", images=["decoded", 0]),
     }
+
+
+def _like(node: Node, **changed: Any) -> Node:
+    return {**node, "inputs": {**node["inputs"], **changed}}
 
 
 def _node(class_type: str, **inputs: Any) -> Node:

@@ -2,7 +2,7 @@
 
 With the FLUX.1 Kontext, text encoders, VAE and SliderEdit adapter of COMFYUI_PATH if they are all there: a photograph,
 one slider. Otherwise with a miniature edit model that was trained on pictures of a circle and a square: one slider, two
-sliders, their grid, and an edit without any adapter.
+sliders, their grid, a slider before and after calibration, and an edit without any adapter.
 
     python run.py demo            draw
     python run.py demo --open     start ComfyUI with the same graph, for the browser
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from graph import PICTURE, Graph, Strengths, edit_graph, parallel_graph, projector_graph
+from graph import CALIBRATED, PICTURE, Graph, Strengths, calibrated_graph, edit_graph, parallel_graph, projector_graph
 from models import MINIATURE, MINIATURE_FOLDER, Models, has_accelerator, users_models, users_python
 from page import Shown, write_page
 from PIL import Image
@@ -40,6 +40,7 @@ PHOTO_INSTRUCTION = "turn the cat into a golden statue with emerald eyes that sh
 COLOUR, SIZE, GROUND = "make the circle red", "make the square bigger", "make the background dark"
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 FIVE = (0.0, 0.25, 0.5, 0.75, 1.0)
+NINE = tuple(k / 8 for k in range(9))
 MANY = tuple(k / 20 for k in range(21))
 SIDE = 192
 PACK = {"ComfyUI-EditSliders": ROOT}
@@ -70,21 +71,26 @@ def main() -> None:
 
 
 def of_photograph(server: ComfyServer, models: Models, output: Path) -> list[Shown]:
-    pictures = [_draw(server, edit_graph(models, PHOTO.name, [PHOTO_INSTRUCTION], [one]))[0] for one in STRENGTHS]
+    graphs = [edit_graph(models, PHOTO.name, [PHOTO_INSTRUCTION], [one]) for one in STRENGTHS]
+    pictures = [_draw(server, graph)[0][0] for graph in graphs]
     return [Shown("One slider", PHOTO_INSTRUCTION, _strip(output / "one-slider.png", pictures, STRENGTHS))]
 
 
 def of_miniature(server: ComfyServer, output: Path) -> list[Shown]:
     def drawn(instructions: Sequence[str], *strengths: Strengths) -> list[Image.Image]:
-        return _draw(server, edit_graph(MINIATURE, SCENE.name, instructions, strengths))
+        [pictures] = _draw(server, edit_graph(MINIATURE, SCENE.name, instructions, strengths))
+        return pictures
 
     one = drawn([SIZE], STRENGTHS)
     grid = list(product(FIVE, repeat=2))
     two = drawn([COLOUR, SIZE], *zip(*grid))
     three = drawn([COLOUR, SIZE, GROUND], 1.0, STRENGTHS, 1.0)
-    calibrated = _draw(server, projector_graph(MINIATURE, SCENE.name, COLOUR, FIVE))
-    parallel = _draw(server, parallel_graph(MINIATURE, SCENE.name, [COLOUR, GROUND]))
+    before, after = _draw(server, calibrated_graph(MINIATURE, SCENE.name, SIZE, NINE), PICTURE, CALIBRATED)
+    [projected] = _draw(server, projector_graph(MINIATURE, SCENE.name, COLOUR, FIVE))
+    [parallel] = _draw(server, parallel_graph(MINIATURE, SCENE.name, [COLOUR, GROUND]))
     sheet = contact_sheet(two, [f"{a:g} / {b:g}" for a, b in grid], len(FIVE))
+    captions = [f"{what} {one:g}" for what in ("strength", "calibrated") for one in FIVE]
+    even = contact_sheet([*before[::2], *after[::2]], captions, len(FIVE))
     return [
         Shown("One slider", SIZE, _strip(output / "one-slider.png", one, STRENGTHS)),
         Shown("The same, moving", SIZE, _animation(output / "one-slider.webp", drawn([SIZE], MANY))),
@@ -95,9 +101,14 @@ def of_miniature(server: ComfyServer, output: Path) -> list[Shown]:
             _strip(output / "one-of-three.png", three, STRENGTHS),
         ),
         Shown(
+            "Calibrated",
+            f"{SIZE}: above by its strength, below by the position on the curve that nine pictures gave",
+            _saved(even, output / "calibrated.png"),
+        ),
+        Shown(
             "One slider for the whole instruction",
             f"{COLOUR}, by a strength projector",
-            _strip(output / "projector.png", calibrated, FIVE),
+            _strip(output / "projector.png", projected, FIVE),
         ),
         Shown(
             "Without an adapter",
@@ -136,13 +147,14 @@ def _stay_open(server: ComfyServer, models: Models) -> None:
             time.sleep(1)
 
 
-def _draw(server: ComfyServer, graph: Graph) -> list[Image.Image]:
+def _draw(server: ComfyServer, graph: Graph, *shown: str) -> list[list[Image.Image]]:
+    """The pictures of some nodes; of PICTURE, if none is named."""
     started = time.monotonic()
     result = server.run(graph, timeout=3600)
     if result.error:
         sys.exit(f"{result.error['node_type']}: {result.error['exception_message']}")
-    pictures = [_enlarged(picture) for picture in result.images(PICTURE)]
-    print(f"{len(pictures)} pictures, {time.monotonic() - started:.1f} s")
+    pictures = [list(map(_enlarged, result.images(node))) for node in shown or (PICTURE,)]
+    print(f"{sum(map(len, pictures))} pictures, {time.monotonic() - started:.1f} s")
     return pictures
 
 

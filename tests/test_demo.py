@@ -11,7 +11,7 @@ from conftest import COMFYUI, REPO
 from PIL import Image
 from support.browser import ComfyPage, write_settings
 
-from slider_core.contact_sheet import GAP
+from slider_core.contact_sheet import CAPTION_HEIGHT, GAP
 from training.miniature.examining import held_out_tasks
 from training.miniature.measuring import edit_reached, measured
 from training.miniature.world import picture_of
@@ -21,7 +21,7 @@ sys.path.append(str(REPO / "demo"))
 from graph import edit_graph
 from models import MINIATURE, users_models
 from page import write_page
-from show import MANY, SCENE, SIDE, STRENGTHS, of_miniature, server_with_miniature
+from show import FIVE, MANY, SCENE, SIDE, STRENGTHS, of_miniature, server_with_miniature
 from workflow import NAME, workflow
 
 FILES = {
@@ -83,11 +83,21 @@ def test_its_pictures_and_its_page(tmp_path):
     assert tuple(sorted(STRENGTHS)) == STRENGTHS
     assert min(np.diff(changes)) > -0.002
     assert changes[0] < changes[-1] / 2
+    with Image.open(tmp_path / "calibrated.png") as sheet:
+        uneven, even = ([changed(sheet, k, row) for k in range(len(FIVE))] for row in range(2))
+    assert off_the_line(even) < off_the_line(uneven) / 2
 
 
-def changed(strip: Image.Image, k: int) -> float:
-    """How far the k-th picture of a strip is from the scene, mean over the pixels."""
-    panel = strip.convert("RGB").crop((k * (SIDE + GAP), 0, k * (SIDE + GAP) + SIDE, SIDE))
+def off_the_line(changes: list[float]) -> float:
+    """Mean distance of changes at even strengths from the straight line between the first and the last."""
+    line = np.linspace(changes[0], changes[-1], len(changes))
+    return float(np.abs(changes - line).mean())
+
+
+def changed(sheet: Image.Image, k: int, row: int = 0) -> float:
+    """How far the k-th picture of a row is from the scene, mean over the pixels."""
+    left, top = k * (SIDE + GAP), row * (SIDE + CAPTION_HEIGHT)
+    panel = sheet.convert("RGB").crop((left, top, left + SIDE, top + SIDE))
     scene = Image.open(SCENE).convert("RGB").resize(panel.size, Image.Resampling.BICUBIC)
     return float(np.abs(np.asarray(panel, float) - np.asarray(scene, float)).mean() / 255)
 
