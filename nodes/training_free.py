@@ -143,8 +143,8 @@ class PromptDifference(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where the sub-instructions act. Outside, their strengths are 0. With a mask every one "
-                    "of them costs an evaluation.",
+                    tooltip="Where the sub-instructions act. Outside, their strengths are 0. Every one with a "
+                    "mask costs an evaluation.",
                 ),
                 *part_inputs(optional=True),
                 chosen_instructions_input(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from comfy.utils import common_upscale
+from torch.nn.functional import avg_pool2d
 
 from .errors import SliderError
 
@@ -20,11 +24,6 @@ def checked_mask(mask: torch.Tensor) -> torch.Tensor:
     return mask if mask.ndim == 3 else mask[None]
 
 
-def is_everywhere(mask: torch.Tensor) -> bool:
-    """Whether it is all ones."""
-    return bool((mask == 1).all())
-
-
 def checked_single_mask(mask: torch.Tensor) -> torch.Tensor:
     """As checked_mask, (1, height, width). Raises SliderError for several masks too."""
     checked = checked_mask(mask)
@@ -33,7 +32,12 @@ def checked_single_mask(mask: torch.Tensor) -> torch.Tensor:
     return checked
 
 
-def token_shares(mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Which share of every image token lies in a mask (1, height, width): (tokens, 1), row by row of the grid."""
-    rows, columns = grid
-    return common_upscale(mask[None], columns, rows, "area", "disabled").reshape(-1, 1)
+def token_shares(mask: torch.Tensor, latent: Sequence[int], grid: tuple[int, int]) -> torch.Tensor:
+    """Which share of every image token lies in a mask (1, height, width): (tokens, 1), row by row of the grid.
+
+    A token may reach beyond a latent's right or lower edge; what lies there does not count.
+    """
+    height, width = latent[-2:]
+    patch = math.ceil(height / grid[0]), math.ceil(width / grid[1])
+    places = common_upscale(mask[None], width, height, "area", "disabled")
+    return avg_pool2d(places, patch, ceil_mode=True).reshape(-1, 1)

@@ -23,7 +23,6 @@ from .tensor_file import read_tensors
 _DREAMSIM = "open_clip_vitb32"
 """Of the authors' networks. Their default, three together, runs code from a repository that it downloads."""
 _DREAMSIM_URL = "https://github.com/ssundaram21/dreamsim"
-_DREAMSIM_BYTES = 1 << 29
 _LEAST_SIDE = 31
 _BYTES_PER_PIXEL = 512
 """At most, of a pair: 80 float32 of both pictures, their features and the differences, and some room."""
@@ -90,19 +89,17 @@ def dreamsim_distances(images: torch.Tensor, folder: Path, source: int = 0) -> P
     the package dreamsim or the checkpoint is not on this computer, or is something else.
     """
     check_pictures(images)
-    device = get_torch_device()
-    free_memory(_DREAMSIM_BYTES, device)
-    network, prepare = _dreamsim(folder, device)
+    network, prepare = _dreamsim(folder)
     features = []
     for picture in images[..., :3]:
         throw_exception_if_processing_interrupted()
         pixels = (picture.clamp(0, 1) * 255).round().to("cpu", torch.uint8).numpy()
-        features.append(network.embed(prepare(Image.fromarray(pixels)).to(device)))
+        features.append(network.embed(prepare(Image.fromarray(pixels))))
     return distances_of_features(torch.cat(features), "DreamSim (OpenCLIP ViT-B/32)", source)
 
 
-def _dreamsim(folder: Path, device: torch.device) -> tuple[Any, Callable[[Image.Image], torch.Tensor]]:
-    """The network, and what makes its inputs of pictures."""
+def _dreamsim(folder: Path) -> tuple[Any, Callable[[Image.Image], torch.Tensor]]:
+    """The network, which is small enough for the CPU, and what makes its inputs of pictures."""
     try:
         from dreamsim import dreamsim
         from peft import set_peft_model_state_dict
@@ -123,13 +120,11 @@ def _dreamsim(folder: Path, device: torch.device) -> tuple[Any, Callable[[Image.
     learned = read_tensors(tensors, "DreamSim's adapter").tensors
     read_tensors(base, "DreamSim's OpenCLIP")
     try:
-        network, prepare = dreamsim(
-            pretrained=False, device=str(device), cache_dir=str(folder), dreamsim_type=_DREAMSIM
-        )
+        network, prepare = dreamsim(pretrained=False, device="cpu", cache_dir=str(folder), dreamsim_type=_DREAMSIM)
         found = set_peft_model_state_dict(network, learned)
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise SliderError(f"{folder} has not DreamSim's checkpoint: {error}. Unpack it there once more.") from error
     missing = [*found.unexpected_keys, *(key for key in found.missing_keys if "lora" in key)]
     if missing:
         raise SliderError(f"{tensors} is not DreamSim's adapter: {missing[0]}. Unpack the checkpoint once more.")
-    return network.to(device), prepare
+    return network, prepare

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import SliderError
+from .masks import checked_mask
 from .module_overrides import COND_PREFIX
 from .per_image_cond import PerImageCond
 from .span_conditioning import SPLITTERS, encode, encode_sub_instructions
@@ -49,11 +50,12 @@ class PromptDifferences:
     ) -> Conditioning:
         """The conditioning at some strengths: the k-th of `values` (input name -> strength) for the k-th instruction.
 
-        mask: (1 or images, height, width), what strengths are multiplied by. start, end: the part of the schedule, 0 to
-        1, in which they hold; outside they are 0. chosen: the sub-instructions, counted from 1, that mask and part are
-        for; none: all. Entries without weight are left out; each beyond the first costs a model evaluation per step.
-        Raises SliderError as set_strengths does, for masks whose number does not fit, for a part that is none and for a
-        chosen sub-instruction that is not there.
+        mask: (height, width) or (1 or images, height, width), what strengths are multiplied by. start, end: the part of
+        the schedule, 0 to 1, in which they hold; outside they are 0. chosen: the sub-instructions, counted from 1, that
+        mask and part are for; none: all. Entries without weight are left out; each beyond the first costs a model
+        evaluation per step.
+        Raises SliderError as set_strengths does, for a mask that is none or whose number does not fit, for a part that
+        is none and for a chosen sub-instruction that is not there.
         """
         check_part(start, end)
         strengths = {name: read_strength(value, name) for name, value in values.items()}
@@ -90,7 +92,7 @@ def encode_differences(clip: CLIP, text: str, mode: str, pad_to: int | None) -> 
 
 def _absence(strength: Strength, images: int, mask: torch.Tensor | None) -> torch.Tensor:
     """1 - strength, of shape (1 or images, height, width)."""
-    masks = torch.ones(1, 1, 1) if mask is None else mask.cpu().reshape(-1, *mask.shape[-2:])
+    masks = torch.ones(1, 1, 1) if mask is None else checked_mask(mask).cpu()
     if len(masks) not in (1, images):
         raise SliderError(
             f"There are {len(masks)} masks, but {images} strength(s); expected one mask, or one per strength of a list."

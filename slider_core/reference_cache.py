@@ -16,7 +16,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from .errors import SliderError
-from .fitting_samplers import ONE_CALL_PER_STEP, refuse_noise_adding_samplers
+from .fitting_samplers import ONE_CALL_PER_STEP
 from .inversion import Denoise, OnStep, StepSampler, check_flow_matching, run
 from .model_identity import ModelIdentity, identity_of
 from .module_overrides import Around, ModelCall, ModelInputs, Operation, add_operation, operations_of
@@ -182,9 +182,7 @@ def inject_cached(
     """
     cache.model.check(model, "The remembered source")
     share = InjectedShare(strength, start, end, mask)
-    patched = add_operation(model, _CachedInjection(KeyValuePlaces(model, cache.layers), cache, share))
-    refuse_noise_adding_samplers(patched)
-    return patched
+    return share.applied(add_operation(model, _CachedInjection(KeyValuePlaces(model, cache.layers), cache, share)))
 
 
 def check_remembers(model: ModelPatcher, trajectory: Trajectory) -> None:

@@ -6,18 +6,24 @@ Blocks are counted as in the paper: double blocks first, then single blocks; 0 t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 
 from .diffusion_model import diffusion_model_of
 from .errors import SliderError
 from .families import Block, family_of
 from .fitting_samplers import refuse_noise_adding_samplers
-from .masks import checked_single_mask, is_everywhere, token_shares
+from .masks import checked_single_mask, token_shares
 from .module_overrides import Around, Forward, ModelCall, Operation, add_operation
 from .number_list import parse_numbers
 from .time_ranges import check_part
+
+_KEY = "edit_sliders.vital_layers"
+_SAMPLED = _KEY + ".sampled"
+"""Name in transformer_options of the shape of the latent that is sampled."""
 
 
 class KeyValuePlaces:
@@ -65,8 +71,6 @@ class InjectedShare:
         check_part(start, end)
         self.strength, self.part = strength, (start, end)
         self.mask = None if mask is None else checked_single_mask(mask)
-        if self.mask is not None and is_everywhere(self.mask):
-            self.mask = None
 
     def acts(self, call: ModelCall) -> bool:
         """Whether anything is injected in this model call."""
@@ -76,8 +80,43 @@ class InjectedShare:
         """One for all tokens, (), or (tokens, 1)."""
         strength = torch.tensor(self.strength)
         if self.mask is not None:
-            strength = strength * token_shares(self.mask, places.family.image_grid(call.latent))
+            _check_whole(call)
+            strength = strength * token_shares(self.mask, call.latent, places.family.image_grid(call.latent))
         return strength.to(call.device)
+
+    def applied(self, model: ModelPatcher) -> ModelPatcher:
+        """The model, a clone of one's own, under the samplers that suit it."""
+        refuse_noise_adding_samplers(model)
+        if self.mask is not None:
+            model.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, _KEY)
+            model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, _KEY, _note_sampled)
+        return model
+
+
+def _note_sampled(
+    executor: Any,
+    guider: Any,
+    sigmas: torch.Tensor,
+    extra_args: Mapping[str, Any],
+    callback: Any,
+    noise: torch.Tensor,
+    *args: Any,
+    **more: Any,
+) -> torch.Tensor:
+    options = extra_args["model_options"]
+    noted = {**options["transformer_options"], _SAMPLED: tuple(noise.shape)}
+    extra_args = {**extra_args, "model_options": {**options, "transformer_options": noted}}
+    return executor(guider, sigmas, extra_args, callback, noise, *args, **more)
+
+
+def _check_whole(call: ModelCall) -> None:
+    sampled, covered = call.inputs.options.get(_SAMPLED, call.latent)[-2:], call.latent[-2:]
+    if tuple(sampled) != tuple(covered):
+        raise SliderError(
+            f"A conditioning covers {covered[1]} x {covered[0]} of a latent of {sampled[1]} x {sampled[0]}, where the "
+            "mask of an injection would lie elsewhere; expected all of it. Take the area off the conditioning, or the "
+            "mask off the injection."
+        )
 
 
 class KeyValueInjection(Operation):
@@ -131,13 +170,12 @@ def inject_key_values(
     start, end: the part of the schedule, 0 to 1, where it does so. chained: every image takes them from the one before
     it, whatever the reference (a chain of edits, section 4.4). mask: (height, width) or (1, height, width), what the
     strength is multiplied by. Raises SliderError for a layer that the model does not have, a part that ends before it
-    starts and a mask that is none or several; when sampling, for a batch of one and samplers that add noise.
+    starts and a mask that is none or several; when sampling, for a batch of one, samplers that add noise, and a mask
+    with a conditioning that has an area.
     """
     share = InjectedShare(strength, start, end, mask)
     places = KeyValuePlaces(model, layers)
-    patched = add_operation(model, KeyValueInjection(places, reference, share, chained))
-    refuse_noise_adding_samplers(patched)
-    return patched
+    return share.applied(add_operation(model, KeyValueInjection(places, reference, share, chained)))
 
 
 class Bypass(Operation):

@@ -17,7 +17,7 @@ from comfy.utils import common_upscale, repeat_to_batch_size
 
 from .elsewhere import PREFIX, PROJECTOR, Elsewhere, elsewhere_of
 from .errors import SliderError
-from .masks import checked_mask, is_everywhere
+from .masks import checked_mask
 from .module_overrides import COND_PREFIX
 from .per_image_cond import PerImageCond
 from .prompt_difference import WEIGHED
@@ -55,7 +55,7 @@ def where_and_when(
     check_part(start, end)
     if mask is not None:
         mask = checked_mask(mask)
-        if is_everywhere(mask):
+        if bool((mask == 1).all()):
             mask = None
     if chosen:
         each = (_divided_for(entry, mask, strength, start, end, chosen) for entry in conditioning)

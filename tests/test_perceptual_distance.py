@@ -18,7 +18,7 @@ from dreamsim import dreamsim
 from dreamsim.feature_extraction.vision_transformer import vit_base
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.graphs import Graph
 from test_slider_measures import pictures, strengths
 from torchvision.models import alexnet
@@ -250,40 +250,64 @@ def test_dreamsim_is_the_package_s_own(checkpoint, reached):
     assert reached == []
 
 
-def test_what_dreamsim_needs_is_named(checkpoint, tmp_path, monkeypatch, reached):
-    files = f"{NETWORK}_pretrain.pth.tar", f"{NETWORK}_single_lora/adapter_config.json"
-    for missing in files:
-        folder = tmp_path / missing.replace("/", "_")
-        folder.mkdir()
-        for kept in {*files, f"{NETWORK}_single_lora/adapter_model.safetensors"} - {missing}:
-            (folder / kept).parent.mkdir(exist_ok=True)
-            (folder / kept).hardlink_to(checkpoint / kept)
-        with pytest.raises(SliderError, match="Nothing is downloaded") as error:
-            dreamsim_distances(sweep(2), folder)
-        assert str(folder / missing) in str(error.value)
+FILES = (
+    f"{NETWORK}_pretrain.pth.tar",
+    f"{NETWORK}_single_lora/adapter_config.json",
+    f"{NETWORK}_single_lora/adapter_model.safetensors",
+)
+
+
+def copied(checkpoint: Path, folder: Path, leave_out: str) -> Path:
+    """The checkpoint in another folder, without one of its files."""
+    for kept in {*FILES} - {leave_out}:
+        (folder / kept).parent.mkdir(parents=True, exist_ok=True)
+        (folder / kept).hardlink_to(checkpoint / kept)
+    return folder
+
+
+@pytest.mark.parametrize("missing", FILES)
+def test_what_dreamsim_needs_is_named(checkpoint, tmp_path, reached, missing):
+    copied(checkpoint, tmp_path, missing)
+    with pytest.raises(SliderError, match="Nothing is downloaded") as error:
+        dreamsim_distances(sweep(2), tmp_path)
+    assert str(tmp_path / missing) in str(error.value)
     assert reached == []
+
+
+def test_the_missing_package_dreamsim_is_named(checkpoint, monkeypatch):
     monkeypatch.setitem(sys.modules, "dreamsim", None)
     with pytest.raises(SliderError, match="pip install dreamsim"):
         dreamsim_distances(sweep(2), checkpoint)
 
 
-def test_files_of_dreamsim_that_run_code_or_are_something_else(checkpoint, tmp_path):
-    adapter = tmp_path / f"{NETWORK}_single_lora"
-    adapter.mkdir()
-    base, config = f"{NETWORK}_pretrain.pth.tar", f"{NETWORK}_single_lora/adapter_config.json"
-    for kept in (base, config):
-        (tmp_path / kept).hardlink_to(checkpoint / kept)
-    torch.save({"lora": Runs(tmp_path / "it ran")}, adapter / "adapter_model.bin")
-    with pytest.raises(SliderError, match=r"adapter_model.bin cannot be read as DreamSim's adapter"):
-        dreamsim_distances(sweep(2), tmp_path)
-    save_file({"base_model.model.other.lora_A.weight": torch.zeros(4, 4)}, adapter / "adapter_model.safetensors")
+@pytest.mark.parametrize("what", ["of some layers", "of another network"])
+def test_another_adapter(checkpoint, tmp_path, what):
+    copied(checkpoint, tmp_path, FILES[2])
+    whole = load_file(checkpoint / FILES[2])
+    some = {"base_model.model.other.lora_A.weight": torch.zeros(4, 4)}
+    save_file(dict(list(whole.items())[2:]) if what == "of some layers" else some, tmp_path / FILES[2])
     with pytest.raises(SliderError, match=r"adapter_model.safetensors is not DreamSim's adapter"):
         dreamsim_distances(sweep(2), tmp_path)
-    (tmp_path / base).unlink()
-    torch.save({"state_dict": {"norm.weight": Runs(tmp_path / "it ran")}}, tmp_path / base)
+
+
+def test_files_of_dreamsim_that_run_code_or_are_something_else(checkpoint, tmp_path):
+    folder = copied(checkpoint, tmp_path, FILES[2])
+    base, config, tensors = (folder / name for name in FILES)
+    torch.save({"lora": Runs(tmp_path / "it ran")}, tensors.with_suffix(".bin"))
+    with pytest.raises(SliderError, match=r"adapter_model.bin cannot be read as DreamSim's adapter"):
+        dreamsim_distances(sweep(2), tmp_path)
+    tensors.hardlink_to(checkpoint / FILES[2])
+    base.unlink()
+    torch.save({"state_dict": {"norm.weight": Runs(tmp_path / "it ran")}}, base)
     with pytest.raises(SliderError, match=r"pretrain.pth.tar cannot be read as DreamSim's OpenCLIP"):
         dreamsim_distances(sweep(2), tmp_path)
-    torch.save({"state_dict": {"norm.weight": torch.zeros(768)}}, tmp_path / base)
+    torch.save({"state_dict": {"norm.weight": torch.zeros(768)}}, base)
+    with pytest.raises(SliderError, match="has not DreamSim's checkpoint"):
+        dreamsim_distances(sweep(2), tmp_path)
+    base.unlink()
+    base.hardlink_to(checkpoint / FILES[0])
+    config.unlink()
+    config.write_text("[]", encoding="utf-8")
     with pytest.raises(SliderError, match="has not DreamSim's checkpoint"):
         dreamsim_distances(sweep(2), tmp_path)
     assert not (tmp_path / "it ran").exists()

@@ -152,8 +152,13 @@ def test_refused():
     }.items():
         with pytest.raises(SliderError, match=message):
             at(*strengths)
-    with pytest.raises(SliderError, match=r"3 masks, but 1 strength"):
-        at(0.5, 1.0, mask=torch.ones(3, 8, 8))
+    for mask, message in (
+        (torch.ones(3, 8, 8), "3 masks, but 1 strength"),
+        (torch.full((8, 8), torch.nan), "values from nan"),
+        (torch.ones(8), r"the shape \(8,\)"),
+    ):
+        with pytest.raises(SliderError, match=message):
+            at(0.5, 1.0, mask=mask)
 
 
 def test_prompts_without_a_part():

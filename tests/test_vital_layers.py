@@ -12,9 +12,11 @@ from support.model_calls import compiled, noise, velocity_of
 from support.outcomes import far, latents, near
 
 from slider_core.errors import SliderError
+from slider_core.masks import token_shares
 from slider_core.vital_layers import LAYER_SETS, bypass, inject_key_values, layer_set, parse_layers
 
 SIGMA, LAYERS = 0.7, [0, 2, 4, 6]
+GUIDANCES = {"source_guidance": 1.0, "edit_guidance": 3.0}
 X = noise(1, 16, 8, 8, seed=9).repeat(3, 1, 1, 1)
 
 
@@ -95,6 +97,38 @@ def test_a_mask_chooses_places(golden_model):
     assert near(whole, torch.lerp(own, own[:1].expand_as(own), share.expand_as(own)))
     assert near(partly, torch.lerp(own, own[:1].expand_as(own), 0.6 * share.expand_as(own)))
     assert near(chained, torch.lerp(own, own[[0, 0, 1]], share.expand_as(own)))
+
+
+def test_masks_of_latents_with_odd_sides():
+    """A picture of 40 x 56: the last tokens reach beyond it."""
+    mask = torch.zeros(1, 40, 56)
+    mask[:, 32:, :] = 1.0
+    mask[:, :16, 48:] = 1.0
+    shares = token_shares(mask, (1, 16, 5, 7), (3, 4)).reshape(3, 4)
+    assert shares.tolist() == [[0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]]
+
+
+def test_a_mask_and_an_area(server):
+    """With an area, which the mask does not know, it is refused; without a mask or an area it is not."""
+
+    def run(area: bool, **mask):
+        g = Graph()
+        stack = g.add("EditSlidersStackPrompts", clip=g.clip(), source="a cat", edits="a dog", **GUIDANCES)
+        if area:
+            place = {"width": 64, "height": 128, "x": 64, "y": 0, "strength": 1.0}
+            stack = g.add("ConditioningSetArea", conditioning=stack, **place)
+        empty = g.add("EmptySD3LatentImage", width=128, height=128, batch_size=1)
+        latent = g.add("EditSlidersSameNoise", latent=empty, images=2)
+        injection = {"layers": "listed below", "list": "0-3", "reference": 0, "preservation": 1.0}
+        mask = {name: g.add("SolidMask", value=value, width=64, height=64) for name, value in mask.items()}
+        model = g.add("EditSlidersInjectVitalLayers", model=g.model(), start=0.0, end=1.0, **injection, **mask)
+        g.save(g.sample(model, stack, latent=latent))
+        return server.run(g)
+
+    assert run(area=False, mask=0.5).ok
+    assert run(area=True).ok
+    refused = run(area=True, mask=0.5)
+    assert "A conditioning covers 8 x 16 of a latent of 16 x 16" in refused.error["exception_message"]
 
 
 def test_masks_that_are_the_same_everywhere(golden_model):
@@ -210,9 +244,7 @@ def test_bad_input(golden_model):
 
 
 def stacked(g: Graph, preservation: float, edits: str = "a red cat\n\na dog", **more) -> Link:
-    stack = g.add(
-        "EditSlidersStackPrompts", clip=g.clip(), source="a cat", edits=edits, source_guidance=1.0, edit_guidance=3.0
-    )
+    stack = g.add("EditSlidersStackPrompts", clip=g.clip(), source="a cat", edits=edits, **GUIDANCES)
     latent = g.add("EditSlidersSameNoise", latent=g.noise(), images=[stack[0], 1])
     inputs = {"layers": "listed below", "list": "0-3", "reference": 0, "start": 0.0, "end": 1.0, **more}
     model = g.add("EditSlidersInjectVitalLayers", model=g.model(), preservation=preservation, **inputs)
