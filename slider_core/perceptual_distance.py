@@ -124,7 +124,8 @@ def _dreamsim(folder: Path) -> tuple[Any, Callable[[Image.Image], torch.Tensor]]
         found = set_peft_model_state_dict(network, learned)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise SliderError(f"{folder} has not DreamSim's checkpoint: {error}. Unpack it there once more.") from error
-    missing = [*found.unexpected_keys, *(key for key in found.missing_keys if "lora" in key)]
-    if missing:
-        raise SliderError(f"{tensors} is not DreamSim's adapter: {missing[0]}. Unpack the checkpoint once more.")
+    if missing := [key for key in found.missing_keys if "lora" in key]:
+        raise SliderError(
+            f"{tensors} lacks {missing[0]}; expected DreamSim's adapter. Unpack the checkpoint once more."
+        )
     return network, prepare

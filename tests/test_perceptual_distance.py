@@ -286,7 +286,7 @@ def test_another_adapter(checkpoint, tmp_path, what):
     whole = load_file(checkpoint / FILES[2])
     some = {"base_model.model.other.lora_A.weight": torch.zeros(4, 4)}
     save_file(dict(list(whole.items())[2:]) if what == "of some layers" else some, tmp_path / FILES[2])
-    with pytest.raises(SliderError, match=r"adapter_model.safetensors is not DreamSim's adapter"):
+    with pytest.raises(SliderError, match=r"adapter_model.safetensors lacks .*; expected DreamSim's adapter"):
         dreamsim_distances(sweep(2), tmp_path)
 
 
