@@ -60,10 +60,7 @@ def _network() -> Any:
         import lpips
         from torchvision.models import AlexNet_Weights
     except ImportError as error:
-        raise SliderError(
-            f"LPIPS needs the package lpips, which cannot be imported ({error}). Install it into ComfyUI's Python: "
-            "pip install lpips. Or compare by something else."
-        ) from error
+        raise _not_installed("LPIPS", "lpips", error) from error
     url = AlexNet_Weights.IMAGENET1K_V1.url
     file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     if not file.is_file():
@@ -104,12 +101,9 @@ def _dreamsim(folder: Path) -> tuple[Any, Callable[[Image.Image], torch.Tensor]]
         from dreamsim import dreamsim
         from peft import set_peft_model_state_dict
     except ImportError as error:
-        raise SliderError(
-            f"DreamSim needs the package dreamsim, which cannot be imported ({error}). Install it into ComfyUI's "
-            "Python: pip install dreamsim. Or compare by something else."
-        ) from error
+        raise _not_installed("DreamSim", "dreamsim", error) from error
     base, adapter = folder / f"{_DREAMSIM}_pretrain.pth.tar", folder / f"{_DREAMSIM}_single_lora"
-    tensors = next(iter(sorted(adapter.glob("adapter_model.*"), reverse=True)), adapter / "adapter_model.safetensors")
+    tensors = max(adapter.glob("adapter_model.*"), default=adapter / "adapter_model.safetensors")
     for file in (base, adapter / "adapter_config.json", tensors):
         if not file.is_file():
             raise SliderError(
@@ -129,3 +123,10 @@ def _dreamsim(folder: Path) -> tuple[Any, Callable[[Image.Image], torch.Tensor]]
             f"{tensors} lacks {missing[0]}; expected DreamSim's adapter. Unpack the checkpoint once more."
         )
     return network, prepare
+
+
+def _not_installed(distance: str, package: str, error: ImportError) -> SliderError:
+    return SliderError(
+        f"{distance} needs the package {package}, which cannot be imported ({error}). Install it into ComfyUI's "
+        f"Python: pip install {package}. Or compare by something else."
+    )
