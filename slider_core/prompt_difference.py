@@ -61,12 +61,15 @@ class PromptDifferences:
         strengths = {name: read_strength(value, name) for name, value in values.items()}
         check_count(self.spans, strengths)
         check_chosen(self.spans, chosen)
-        images = batch_length(strengths)
+        images, everywhere = batch_length(strengths), torch.ones(1, 1, 1)
+        place = everywhere if mask is None else _place(mask, images)
         placed = [not chosen or k in chosen for k in range(1, len(self.spans) + 1)]
-        each = list(zip(strengths.values(), placed))
-        absent = [_absence(strength, images, mask if here else None) for strength, here in each]
+        absent = [
+            _absence(strength, images, place if here else everywhere)
+            for strength, here in zip(strengths.values(), placed)
+        ]
         inside = self._weighing(absent)
-        outside = [torch.ones(1, 1, 1) if here else own for own, here in zip(absent, placed)]
+        outside = [everywhere if here else own for own, here in zip(absent, placed)]
         if all(bool((own == other).all()) for own, other in zip(absent, outside)):
             return inside
         return divided_in_time(inside, self._weighing(outside), start, end)
@@ -90,17 +93,21 @@ def encode_differences(clip: CLIP, text: str, mode: str, pad_to: int | None) -> 
     return PromptDifferences(prompt, spans, whole, [encode(clip, without(prompt, r), pad_to) for r in ranges])
 
 
-def _absence(strength: Strength, images: int, mask: torch.Tensor | None) -> torch.Tensor:
-    """1 - strength, of shape (1 or images, height, width)."""
-    masks = torch.ones(1, 1, 1) if mask is None else checked_mask(mask).cpu()
+def _place(mask: torch.Tensor, images: int) -> torch.Tensor:
+    """The mask as (1 or images, height, width), of one pixel where it is the same everywhere."""
+    masks = checked_mask(mask).cpu()
     if len(masks) not in (1, images):
         raise SliderError(
             f"There are {len(masks)} masks, but {images} strength(s); expected one mask, or one per strength of a list."
         )
-    if (masks == masks[:, :1, :1]).all():
-        masks = masks[:, :1, :1]
+    pixel = masks[:, :1, :1]
+    return pixel if (masks == pixel).all() else masks
+
+
+def _absence(strength: Strength, images: int, place: torch.Tensor) -> torch.Tensor:
+    """1 - strength where the place is, of shape (images, height, width)."""
     values = torch.tensor(strength, dtype=torch.float64).expand(images)
-    return (1 - values[:, None, None] * masks).float()
+    return (1 - values[:, None, None] * place).float()
 
 
 def _weighted(weight: torch.Tensor) -> dict[str, Any]:
