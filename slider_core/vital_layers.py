@@ -85,7 +85,7 @@ class InjectedShare:
         return strength.to(call.device)
 
     def applied(self, model: ModelPatcher) -> ModelPatcher:
-        """The model, a clone of one's own, under the samplers that suit it."""
+        """The model, a clone of one's own, made to refuse samplers that add noise, and masks on areas."""
         refuse_noise_adding_samplers(model)
         if self.mask is not None:
             model.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, _KEY)

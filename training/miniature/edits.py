@@ -142,9 +142,8 @@ def apply(source: Scene, together: Sequence[Edit], strengths: Sequence[float]) -
 
 def fits(source: Scene, edit: Edit) -> bool:
     """Whether an edit of another scene changes something to be seen in this one, at all STRENGTHS."""
-    if not isinstance(edit.full, float) and not _differs(source, edit.attribute, edit.full):
-        return False
-    return legible(source, [edit])
+    changes = isinstance(edit.full, float) or _differs(source, edit.attribute, edit.full)
+    return changes and legible(source, [edit])
 
 
 def legible(source: Scene, together: Sequence[Edit]) -> bool:
