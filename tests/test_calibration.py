@@ -149,6 +149,10 @@ def test_empty_text_is_no_curve():
     assert parse_calibration(" \n") is None
 
 
+def test_positions_on_and_beyond_a_line():
+    assert Calibration((0.0, 1.0), (0.5, 1.0)).strength((0.0, 0.5, 2.0)) == (0.5, 0.75, 1.5)
+
+
 BAD = [
     ("0.5, 1", "no JSON"),
     ("[" * 100_000, "no JSON"),

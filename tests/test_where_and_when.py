@@ -97,6 +97,7 @@ def test_everywhere_and_always_is_the_conditioning_itself(method):
         found = where_and_when(given, mask, elsewhere=ELSEWHERE)
         assert len(found) == 1
         assert found[0] is given[0]
+    assert len(where_and_when(given, torch.full((8, 8), 0.5), elsewhere=ELSEWHERE)) == 2
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
