@@ -159,6 +159,8 @@ def test_refused():
     ):
         with pytest.raises(SliderError, match=message):
             at(0.5, 1.0, mask=mask)
+    with pytest.raises(SliderError, match="expected 0 <= start < end <= 1"):
+        at(0.5, 1.0, start=0.6, end=0.4)
 
 
 def test_prompts_without_a_part():
