@@ -14,7 +14,7 @@ from support.outcomes import far, latents, near
 from test_miniature_sliders import ADAPTERS, it  # noqa: F401
 from test_slider_measures import flat, grays, pictures, strengths
 
-from slider_core.calibration import Calibration, calibrate, parse_calibration
+from slider_core.calibration import BACK, Calibration, calibrate, parse_calibration
 from slider_core.errors import SliderError
 from slider_core.picture_distance import distances_of_features, pixel_distances
 from slider_core.slider_measures import source_of
@@ -113,6 +113,14 @@ def test_above_one(values, end, why):
     assert found.calibration.strength([1]) == (1,)
     assert f"(strength {end:g}; {why})" in found.report("pixels")
     assert "Calibrated by 8 pictures" in found.report("pixels")
+
+
+def test_features_go_back_by_their_lengths():
+    """A turn that goes back to 0.93 of its angle has not gone back to 0.9, though 1 - cosine, its square, has."""
+    angles = torch.tensor([0, 0.25, 0.5, 0.75, 1, 0.93]).double() * 0.5
+    distances = distances_of_features(torch.stack([angles.cos(), angles.sin()], 1), "name")
+    assert distances.from_source[5] < BACK * distances.from_source[4]
+    assert calibrate(UP[:6], distances).calibration.strengths[-1] == 1.25
 
 
 def test_below_zero():
