@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -203,6 +205,27 @@ def test_a_server_that_is_no_comfyui(run, tmp_path, capfd):
     with serving(SimpleHTTPRequestHandler) as url, pytest.raises(TrainingError, match="No server is left"):
         run(servers=[url])
     assert f"{url} is left out: HTTP 404" in "".join(capfd.readouterr())
+
+
+def test_what_is_uploaded_already_is_not_written_again(server):
+    """Another prompt may be reading it. A damaged file of that name is left alone too."""
+
+    async def uploaded(*pictures: bytes) -> list[str]:
+        async with aiohttp.ClientSession() as session:
+            return [await RenderingServer(server.url, session).upload(one) for one in pictures]
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(buffer, "PNG")
+    png = buffer.getvalue()
+    [first] = asyncio.run(uploaded(png))
+    file = server.base / "temp" / first.removesuffix(" [temp]")
+    os.utime(file, (1, 1))
+    assert asyncio.run(uploaded(png)) == [first]
+    assert file.stat().st_mtime == 1
+    file.write_bytes(png[:20])
+    [other] = asyncio.run(uploaded(png))
+    assert other != first
+    assert (server.base / "temp" / other.removesuffix(" [temp]")).read_bytes() == png
 
 
 def test_a_server_that_dies(tmp_path, server, given, run, capfd):

@@ -41,9 +41,12 @@ class RenderingServer:
             raise ServerGone(f"{self.url} answers, but not as a ComfyUI does.")
 
     async def upload(self, png: bytes) -> str:
-        """Put a picture among the server's temporary files. Returns its name for LoadImage."""
+        """Put a picture among the server's temporary files, if it is not there. Returns its name for LoadImage.
+
+        One that is there is not written again: another prompt may be reading it.
+        """
         name = f"{hashlib.sha256(png).hexdigest()[:32]}.png"
-        form = aiohttp.FormData({"type": "temp", "subfolder": UPLOADS, "overwrite": "true"})
+        form = aiohttp.FormData({"type": "temp", "subfolder": UPLOADS})
         form.add_field("image", png, filename=name, content_type="image/png")
         stored = await self._json("POST", "/upload/image", data=form)
         if not {"name", "subfolder", "type"} <= set(stored):
