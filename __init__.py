@@ -6,7 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 from server import PromptServer
 
 from .nodes import NODES
-from .nodes.routes import add_routes
+from .nodes.server_routes import add_routes
 
 WEB_DIRECTORY = "./web"
 

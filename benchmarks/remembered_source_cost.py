@@ -19,8 +19,8 @@ from random_flux import Model, models, options, synchronise, text  # isort: skip
 import comfy.sample
 import comfy.samplers
 
-from slider_core.reference_cache import inject_cached, remember_sampling
-from slider_core.vital_layers import inject_key_values, layer_count
+from slider_core.stable_flow.source_kv_cache import inject_cached, remember_sampling
+from slider_core.stable_flow.vital_layers import inject_key_values, layer_count
 
 SHARE = 10 / 57
 

@@ -23,9 +23,9 @@ import torch
 
 import in_training  # noqa: F401  # isort: skip
 
-from slider_core.calibration import calibrate
-from slider_core.picture_distance import PictureDistances, pixel_distances
-from slider_core.smoothness import delta_smooth
+from slider_core.metrics.calibration import calibrate
+from slider_core.metrics.image_distance import PictureDistances, pixel_distances
+from slider_core.metrics.smoothness import delta_smooth
 from training.draws import generator
 from training.miniature.edits import HELD_OUT_SEEDS, Edit, fits
 from training.miniature.examining import held_out_tasks

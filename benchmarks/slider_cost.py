@@ -32,17 +32,17 @@ import comfy.utils
 from comfy.patcher_extension import WrappersMP
 from safetensors.torch import save_file
 
-from slider_core.adapter_file import read_adapter
-from slider_core.attention_weights import apply_attention_weights
-from slider_core.fidelity_steering import noise_levels, steer
-from slider_core.global_lora import apply_gstlora
-from slider_core.prompt_difference import PromptDifferences
-from slider_core.selective_lora import apply_stlora
-from slider_core.span_strengths import Span, attach_spans, set_strengths
-from slider_core.strength_projector import apply_projector, read_projector, set_projector_strength
-from slider_core.text_modulation import apply_text_modulation
-from slider_core.token_interpolation import apply_token_interpolation
-from slider_core.velocity_blending import blend_velocity
+from slider_core.adapters.adapter_file import read_adapter
+from slider_core.adapters.gstlora import apply_gstlora
+from slider_core.adapters.stlora import apply_stlora
+from slider_core.adapters.strength_projector import apply_projector, read_projector, set_projector_strength
+from slider_core.conditioning.span_strengths import Span, attach_spans, set_strengths
+from slider_core.training_free.attention_reweighting import apply_attention_weights
+from slider_core.training_free.flowslider import noise_levels, steer
+from slider_core.training_free.prompt_difference import PromptDifferences
+from slider_core.training_free.text_modulation import apply_text_modulation
+from slider_core.training_free.token_interpolation import apply_token_interpolation
+from slider_core.training_free.velocity_blending import blend_velocity
 
 RANK = 16
 _REST = {"2": 1.0, "3": 1.0, "4": 1.0}

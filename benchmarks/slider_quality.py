@@ -30,8 +30,8 @@ import numpy as np
 import in_training  # noqa: F401  # isort: skip
 
 from slider_core.errors import SliderError
-from slider_core.plots import curves_plot
-from slider_core.smoothness import delta_smooth, first_order
+from slider_core.figures.plots import curves_plot
+from slider_core.metrics.smoothness import delta_smooth, first_order
 from training.examples import as_picture
 from training.miniature.examining import held_out_tasks
 from training.miniature.measuring import drift, edit_reached, measured

@@ -32,7 +32,7 @@ sys.path += [str(ROOT), str(ROOT / "tests")]
 
 from support.comfy_server import ComfyServer  # noqa: E402
 
-from slider_core.contact_sheet import animated_webp, contact_sheet  # noqa: E402
+from slider_core.figures.contact_sheet import animated_webp, contact_sheet  # noqa: E402
 
 PHOTO, SCENE = ROOT / "demo" / "photo.jpg", ROOT / "demo" / "scene.png"
 OUTPUT = ROOT / "demo" / "output"

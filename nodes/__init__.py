@@ -6,19 +6,19 @@ from comfy_api.latest import io
 
 from .adapters import ApplyGSTLoRA, ApplySTLoRA, LoadAdapter
 from .calibration import Calibrate, CalibratedStrength
-from .fidelity_steering import FidelitySteering
-from .layer_views import FindVitalLayers, ViewAttention
-from .measures import MeasureSweep
-from .photographs import EditFromTrajectory, InvertPhotograph, LoadTrajectory, SaveTrajectory
-from .projectors import ApplyProjector, LoadProjector, ProjectorStrength
+from .flowslider import FidelitySteering
+from .inversion import EditFromTrajectory, InvertPhotograph, LoadTrajectory, SaveTrajectory
+from .layer_analysis import FindVitalLayers, ViewAttention
+from .mask_and_schedule import WhereAndWhen
 from .prompts import EncodeSubInstructions, SelectPhrase, SubInstructionStrengths
-from .remembered_sources import InjectRememberedSource, RememberSource, RememberTrajectory
 from .slider_prompt import SliderPrompt
+from .source_kv_cache import InjectRememberedSource, RememberSource, RememberTrajectory
 from .stable_flow import InjectVitalLayers, SameNoise, StackPrompts
+from .strength_projector import ApplyProjector, LoadProjector, ProjectorStrength
+from .sweep_metrics import MeasureSweep
 from .sweep_sheet import SweepSheet
 from .sweeps import ImagesAtOnce, LatentForSweep, StrengthGrid, StrengthList, StrengthRange
 from .training_free import ApplyTrainingFree, PromptDifference, VelocityBlending
-from .where_and_when import WhereAndWhen
 
 NODES: list[type[io.ComfyNode]] = [
     LoadAdapter,

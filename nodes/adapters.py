@@ -5,11 +5,11 @@ from __future__ import annotations
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
-from ..slider_core.adapter_file import Adapter, read_adapter
-from ..slider_core.global_lora import apply_gstlora
-from ..slider_core.selective_lora import apply_stlora
-from .files import fingerprint, names, path_of
-from .types import CATEGORY, OneStrength, SliderAdapter, channel_input, strength_input
+from ..slider_core.adapters.adapter_file import Adapter, read_adapter
+from ..slider_core.adapters.gstlora import apply_gstlora
+from ..slider_core.adapters.stlora import apply_stlora
+from .common.files import fingerprint, names, path_of
+from .common.sockets import CATEGORY, OneStrength, SliderAdapter, channel_input, strength_input
 
 
 class LoadAdapter(io.ComfyNode):

@@ -6,12 +6,12 @@ import torch
 from comfy.clip_vision import ClipVisionModel
 from comfy_api.latest import io
 
-from ..slider_core.calibration import calibrate, parse_calibration
-from ..slider_core.plots import check_plots, curves_plot
-from ..slider_core.slider_measures import check_sweep, source_of
+from ..slider_core.figures.plots import check_plots, curves_plot
+from ..slider_core.metrics.calibration import calibrate, parse_calibration
+from ..slider_core.metrics.sweep_metrics import check_sweep, source_of
 from ..slider_core.strength import Strength, read_strength
-from .distances import SEEN, distance_inputs, sweep_distances
-from .types import CATEGORY, Strengths, check_strengths, strength_input
+from .common.sockets import CATEGORY, Strengths, check_strengths, strength_input
+from .common.sweep_distances import SEEN, distance_inputs, sweep_distances
 
 
 class Calibrate(io.ComfyNode):

@@ -8,9 +8,9 @@ from weakref import WeakKeyDictionary, ref
 from comfy.sd import CLIP
 from comfy_api.latest import io
 
-from ..slider_core.span_conditioning import TRAINING_LENGTH, encode_sub_instructions
-from ..slider_core.span_strengths import Conditioning, Span, set_strengths
-from .types import CATEGORY, channel_input, check_strengths, instruction_inputs, strength_input
+from ..slider_core.conditioning.span_strengths import Conditioning, Span, set_strengths
+from ..slider_core.text.encode import TRAINING_LENGTH, encode_sub_instructions
+from .common.sockets import CATEGORY, channel_input, check_strengths, instruction_inputs, strength_input
 
 STRENGTHS = tuple(f"strength_{k}" for k in range(1, 51))
 

@@ -7,11 +7,11 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from comfy_api.latest import io
 
-from ..slider_core.stacked_prompts import prompts_of, stack_prompts
+from ..slider_core.stable_flow.vital_layers import inject_key_values
 from ..slider_core.sweep import latent_for_sweep
-from ..slider_core.vital_layers import inject_key_values
-from .layer_choice import chosen_layers, injection_mask_input, layer_inputs, part_inputs, preservation_input
-from .types import CATEGORY
+from ..slider_core.text.batched_prompts import prompts_of, stack_prompts
+from .common.layer_inputs import chosen_layers, injection_mask_input, layer_inputs, part_inputs, preservation_input
+from .common.sockets import CATEGORY
 
 
 def _guidance_input(name: str, tooltip: str) -> io.Float.Input:

@@ -12,10 +12,10 @@ from comfy.cli_args import args
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ..slider_core.contact_sheet import animated_webp, contact_sheet, png
+from ..slider_core.figures.captions import captions_of
+from ..slider_core.figures.contact_sheet import animated_webp, contact_sheet, png
 from ..slider_core.strength import Strength
-from ..slider_core.sweep_sheet import captions_of
-from .types import CATEGORY, Strengths
+from .common.sockets import CATEGORY, Strengths
 
 
 class SweepSheet(io.ComfyNode):

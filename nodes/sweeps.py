@@ -5,10 +5,10 @@ from __future__ import annotations
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..slider_core.images_at_once import split_batches
+from ..slider_core.patching.batch_splitting import split_batches
 from ..slider_core.strength import Strength
 from ..slider_core.sweep import grid, latent_for_sweep, parse_list, spaced
-from .types import CATEGORY, Strengths
+from .common.sockets import CATEGORY, Strengths
 
 
 class StrengthRange(io.ComfyNode):

@@ -10,16 +10,15 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from comfy_api.latest import io
 
-from ..slider_core.attention_weights import apply_attention_weights
-from ..slider_core.prompt_difference import PromptDifferences, encode_differences
-from ..slider_core.span_conditioning import TRAINING_LENGTH
 from ..slider_core.strength import read_strength
-from ..slider_core.text_modulation import apply_text_modulation
-from ..slider_core.token_interpolation import apply_token_interpolation
-from ..slider_core.velocity_blending import blend_velocity
-from .layer_choice import part_inputs
-from .prompts import STRENGTHS, SubInstructionStrengths
-from .types import (
+from ..slider_core.text.encode import TRAINING_LENGTH
+from ..slider_core.training_free.attention_reweighting import apply_attention_weights
+from ..slider_core.training_free.prompt_difference import PromptDifferences, encode_differences
+from ..slider_core.training_free.text_modulation import apply_text_modulation
+from ..slider_core.training_free.token_interpolation import apply_token_interpolation
+from ..slider_core.training_free.velocity_blending import blend_velocity
+from .common.layer_inputs import part_inputs
+from .common.sockets import (
     CATEGORY,
     OneStrength,
     channel_input,
@@ -28,6 +27,7 @@ from .types import (
     parse_instruction_numbers,
     strength_input,
 )
+from .prompts import STRENGTHS, SubInstructionStrengths
 
 METHODS = {
     "text modulation": apply_text_modulation,

@@ -11,11 +11,11 @@ import torch
 from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
 
-from slider_core.adapter_file import read_adapter
+from slider_core.adapters.adapter_file import read_adapter
+from slider_core.adapters.gstlora import apply_gstlora
+from slider_core.adapters.stlora import apply_stlora
 from slider_core.errors import SliderError
 from slider_core.families import family_of
-from slider_core.global_lora import apply_gstlora
-from slider_core.selective_lora import apply_stlora
 
 STLORA = GOLDEN / "examples" / "selective_lora.pt"
 GSTLORA = GOLDEN / "examples" / "gstlora_pytorch_lora_weights.safetensors"

@@ -14,11 +14,11 @@ from support.outcomes import far, latents, near
 from test_miniature_sliders import ADAPTERS, it  # noqa: F401
 from test_slider_measures import flat, grays, pictures, strengths
 
-from slider_core.calibration import BACK, Calibration, calibrate, parse_calibration
 from slider_core.errors import SliderError
-from slider_core.picture_distance import distances_of_features, pixel_distances
-from slider_core.slider_measures import source_of
-from slider_core.smoothness import delta_smooth
+from slider_core.metrics.calibration import BACK, Calibration, calibrate, parse_calibration
+from slider_core.metrics.image_distance import distances_of_features, pixel_distances
+from slider_core.metrics.smoothness import delta_smooth
+from slider_core.metrics.sweep_metrics import source_of
 from training.miniature.examining import held_out_tasks
 from training.miniature.measuring import edit_reached, measured
 from training.miniature.sliding import METHODS

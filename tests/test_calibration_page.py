@@ -12,7 +12,7 @@ from support.slider_page import bring_into_sight
 from test_calibration import BAD, CURVE
 from test_slider_measures import grays, pictures, strengths
 
-from slider_core.calibration import parse_calibration
+from slider_core.metrics.calibration import parse_calibration
 
 NODE = "EditSlidersCalibratedStrength"
 THREE = '{"positions": [0, 0.5, 1], "strengths": [0.2, 0.7, 1]}'

@@ -11,7 +11,7 @@ from conftest import COMFYUI, REPO
 from PIL import Image
 from support.browser import ComfyPage, write_settings
 
-from slider_core.contact_sheet import CAPTION_HEIGHT, GAP
+from slider_core.figures.contact_sheet import CAPTION_HEIGHT, GAP
 from training.miniature.examining import held_out_tasks
 from training.miniature.measuring import edit_reached, measured
 from training.miniature.world import picture_of

@@ -13,8 +13,8 @@ from support.outcomes import far, latents, near
 from support.stable_flow import LATENT, edit_text, photo, sigmas_of, source_text
 
 from slider_core.errors import SliderError
-from slider_core.fidelity_steering import noise_levels, steer
-from slider_core.velocity_blending import blend_velocity
+from slider_core.training_free.flowslider import noise_levels, steer
+from slider_core.training_free.velocity_blending import blend_velocity
 
 STEPS, SEED = 3, 5
 SOURCE, TARGET = source_text(guidance=1.5), edit_text(1, guidance=5.5)

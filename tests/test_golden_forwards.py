@@ -14,14 +14,11 @@ from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
 from support.model_calls import velocity_of
 
-from slider_core import strength_projector
-from slider_core.adapter_file import read_adapter
-from slider_core.global_lora import apply_gstlora
-from slider_core.inversion import FOLLOWS, FREE, PUBLISHED, InverseEuler, edit_from_trajectory, invert
-from slider_core.module_overrides import add_operation, operations_of
-from slider_core.selective_lora import apply_stlora
-from slider_core.span_strengths import Span, attach_spans, set_strengths
-from slider_core.strength_projector import (
+from slider_core.adapters import strength_projector
+from slider_core.adapters.adapter_file import read_adapter
+from slider_core.adapters.gstlora import apply_gstlora
+from slider_core.adapters.stlora import apply_stlora
+from slider_core.adapters.strength_projector import (
     Projector,
     StrengthProjector,
     apply_projector,
@@ -29,7 +26,10 @@ from slider_core.strength_projector import (
     read_projector,
     set_projector_strength,
 )
-from slider_core.vital_layers import bypass, inject_key_values
+from slider_core.conditioning.span_strengths import Span, attach_spans, set_strengths
+from slider_core.patching.forward_patches import add_operation, operations_of
+from slider_core.stable_flow.inversion import FOLLOWS, FREE, PUBLISHED, InverseEuler, edit_from_trajectory, invert
+from slider_core.stable_flow.vital_layers import bypass, inject_key_values
 
 STLORA = GOLDEN / "examples" / "selective_lora.pt"
 GSTLORA = GOLDEN / "examples" / "gstlora_pytorch_lora_weights.safetensors"

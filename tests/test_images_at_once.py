@@ -16,16 +16,16 @@ from support.graphs import Graph, Link
 from support.model_calls import noise, velocity_of
 from support.outcomes import far, latents, near
 
-from slider_core.adapter_file import read_adapter
+from slider_core.adapters.adapter_file import read_adapter
+from slider_core.adapters.gstlora import apply_gstlora
+from slider_core.adapters.stlora import apply_stlora
+from slider_core.conditioning.mask_and_schedule import where_and_when
+from slider_core.conditioning.span_strengths import Span, attach_spans, set_strengths
 from slider_core.errors import SliderError
-from slider_core.global_lora import apply_gstlora
-from slider_core.images_at_once import fitting, split_batches
-from slider_core.selective_lora import apply_stlora
-from slider_core.span_strengths import Span, attach_spans, set_strengths
-from slider_core.text_modulation import apply_text_modulation
-from slider_core.token_interpolation import apply_token_interpolation
-from slider_core.vital_layers import inject_key_values
-from slider_core.where_and_when import where_and_when
+from slider_core.patching.batch_splitting import fitting, split_batches
+from slider_core.stable_flow.vital_layers import inject_key_values
+from slider_core.training_free.text_modulation import apply_text_modulation
+from slider_core.training_free.token_interpolation import apply_token_interpolation
 
 SIGMA, ROWS = 0.7, 24
 VALUES = (0.0, 0.4, 0.8, 1.2, 1.6)

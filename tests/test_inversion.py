@@ -16,9 +16,9 @@ from support.outcomes import far, near
 from support.stable_flow import LATENT, photo, sigmas_of, source_text, stacked_text
 
 from slider_core.errors import SliderError
-from slider_core.inversion import FOLLOWS, FREE, PUBLISHED, edit_from_trajectory, invert
-from slider_core.trajectory import Trajectory, load_trajectory, save_trajectory
-from slider_core.vital_layers import inject_key_values
+from slider_core.stable_flow.inversion import FOLLOWS, FREE, PUBLISHED, edit_from_trajectory, invert
+from slider_core.stable_flow.trajectory import Trajectory, load_trajectory, save_trajectory
+from slider_core.stable_flow.vital_layers import inject_key_values
 
 PROMPT = "a “photo” of a cat 🐈"
 

@@ -15,11 +15,11 @@ from support.outcomes import near
 from support.stable_flow import LATENT, ROWS, edit_text, source_text, stacked_text
 from support.tiny_models import tiny_vae
 
-from slider_core import layer_analysis
-from slider_core.attention_view import PointAttention, view_attention
 from slider_core.errors import SliderError
-from slider_core.layer_analysis import LayerScores, latent_features, picture_features, scores_of
-from slider_core.plots import attention_plot, layer_plot
+from slider_core.figures.plots import attention_plot, layer_plot
+from slider_core.stable_flow import vitality_search as layer_analysis
+from slider_core.stable_flow.attention_maps import PointAttention, view_attention
+from slider_core.stable_flow.vitality_search import LayerScores, latent_features, picture_features, scores_of
 
 EMPTY = torch.zeros(LATENT)
 

@@ -13,7 +13,7 @@ from conftest import COMFYUI, REPO
 from PIL import Image
 from support.comfy_server import ComfyServer
 
-from slider_core.where_and_when import where_and_when
+from slider_core.conditioning.mask_and_schedule import where_and_when
 from training.miniature.edits import Edit
 from training.miniature.examining import held_out_tasks
 from training.miniature.measuring import edit_reached, measured

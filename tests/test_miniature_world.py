@@ -11,7 +11,7 @@ import pytest
 import torch
 from comfy.text_encoders.flux import FluxTokenizer
 
-from slider_core.sub_instructions import JOINT
+from slider_core.text.instructions import JOINT
 from training.draws import generator
 from training.errors import TrainingError
 from training.miniature.edits import (

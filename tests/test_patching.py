@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from support.model_calls import compiled, noise, velocity_of
 from support.outcomes import far
 
-from slider_core.adapter_file import read_adapter
+from slider_core.adapters.adapter_file import read_adapter
+from slider_core.adapters.gstlora import apply_gstlora
+from slider_core.adapters.stlora import apply_stlora
+from slider_core.conditioning.span_strengths import Span, attach_spans, set_strengths
 from slider_core.errors import SliderError
-from slider_core.global_lora import apply_gstlora
-from slider_core.selective_lora import apply_stlora
-from slider_core.span_strengths import Span, attach_spans, set_strengths
 
 STLORA = GOLDEN / "examples" / "selective_lora.pt"
 GSTLORA = GOLDEN / "examples" / "gstlora_pytorch_lora_weights.safetensors"

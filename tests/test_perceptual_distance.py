@@ -24,7 +24,7 @@ from test_slider_measures import pictures, strengths
 from torchvision.models import alexnet
 
 from slider_core.errors import SliderError
-from slider_core.perceptual_distance import dreamsim_distances, lpips_distances
+from slider_core.metrics.perceptual_distance import dreamsim_distances, lpips_distances
 
 FILE = "alexnet-owt-7be5be79.pth"
 

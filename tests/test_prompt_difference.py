@@ -13,10 +13,10 @@ from support.graphs import Graph, Link
 from support.model_calls import noise, velocity_of
 from support.outcomes import far, latents, near
 
+from slider_core.conditioning.span_strengths import Span
 from slider_core.errors import SliderError
-from slider_core.prompt_difference import WEIGHED, PromptDifferences
-from slider_core.span_strengths import Span
-from slider_core.sub_instructions import join_lines, read_marks, without
+from slider_core.text.instructions import join_lines, read_marks, without
+from slider_core.training_free.prompt_difference import WEIGHED, PromptDifferences
 
 SIGMA, X = 0.7, noise(1, 16, 8, 8, seed=9)
 SPANS = [Span("first", (2, 3)), Span("second", (4, 5))]

@@ -9,12 +9,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from slider_core.conditioning.span_strengths import Span, attach_spans, set_strengths
 from slider_core.errors import SliderError
-from slider_core.prompt_syntax import parse_prompt
-from slider_core.span_strengths import Span, attach_spans, set_strengths
 from slider_core.strength import batch_length, read_strength, suppression
-from slider_core.sub_instructions import join_lines, read_marks
 from slider_core.sweep import latent_for_sweep, parse_list, spaced
+from slider_core.text.instructions import join_lines, read_marks
+from slider_core.text.prompt_syntax import parse_prompt
 
 
 def marked(text: str) -> tuple[str, list[str]]:

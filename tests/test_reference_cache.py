@@ -14,14 +14,14 @@ from support.model_calls import compiled, noise
 from support.outcomes import far, near
 from support.stable_flow import LATENT, ROWS, edit_text, euler, photo, sigmas_of, source_text, stacked_text
 
-from slider_core import reference_cache
-from slider_core.adapter_file import read_adapter
+from slider_core.adapters.adapter_file import read_adapter
+from slider_core.adapters.gstlora import apply_gstlora
 from slider_core.errors import SliderError
-from slider_core.fitting_samplers import ONE_CALL_PER_STEP
-from slider_core.global_lora import apply_gstlora
-from slider_core.images_at_once import split_batches
-from slider_core.inversion import FOLLOWS, FREE, edit_from_trajectory, invert
-from slider_core.reference_cache import (
+from slider_core.patching.batch_splitting import split_batches
+from slider_core.sampling.deterministic_samplers import ONE_CALL_PER_STEP
+from slider_core.stable_flow import source_kv_cache as reference_cache
+from slider_core.stable_flow.inversion import FOLLOWS, FREE, edit_from_trajectory, invert
+from slider_core.stable_flow.source_kv_cache import (
     check_remembers,
     describe_need,
     inject_cached,
@@ -29,7 +29,7 @@ from slider_core.reference_cache import (
     remember_sampling,
     remember_trajectory,
 )
-from slider_core.vital_layers import bypass, inject_key_values
+from slider_core.stable_flow.vital_layers import bypass, inject_key_values
 
 LAYERS, STEPS = [0, 2, 4, 6], 3
 GSTLORA = GOLDEN / "examples" / "gstlora_pytorch_lora_weights.safetensors"

@@ -13,9 +13,9 @@ from support.graphs import Graph, Link
 from support.tiny_models import recipe, tiny_clip_l, tiny_t5
 from test_layer_views import vision
 
-from slider_core.clip_direction import clip_measures
 from slider_core.errors import SliderError
-from slider_core.picture_distance import (
+from slider_core.metrics.clip_direction import clip_measures
+from slider_core.metrics.image_distance import (
     PictureDistances,
     distances_of_features,
     feature_distances,
@@ -24,7 +24,7 @@ from slider_core.picture_distance import (
     share_outside,
     vision_features,
 )
-from slider_core.slider_measures import linearity, measure, source_of
+from slider_core.metrics.sweep_metrics import linearity, measure, source_of
 
 CONFIG = {
     "model_config": {"num_hidden_layers": 2, "intermediate_size": 256},

@@ -10,7 +10,7 @@ import pytest
 from conftest import GOLDEN
 
 from slider_core.errors import SliderError
-from slider_core.smoothness import delta_smooth, even_strengths, first_order, kl_to_uniform, triangle_deficits
+from slider_core.metrics.smoothness import delta_smooth, even_strengths, first_order, kl_to_uniform, triangle_deficits
 from training.preparing.writing import measured
 from training.stacks import MOST_KL, refusal, valid_ends
 

@@ -21,15 +21,15 @@ from support.graphs import Graph, Link
 from support.model_calls import compiled, noise, velocity_of
 from support.outcomes import far, latents, near
 
-from slider_core.errors import SliderError
-from slider_core.global_lora import apply_gstlora
-from slider_core.strength_projector import (
+from slider_core.adapters.gstlora import apply_gstlora
+from slider_core.adapters.strength_projector import (
     COND_KEY,
     StrengthProjector,
     apply_projector,
     read_projector,
     set_projector_strength,
 )
+from slider_core.errors import SliderError
 
 SIGMA = 0.7
 PROMPT = "make the cat older"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from support.graphs import Graph, Link
 
-from slider_core.contact_sheet import CAPTION_HEIGHT, GAP
 from slider_core.errors import SliderError
-from slider_core.sweep_sheet import captions_of
+from slider_core.figures.captions import captions_of
+from slider_core.figures.contact_sheet import CAPTION_HEIGHT, GAP
 
 
 def colours(g: Graph, count: int) -> Link:

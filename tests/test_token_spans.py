@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slider_core.errors import SliderError
-from slider_core.token_spans import find_phrase, tokenize
+from slider_core.text.token_spans import find_phrase, tokenize
 
 TOKENS = json.loads((GOLDEN / "tokens.json").read_text())
 
@@ -88,7 +88,7 @@ def test_padding_is_counted(clip):
 
 @pytest.mark.parametrize("case", TOKENS["mask_and_scale"], ids=range(len(TOKENS["mask_and_scale"])))
 def test_golden_mask_and_scale(case, clip):
-    from slider_core.span_strengths import Span, attach_spans, set_strengths
+    from slider_core.conditioning.span_strengths import Span, attach_spans, set_strengths
 
     if case["result"] != "ok":  # beyond the reference's 512 tokens; ComfyUI has no such end
         assert rows(clip, case["prompt"], case["spans"][-1]) == [673, 674, 675, 676]

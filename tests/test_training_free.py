@@ -13,12 +13,12 @@ from support.graphs import Graph, Link
 from support.model_calls import compiled, noise, velocity_of
 from support.outcomes import far, latents, near
 
-from slider_core.attention_weights import apply_attention_weights
+from slider_core.conditioning.span_strengths import Span, attach_spans, set_strengths
 from slider_core.errors import SliderError
-from slider_core.module_overrides import ModelCall, operations_of
-from slider_core.span_strengths import Span, attach_spans, set_strengths
-from slider_core.text_modulation import apply_text_modulation
-from slider_core.token_interpolation import apply_token_interpolation
+from slider_core.patching.forward_patches import ModelCall, operations_of
+from slider_core.training_free.attention_reweighting import apply_attention_weights
+from slider_core.training_free.text_modulation import apply_text_modulation
+from slider_core.training_free.token_interpolation import apply_token_interpolation
 
 SIGMA, ROWS, PADDING = 0.7, 24, 6
 SPANS = [Span("first", (2, 3, 4)), Span("second", (4, 5, 6, 7))]

@@ -22,8 +22,8 @@ from support.graphs import Graph
 from support.tiny_models import write_tiny_models
 from support.training_run import INSTRUCTIONS, started, write_config, write_pictures, write_stacks
 
-from slider_core.adapter_file import read_adapter
-from slider_core.strength_projector import read_projector
+from slider_core.adapters.adapter_file import read_adapter
+from slider_core.adapters.strength_projector import read_projector
 from training import checkpoints, sample_cache
 from training.__main__ import main
 from training.adapter_writing import export, read_metadata, write_adapter

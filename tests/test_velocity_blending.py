@@ -12,7 +12,7 @@ from support.outcomes import far, latents, near
 from support.stable_flow import LATENT, edit_text, photo, sigmas_of, source_text
 
 from slider_core.errors import SliderError
-from slider_core.velocity_blending import blend_velocity
+from slider_core.training_free.velocity_blending import blend_velocity
 
 STEPS, SEED = 4, 5
 POSITIVE, NEGATIVE = edit_text(1), source_text()

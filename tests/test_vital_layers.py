@@ -11,9 +11,9 @@ from support.graphs import Graph, Link
 from support.model_calls import compiled, noise, velocity_of
 from support.outcomes import far, latents, near
 
+from slider_core.conditioning.masks import token_shares
 from slider_core.errors import SliderError
-from slider_core.masks import token_shares
-from slider_core.vital_layers import LAYER_SETS, bypass, inject_key_values, layer_set, parse_layers
+from slider_core.stable_flow.vital_layers import LAYER_SETS, bypass, inject_key_values, layer_set, parse_layers
 
 SIGMA, LAYERS = 0.7, [0, 2, 4, 6]
 GUIDANCES = {"source_guidance": 1.0, "edit_guidance": 3.0}

@@ -17,16 +17,16 @@ from support.graphs import Graph, Link
 from support.model_calls import compiled, noise, velocity_of
 from support.outcomes import far, latents, near
 
-from slider_core.adapter_file import read_adapter
+from slider_core.adapters.adapter_file import read_adapter
+from slider_core.adapters.gstlora import apply_gstlora
+from slider_core.adapters.stlora import apply_stlora
+from slider_core.adapters.strength_projector import apply_projector, read_projector, set_projector_strength
+from slider_core.conditioning.mask_and_schedule import where_and_when
+from slider_core.conditioning.span_strengths import Span, attach_spans, set_strengths
 from slider_core.errors import SliderError
-from slider_core.global_lora import apply_gstlora
-from slider_core.module_overrides import in_part
-from slider_core.prompt_difference import PromptDifferences
-from slider_core.selective_lora import apply_stlora
-from slider_core.span_strengths import Span, attach_spans, set_strengths
-from slider_core.strength_projector import apply_projector, read_projector, set_projector_strength
-from slider_core.text_modulation import apply_text_modulation
-from slider_core.where_and_when import where_and_when
+from slider_core.patching.forward_patches import in_part
+from slider_core.training_free.prompt_difference import PromptDifferences
+from slider_core.training_free.text_modulation import apply_text_modulation
 
 EXAMPLES = GOLDEN / "examples"
 SIGMA, ROWS = 0.7, 24

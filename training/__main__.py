@@ -119,9 +119,9 @@ def _prepare(chosen: argparse.Namespace) -> int:
 
 def _inspect(chosen: argparse.Namespace) -> int:
     use_comfyui(chosen.comfyui, cpu=True)
-    from slider_core.adapter_file import read_adapter
+    from slider_core.adapters.adapter_file import read_adapter
+    from slider_core.adapters.strength_projector import read_projector
     from slider_core.errors import SliderError
-    from slider_core.strength_projector import read_projector
 
     from .adapter_writing import read_metadata
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from slider_core.atomic_write import write_whole
 from slider_core.errors import SliderError
 from slider_core.tensor_file import read_tensors
 
 from .errors import TrainingError
 from .trainable import Tensors
-from .whole_files import write_whole
 
 LORA_PREFIX = "transformer."
 METADATA = "edit_sliders"

@@ -20,9 +20,9 @@ from comfy.model_patcher import ModelPatcher
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from slider_core.diffusion_model import diffusion_model_of
 from slider_core.families import Family, family_of
-from slider_core.module_overrides import Around, Forward, overridden
+from slider_core.families.network import diffusion_model_of
+from slider_core.patching.forward_patches import Around, Forward, overridden
 
 _ACTIVATION_BYTES = 34
 """Per token and unit of width, of what one block keeps for its backward pass."""

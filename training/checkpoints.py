@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from slider_core.atomic_write import write_whole
+
 from .errors import TrainingError
-from .whole_files import write_whole
 
 _NAME = re.compile(r"step_(\d+)\.pt")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from slider_core.adapter_file import read_adapter
+from slider_core.adapters.adapter_file import read_adapter
+from slider_core.adapters.strength_projector import read_projector
 from slider_core.errors import SliderError
-from slider_core.strength_projector import read_projector
 
 from .config import Config
 from .errors import TrainingError

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from slider_core.atomic_write import write_whole
+
 from .config import Combinations, Config, Data, HuggingFace, Pairs, Stacks
 from .draws import generator
 from .errors import TrainingError
 from .stacks import read_stacks
-from .whole_files import write_whole
 
 _LOG = logging.getLogger(__name__)
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}

@@ -14,20 +14,20 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from PIL import Image
 
-from slider_core.adapter_file import Adapter
-from slider_core.contact_sheet import contact_sheet
+from slider_core.adapters.adapter_file import Adapter
+from slider_core.adapters.gstlora import apply_gstlora
+from slider_core.adapters.stlora import apply_stlora
+from slider_core.adapters.strength_projector import StrengthProjector, apply_projector, set_projector_strength
+from slider_core.atomic_write import write_whole
+from slider_core.conditioning.span_strengths import Conditioning, Span, attach_spans, set_strengths
 from slider_core.errors import SliderError
-from slider_core.global_lora import apply_gstlora
-from slider_core.plots import curves_plot
-from slider_core.selective_lora import apply_stlora
-from slider_core.smoothness import delta_smooth, first_order
-from slider_core.span_strengths import Conditioning, Span, attach_spans, set_strengths
-from slider_core.strength_projector import StrengthProjector, apply_projector, set_projector_strength
+from slider_core.figures.contact_sheet import contact_sheet
+from slider_core.figures.plots import curves_plot
+from slider_core.metrics.smoothness import delta_smooth, first_order
 
 from .config import Samples
 from .examples import Example, as_picture
 from .sample_cache import SampleCache, load_vae
-from .whole_files import write_whole
 
 GUIDANCE = 3.5
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from slider_core.module_overrides import Around
+from slider_core.patching.forward_patches import Around
 
 from .base_model import BaseModel, Text
 from .config import Objective as Settings

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from slider_core.strength_projector import StrengthProjector
+from slider_core.adapters.strength_projector import StrengthProjector
 
 from .adapter_writing import SIGN, write_adapter
 from .base_model import BaseModel

@@ -19,16 +19,16 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
+from slider_core.atomic_write import write_whole
+from slider_core.conditioning.span_strengths import Span
 from slider_core.errors import SliderError
-from slider_core.span_conditioning import encode_sub_instructions
-from slider_core.span_strengths import Span
+from slider_core.text.encode import encode_sub_instructions
 
 from .base_model import Text
 from .comfyui import model_file
 from .config import Base
 from .errors import TrainingError
 from .examples import Picture, of_pixels, resized
-from .whole_files import write_whole
 
 LINES = "one per line"
 _PROBED = 1 << 20

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from slider_core.errors import SliderError
-from slider_core.smoothness import even_strengths, kl_to_uniform
+from slider_core.metrics.smoothness import even_strengths, kl_to_uniform
 
 from .errors import TrainingError
 

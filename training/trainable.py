@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from slider_core.adapter_file import Adapter
-from slider_core.module_overrides import Around
-from slider_core.side_path import Factor, SideModel
-from slider_core.strength_projector import Projector, modulation_offsets
+from slider_core.adapters.adapter_file import Adapter
+from slider_core.adapters.strength_projector import Projector, modulation_offsets
+from slider_core.patching.forward_patches import Around
+from slider_core.patching.lora_branch import Factor, SideModel
 
 from .base_model import BaseModel
 

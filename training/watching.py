@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from slider_core.plots import curves_plot
+from slider_core.figures.plots import curves_plot
 
 from .config import Config
 from .examples import as_picture

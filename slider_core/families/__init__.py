@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from comfy.model_patcher import ModelPatcher
 
-from ..diffusion_model import diffusion_model_of
 from ..errors import SliderError
 from .base import Block, Family, Target
 from .flux import Flux
+from .network import diffusion_model_of
 
 FAMILIES: tuple[Family, ...] = (Flux(),)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from slider_core.sub_instructions import JOINT
+from slider_core.text.instructions import JOINT
 
 from ..draws import generator
 from ..stacks import INNER, stacked

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from slider_core.sub_instructions import JOINT
+from slider_core.text.instructions import JOINT
 
 from ..draws import generator
 from ..errors import TrainingError

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slider_core.sub_instructions import JOINT
+from slider_core.text.instructions import JOINT
 
 from ..base_model import BaseModel
 from ..draws import generator

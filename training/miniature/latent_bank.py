@@ -14,8 +14,9 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
+from slider_core.atomic_write import write_whole
+
 from ..draws import generator
-from ..whole_files import write_whole
 from .autoencoder import Autoencoder, as_pixels
 from .edits import MOST_AT_ONCE, TRAINING_SEEDS, Edit, apply, edits
 from .world import OBJECTS, Scene, coverage, scene

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from slider_core.layer_analysis import LayerScores, latent_features, scores_of
+from slider_core.stable_flow.vitality_search import LayerScores, latent_features, scores_of
 
 from .examining import held_out_tasks
 from .sliding import GUIDANCE, STEPS, Miniature

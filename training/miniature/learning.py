@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from slider_core.atomic_write import write_whole
+
 from ..checkpoints import Checkpoints
-from ..whole_files import write_whole
 
 _WARMUP = 100
 _CLIP = 1.0

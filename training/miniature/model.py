@@ -8,10 +8,11 @@ from pathlib import Path
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from slider_core.atomic_write import write_whole
+
 from ..base_model import BaseModel
 from ..checkpoints import Checkpoints
 from ..errors import TrainingError
-from ..whole_files import write_whole
 from . import autoencoder, text_encoders, transformer
 from .autoencoder import Autoencoder
 from .examining import Examined, examined, held_out_tasks, rendered

@@ -14,18 +14,18 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from slider_core.adapter_file import read_adapter
-from slider_core.attention_weights import apply_attention_weights
-from slider_core.fidelity_steering import noise_levels, steer
-from slider_core.global_lora import apply_gstlora
-from slider_core.prompt_difference import encode_differences
-from slider_core.selective_lora import apply_stlora
-from slider_core.span_conditioning import encode_sub_instructions
-from slider_core.span_strengths import Conditioning, set_strengths
-from slider_core.strength_projector import apply_projector, read_projector, set_projector_strength
-from slider_core.text_modulation import apply_text_modulation
-from slider_core.token_interpolation import apply_token_interpolation
-from slider_core.velocity_blending import blend_velocity
+from slider_core.adapters.adapter_file import read_adapter
+from slider_core.adapters.gstlora import apply_gstlora
+from slider_core.adapters.stlora import apply_stlora
+from slider_core.adapters.strength_projector import apply_projector, read_projector, set_projector_strength
+from slider_core.conditioning.span_strengths import Conditioning, set_strengths
+from slider_core.text.encode import encode_sub_instructions
+from slider_core.training_free.attention_reweighting import apply_attention_weights
+from slider_core.training_free.flowslider import noise_levels, steer
+from slider_core.training_free.prompt_difference import encode_differences
+from slider_core.training_free.text_modulation import apply_text_modulation
+from slider_core.training_free.token_interpolation import apply_token_interpolation
+from slider_core.training_free.velocity_blending import blend_velocity
 
 from ..draws import generator
 from ..objectives import NEUTRAL

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from slider_core.sub_instructions import JOINT
+from slider_core.text.instructions import JOINT
 
 from ..base_model import Text
 from ..draws import generator

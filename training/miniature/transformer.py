@@ -12,7 +12,7 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from slider_core.sub_instructions import JOINT
+from slider_core.text.instructions import JOINT
 
 from ..base_model import BaseModel, Text
 from ..draws import generator

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from slider_core.errors import SliderError
-from slider_core.plots import check_plots
+from slider_core.figures.plots import check_plots
 
 from ..errors import TrainingError
 from ..examples import resized

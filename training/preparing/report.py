@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from slider_core.atomic_write import write_whole
 from slider_core.errors import SliderError
-from slider_core.plots import stacks_plot
-from slider_core.smoothness import kl_to_uniform
+from slider_core.figures.plots import stacks_plot
+from slider_core.metrics.smoothness import kl_to_uniform
 
 from ..examples import as_picture
 from ..stacks import THRESHOLDS, read_record, refusal
-from ..whole_files import write_whole
 from .config import Filter, PrepareConfig
 from .edits import Edit
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from PIL import Image
 
-from slider_core.smoothness import triangle_deficits
+from slider_core.atomic_write import write_whole
+from slider_core.metrics.smoothness import triangle_deficits
 
 from ..errors import TrainingError
 from ..stacks import COLUMNS, read_record, stacked
-from ..whole_files import write_whole
 from .distances import Distance
 
 

@@ -1,0 +1,39 @@
+"""What a node shows while it runs."""
+
+from __future__ import annotations
+
+import logging
+
+import comfy.utils
+import latent_preview
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+from server import PromptServer
+
+from ...slider_core.stable_flow.inversion import OnStep
+from ...slider_core.stable_flow.vitality_search import OnPicture
+
+
+def previews(model: ModelPatcher, steps: int) -> OnStep:
+    """A progress bar with the picture as the model predicts it after each step."""
+    return latent_preview.prepare_callback(model, steps)
+
+
+def previews_of_pictures(model: ModelPatcher) -> OnPicture:
+    """A progress bar with the picture that was rendered last."""
+    previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+    bar = comfy.utils.ProgressBar(1)
+
+    def on_picture(done: int, total: int, latent: torch.Tensor) -> None:
+        shown = model.model.latent_format.process_in(latent).to(model.load_device)
+        bar.update_absolute(done, total, previewer and previewer.decode_latent_to_preview_image("JPEG", shown))
+
+    return on_picture
+
+
+def say(node: type[io.ComfyNode], text: str) -> None:
+    """Text on a node while it runs, and in the log. The node's schema must ask for the hidden unique_id."""
+    logging.info(text)
+    if PromptServer.instance is not None and node.hidden.unique_id:
+        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)

@@ -1,0 +1,1 @@
+"""Trained adapters: their files, and how a strength scales them."""

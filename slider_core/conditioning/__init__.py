@@ -1,0 +1,1 @@
+"""What travels with a CONDITIONING: strengths, masks and schedule ranges."""

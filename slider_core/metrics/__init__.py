@@ -1,0 +1,1 @@
+"""Numbers that tell how even a sweep is."""

@@ -1,0 +1,47 @@
+"""Which model something was made with, so that it is not used with another one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ..errors import SliderError
+from ..families import family_of
+from ..families.network import diffusion_model_of
+
+_DIFFERING = 0.05
+"""Share of values that rounding may change between two precisions of one model."""
+
+
+class ModelIdentity(NamedTuple):
+    """A model's family and the values of one small parameter, without LoRAs."""
+
+    family: str
+    values: torch.Tensor
+
+    def check(self, model: ModelPatcher, what: str) -> None:
+        """Raise SliderError unless `model` is this one, in whatever precision. what: what was made with it."""
+        other = identity_of(model)
+        if other.family != self.family or other.values.shape != self.values.shape:
+            raise SliderError(
+                f"{what} was made with another model ({self.family}, {len(self.values)} wide; this one is "
+                f"{other.family}, {len(other.values)} wide). Load that model, or make it anew with this one."
+            )
+        coarser = max(self.values.dtype, other.values.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        one, two = (values.to(coarser).float() for values in (self.values, other.values))
+        if (one != two).float().mean() > _DIFFERING:
+            raise SliderError(
+                f"{what} was made with another {self.family} model than this one. Load that model, or make it anew "
+                "with this one."
+            )
+
+
+def identity_of(model: ModelPatcher) -> ModelIdentity:
+    """The identity of a loaded model. Raises SliderError for a model of no known family."""
+    family = family_of(model)
+    unpatched = model.backup.get(f"diffusion_model.{family.identity}")
+    values = unpatched.weight if unpatched else comfy.utils.get_attr(diffusion_model_of(model.model), family.identity)
+    return ModelIdentity(family.name, values.detach().to("cpu", copy=True))

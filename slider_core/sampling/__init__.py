@@ -1,0 +1,1 @@
+"""What the pack's own samplers share."""

@@ -1,0 +1,1 @@
+"""Stable Flow: vital layers, inversion, and what is cached of a source."""

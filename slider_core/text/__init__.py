@@ -1,0 +1,1 @@
+"""From a prompt to its spans of tokens, and to a CONDITIONING that carries them."""

@@ -1,0 +1,1 @@
+"""Strengths without an adapter, one method per file."""

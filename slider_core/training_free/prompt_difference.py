@@ -1,0 +1,120 @@
+"""Strengths without an adapter or a patch: differences between the prompt and the prompt without a sub-instruction.
+
+v = v(P) + sum_k (s_k - 1) (v(P) - v(P without k)): classifier-free guidance (arXiv 2207.12598) with a scale of its own
+for each sub-instruction. ComfyUI averages the entries of a conditioning by their weights, so this is a conditioning:
+P weighs 1 - sum_k (1 - s_k), and P without k weighs 1 - s_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..conditioning.masks import checked_mask
+from ..conditioning.per_image_cond import PerImageCond
+from ..conditioning.schedule import check_part, divided_in_time
+from ..conditioning.span_strengths import Conditioning, Span, check_chosen, check_count
+from ..errors import SliderError
+from ..patching.forward_patches import COND_PREFIX
+from ..strength import Strength, batch_length, read_strength
+from ..text.encode import SPLITTERS, encode, encode_sub_instructions
+from ..text.instructions import without
+
+if TYPE_CHECKING:
+    from comfy.sd import CLIP
+
+
+WEIGHED = "edit_sliders_weighed"
+"""In a conditioning's dict: its weights are strengths."""
+
+
+@dataclass(frozen=True, eq=False)
+class PromptDifferences:
+    """A prompt, encoded whole and without each of its sub-instructions."""
+
+    prompt: str
+    spans: list[Span]
+    whole: Conditioning
+    without: list[Conditioning]
+
+    def at(
+        self,
+        values: Mapping[str, object],
+        mask: torch.Tensor | None = None,
+        start: float = 0.0,
+        end: float = 1.0,
+        chosen: Sequence[int] = (),
+    ) -> Conditioning:
+        """The conditioning at some strengths: the k-th of `values` (input name -> strength) for the k-th instruction.
+
+        mask: (height, width) or (1 or images, height, width), what strengths are multiplied by. start, end: the part of
+        the schedule, 0 to 1, in which they hold; outside they are 0. chosen: the sub-instructions, counted from 1, that
+        mask and part are for; none: all. Entries without weight are left out; each beyond the first costs a model
+        evaluation per step.
+        Raises SliderError as set_strengths does, for a mask that is none or whose number does not fit, for a part that
+        is none and for a chosen sub-instruction that is not there.
+        """
+        check_part(start, end)
+        strengths = {name: read_strength(value, name) for name, value in values.items()}
+        check_count(self.spans, strengths)
+        check_chosen(self.spans, chosen)
+        images, everywhere = batch_length(strengths), torch.ones(1, 1, 1)
+        place = everywhere if mask is None else _place(mask, images)
+        placed = [not chosen or k in chosen for k in range(1, len(self.spans) + 1)]
+        absent = [
+            _absence(strength, images, place if here else everywhere)
+            for strength, here in zip(strengths.values(), placed)
+        ]
+        inside = self._weighing(absent)
+        outside = [everywhere if here else own for own, here in zip(absent, placed)]
+        if all(bool((own == other).all()) for own, other in zip(absent, outside)):
+            return inside
+        return divided_in_time(inside, self._weighing(outside), start, end)
+
+    def _weighing(self, absent: Sequence[torch.Tensor]) -> Conditioning:
+        """The entries where the k-th instruction is absent by the k-th of `absent`: (1 or images, height, width)."""
+        weights = [1 - torch.stack(torch.broadcast_tensors(*absent)).sum(0), *absent]
+        parts = zip([self.whole, *self.without], weights)
+        return [
+            [cond, {**options, WEIGHED: True, **_weighted(weight)}]
+            for part, weight in parts
+            if weight.any()
+            for cond, options in part
+        ]
+
+
+def encode_differences(clip: CLIP, text: str, mode: str, pad_to: int | None) -> PromptDifferences:
+    """Encode the sub-instructions of `text` for PromptDifferences; arguments and errors as encode_sub_instructions."""
+    whole, prompt, spans = encode_sub_instructions(clip, text, mode, pad_to)
+    _, ranges = SPLITTERS[mode](text)
+    return PromptDifferences(prompt, spans, whole, [encode(clip, without(prompt, r), pad_to) for r in ranges])
+
+
+def _place(mask: torch.Tensor, images: int) -> torch.Tensor:
+    """The mask as (1 or images, height, width), of one pixel where it is the same everywhere."""
+    masks = checked_mask(mask).cpu()
+    if len(masks) not in (1, images):
+        raise SliderError(
+            f"There are {len(masks)} masks, but {images} strength(s); expected one mask, or one per strength of a list."
+        )
+    pixel = masks[:, :1, :1]
+    return pixel if (masks == pixel).all() else masks
+
+
+def _absence(strength: Strength, images: int, place: torch.Tensor) -> torch.Tensor:
+    """1 - strength where the place is, of shape (images, height, width)."""
+    values = torch.tensor(strength, dtype=torch.float64).expand(images)
+    return (1 - values[:, None, None] * place).float()
+
+
+def _weighted(weight: torch.Tensor) -> dict[str, Any]:
+    """What gives a cond its weight of shape (images, height, width) in the average."""
+    if (weight == 1).all():
+        return {}
+    if weight.numel() == 1:
+        return {"strength": weight.item()}
+    per_image = {COND_PREFIX + "weights": PerImageCond(weight[:, 0, :1])}
+    return {"mask": weight, "model_conds": per_image}
