@@ -19,8 +19,8 @@ from random_flux import Model, models, options, synchronise, text  # isort: skip
 import comfy.sample
 import comfy.samplers
 
-from slider_core.stable_flow.source_kv_cache import inject_cached, remember_sampling
-from slider_core.stable_flow.vital_layers import inject_key_values, layer_count
+from slider_core.stable_flow.source_kv_cache import cache_source_kv, inject_cached
+from slider_core.stable_flow.vital_layers import block_count, inject_key_values
 
 SHARE = 10 / 57
 
@@ -32,13 +32,13 @@ def main() -> None:
 
 
 def _report(model: Model, empty: torch.Tensor, steps: int, repeats: int) -> None:
-    count = layer_count(model)
+    count = block_count(model)
     layers = [round(k * count / round(SHARE * count)) for k in range(round(SHARE * count))]
     source, edit = text(model), text(model)
     both = [[torch.cat([source[0][0], edit[0][0]]), {**edit[0][1], "pooled_output": torch.randn(2, 768)}]]
     noise = torch.randn_like(empty)
     kept, again = (
-        remember_sampling(model, source, empty, noise, layers, 0, steps, "euler", "simple", limit)[0]
+        cache_source_kv(model, source, empty, noise, layers, 0, steps, "euler", "simple", limit)[0]
         for limit in (0.0, 1e-9)
     )
     print(f"layers {layers}; remembered source: {kept.describe()}")

@@ -24,7 +24,7 @@ import torch
 import in_training  # noqa: F401  # isort: skip
 
 from slider_core.metrics.calibration import calibrate
-from slider_core.metrics.image_distance import PictureDistances, pixel_distances
+from slider_core.metrics.image_distance import ImageDistances, pixel_distances
 from slider_core.metrics.smoothness import delta_smooth
 from training.draws import generator
 from training.miniature.edits import HELD_OUT_SEEDS, Edit, fits
@@ -97,7 +97,7 @@ def scenes_for(edit: Edit, count: int) -> list[Scene]:
     return list(itertools.islice((one for one in scenes if fits(one, edit)), count))
 
 
-def _swept(it: Miniature, name: str, source: Scene, edit: Edit) -> PictureDistances:
+def _swept(it: Miniature, name: str, source: Scene, edit: Edit) -> ImageDistances:
     return pixel_distances(rendered(it, name, source, [edit], EVEN))
 
 
@@ -114,10 +114,10 @@ def _judged(pictures: torch.Tensor, source: Scene, edit: Edit) -> tuple[float, f
     return off, delta_smooth(distances.adjacent, distances.skipping)
 
 
-def _mean(sweeps: Sequence[PictureDistances]) -> PictureDistances:
+def _mean(sweeps: Sequence[ImageDistances]) -> ImageDistances:
     """Of the sweeps, each scaled so that what changes in all is 1."""
     adjacent = np.mean([np.divide(one.adjacent, sum(one.adjacent)) for one in sweeps], 0).tolist()
-    return PictureDistances("the mean of several", tuple(adjacent), (), (0.0, *np.cumsum(adjacent).tolist()))
+    return ImageDistances("the mean of several", tuple(adjacent), (), (0.0, *np.cumsum(adjacent).tolist()))
 
 
 if __name__ == "__main__":

@@ -37,8 +37,9 @@ from slider_core.adapters.gstlora import apply_gstlora
 from slider_core.adapters.stlora import apply_stlora
 from slider_core.adapters.strength_projector import apply_projector, read_projector, set_projector_strength
 from slider_core.conditioning.span_strengths import Span, attach_spans, set_strengths
-from slider_core.training_free.attention_reweighting import apply_attention_weights
-from slider_core.training_free.flowslider import noise_levels, steer
+from slider_core.sampling.flow_matching import scheduler_sigmas
+from slider_core.training_free.attention_reweighting import apply_attention_reweighting
+from slider_core.training_free.flowslider import steer
 from slider_core.training_free.prompt_difference import PromptDifferences
 from slider_core.training_free.text_modulation import apply_text_modulation
 from slider_core.training_free.token_interpolation import apply_token_interpolation
@@ -86,7 +87,7 @@ class _Bench:
         )
 
     def steer(self, model: Model, steps: int) -> None:
-        sigmas = noise_levels(model, "simple", steps)
+        sigmas = scheduler_sigmas(model, "simple", steps)
         steer(model, self.text, self.text, self.noise, self.noise, (0.5,), sigmas, seed=0)
 
     def variants(self, bare: Model) -> dict[str, Callable[[], Callable[[int], None]]]:
@@ -108,7 +109,7 @@ class _Bench:
             ),
             "projector and LoRA": lambda: (projector, set_projector_strength(self.text, self.projector, 0.5)),
             "text modulation": lambda: (apply_text_modulation(bare), self.slid(0.5)),
-            "attention to text": lambda: (apply_attention_weights(bare), self.slid(0.5)),
+            "attention to text": lambda: (apply_attention_reweighting(bare), self.slid(0.5)),
             "token interpolation": lambda: (apply_token_interpolation(bare), self.slid(0.5)),
             "velocity blending": lambda: (blend_velocity(bare, self.noise, (0.5,)), self.text),
             "prompt difference, 1 active": lambda: (bare, differences.at({"1": 0.5, **_REST})),

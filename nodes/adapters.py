@@ -9,7 +9,7 @@ from ..slider_core.adapters.adapter_file import Adapter, read_adapter
 from ..slider_core.adapters.gstlora import apply_gstlora
 from ..slider_core.adapters.stlora import apply_stlora
 from .common.files import fingerprint, names, path_of
-from .common.sockets import CATEGORY, OneStrength, SliderAdapter, channel_input, strength_input
+from .common.sockets import CATEGORY, AdapterSocket, OneStrength, channel_input, strength_input
 
 
 class LoadAdapter(io.ComfyNode):
@@ -32,7 +32,7 @@ class LoadAdapter(io.ComfyNode):
                 )
             ],
             outputs=[
-                SliderAdapter.Output("adapter", tooltip="For Apply STLoRA or Apply GSTLoRA."),
+                AdapterSocket.Output("adapter", tooltip="For Apply STLoRA or Apply GSTLoRA."),
                 io.String.Output("info", tooltip="Kind, base model, rank and layers as text."),
             ],
             has_intermediate_output=True,
@@ -62,7 +62,7 @@ class ApplySTLoRA(io.ComfyNode):
             search_aliases=["slideredit", "selective token lora", "per instruction strength"],
             inputs=[
                 io.Model.Input("model", tooltip="FLUX.1 Kontext or a relative."),
-                SliderAdapter.Input("adapter", tooltip="An STLoRA from Load Slider Adapter."),
+                AdapterSocket.Input("adapter", tooltip="An STLoRA from Load Slider Adapter."),
                 channel_input(),
             ],
             outputs=[io.Model.Output()],
@@ -87,7 +87,7 @@ class ApplyGSTLoRA(OneStrength, io.ComfyNode):
             search_aliases=["slideredit", "global slider", "edit strength"],
             inputs=[
                 io.Model.Input("model", tooltip="FLUX.1 Kontext or a relative."),
-                SliderAdapter.Input("adapter", tooltip="A GSTLoRA from Load Slider Adapter."),
+                AdapterSocket.Input("adapter", tooltip="A GSTLoRA from Load Slider Adapter."),
                 strength_input("strength"),
             ],
             outputs=[io.Model.Output()],

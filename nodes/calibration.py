@@ -9,8 +9,8 @@ from comfy_api.latest import io
 from ..slider_core.figures.plots import check_plots, curves_plot
 from ..slider_core.metrics.calibration import calibrate, parse_calibration
 from ..slider_core.metrics.sweep_metrics import check_sweep, source_of
-from ..slider_core.strength import Strength, read_strength
-from .common.sockets import CATEGORY, Strengths, check_strengths, strength_input
+from ..slider_core.strength import Strengths, read_strength
+from .common.sockets import CATEGORY, StrengthsSocket, check_strengths, strength_input
 from .common.sweep_distances import SEEN, distance_inputs, sweep_distances
 
 
@@ -28,7 +28,9 @@ class Calibrate(io.ComfyNode):
             search_aliases=["slider calibration", "perceptually even", "useful range"],
             inputs=[
                 io.Image.Input("images", tooltip="One picture per strength, best nine or more."),
-                Strengths.Input("strengths", tooltip="What they were rendered with: rising, at least from 0 to 1."),
+                StrengthsSocket.Input(
+                    "strengths", tooltip="What they were rendered with: rising, at least from 0 to 1."
+                ),
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
@@ -47,7 +49,7 @@ class Calibrate(io.ComfyNode):
     def execute(
         cls,
         images: torch.Tensor,
-        strengths: Strength,
+        strengths: Strengths,
         clip_vision: ClipVisionModel | None = None,
         distance: str = SEEN,
         latent: dict | None = None,
@@ -85,7 +87,7 @@ class CalibratedStrength(io.ComfyNode):
                 io.Boolean.Input("on", default=True, tooltip="Off: position is passed on as it is."),
             ],
             outputs=[
-                Strengths.Output("strengths", tooltip="For any strength of the pack, one or a list."),
+                StrengthsSocket.Output("strengths", tooltip="For any strength of the pack, one or a list."),
                 io.Float.Output("strength", tooltip="The first of them, for any number."),
             ],
         )

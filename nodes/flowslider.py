@@ -6,10 +6,11 @@ import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..slider_core.conditioning.schedule import check_part
-from ..slider_core.conditioning.span_strengths import Conditioning
+from ..slider_core.conditioning.schedule import check_schedule_range
+from ..slider_core.sampling.flow_matching import scheduler_sigmas
 from ..slider_core.strength import read_strength
-from ..slider_core.training_free.flowslider import noise_levels, steer
+from ..slider_core.training_free.flowslider import steer
+from ..slider_core.types import Conditioning
 from .common.latents import noise_for
 from .common.progress import previews
 from .common.sockets import CATEGORY, OneStrength, seed_input, strength_input
@@ -82,9 +83,9 @@ class FidelitySteering(OneStrength, io.ComfyNode):
         start: float,
         end: float = 1.0,
     ) -> io.NodeOutput:
-        check_part(start, end)
+        check_schedule_range(start, end)
         values, samples = read_strength(strength, "strength"), latent["samples"]
-        sigmas, noise = noise_levels(model, scheduler, steps, start), noise_for(model, latent, seed)
+        sigmas, noise = scheduler_sigmas(model, scheduler, steps, start), noise_for(model, latent, seed)
         on_step = previews(model, len(sigmas) - 1)
         mask = latent.get("noise_mask")
         edited = steer(model, source, target, samples, noise, values, sigmas, seed, mask, end, on_step)

@@ -11,12 +11,12 @@ from comfy.sd import CLIP
 from comfy_api.latest import io, ui
 
 from ..slider_core.stable_flow.inversion import FOLLOWS, FREE, NUDGING, PUBLISHED, edit_from_trajectory, invert
-from ..slider_core.stable_flow.source_kv_cache import check_remembers
+from ..slider_core.stable_flow.source_kv_cache import check_cached_source
 from ..slider_core.stable_flow.trajectory import Trajectory, load_trajectory, save_trajectory
-from ..slider_core.text.batched_prompts import prompts_of, stack_prompts
+from ..slider_core.text.batched_prompts import batch_prompts, split_prompts
 from .common.files import TRAJECTORY, trajectory_fingerprint, trajectory_names, trajectory_path
 from .common.progress import previews
-from .common.sockets import CATEGORY, TrajectoryIO
+from .common.sockets import CATEGORY, TrajectorySocket
 
 REMEMBERED = "remembered by the model"
 
@@ -59,7 +59,7 @@ class InvertPhotograph(io.ComfyNode):
                     "steps again.",
                 ),
             ],
-            outputs=[TrajectoryIO.Output("trajectory", tooltip="For Edit from Trajectory.")],
+            outputs=[TrajectorySocket.Output("trajectory", tooltip="For Edit from Trajectory.")],
             has_intermediate_output=True,
         )
 
@@ -75,7 +75,7 @@ class InvertPhotograph(io.ComfyNode):
         refinements: int,
     ) -> io.NodeOutput:
         on_step = previews(model, max(len(sigmas) - 1, 1))
-        text = stack_prompts(clip, [prompt.strip()], [1.0])
+        text = batch_prompts(clip, [prompt.strip()], [1.0])
         found = invert(model, text, latent["samples"], sigmas, prompt.strip(), nudging, refinements, on_step)
         return io.NodeOutput(found, ui=ui.PreviewText(found.describe()))
 
@@ -95,7 +95,7 @@ class EditFromTrajectory(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="From Inject Vital Layers, or from Inject Remembered Source."),
                 io.Clip.Input("clip", tooltip="The text encoders that the picture was inverted with."),
-                TrajectoryIO.Input("trajectory", tooltip="From Invert Photograph or Load Trajectory."),
+                TrajectorySocket.Input("trajectory", tooltip="From Invert Photograph or Load Trajectory."),
                 io.String.Input(
                     "edits",
                     multiline=True,
@@ -123,12 +123,12 @@ class EditFromTrajectory(io.ComfyNode):
     ) -> io.NodeOutput:
         alone = source == REMEMBERED
         if alone:
-            check_remembers(model, trajectory)
-        prompts = prompts_of(edits)
+            check_cached_source(model, trajectory)
+        prompts = split_prompts(edits)
         guidances = [edit_guidance] * len(prompts)
         if not alone:
             prompts, guidances = [trajectory.prompt, *prompts], [1.0, *guidances]
-        text = stack_prompts(clip, prompts, guidances)
+        text = batch_prompts(clip, prompts, guidances)
         on_step = previews(model, trajectory.steps)
         samples = edit_from_trajectory(model, text, trajectory, FREE if alone else source, on_step)
         return io.NodeOutput({"samples": samples})
@@ -145,7 +145,7 @@ class SaveTrajectory(io.ComfyNode):
             category=CATEGORY,
             description="Keeps an inverted picture on disk, so that it need not be inverted again.",
             inputs=[
-                TrajectoryIO.Input("trajectory", tooltip="From Invert Photograph."),
+                TrajectorySocket.Input("trajectory", tooltip="From Invert Photograph."),
                 io.String.Input("filename_prefix", default="trajectories/picture", tooltip="In the output folder."),
             ],
             is_output_node=True,
@@ -178,7 +178,7 @@ class LoadTrajectory(io.ComfyNode):
                     tooltip="Files that end in .trajectory.safetensors. Press R in the page to see new ones.",
                 )
             ],
-            outputs=[TrajectoryIO.Output("trajectory", tooltip="For Edit from Trajectory.")],
+            outputs=[TrajectorySocket.Output("trajectory", tooltip="For Edit from Trajectory.")],
             has_intermediate_output=True,
         )
 

@@ -12,13 +12,13 @@ from comfy.sd import CLIP, VAE
 from comfy_api.latest import io
 from node_helpers import conditioning_set_values
 
-from ..slider_core.conditioning.span_strengths import Conditioning
 from ..slider_core.errors import SliderError
 from ..slider_core.figures.plots import attention_plot, check_plots, layer_plot
-from ..slider_core.stable_flow.attention_maps import view_attention
-from ..slider_core.stable_flow.vital_layers import layer_count
+from ..slider_core.stable_flow.attention_maps import measure_attention
+from ..slider_core.stable_flow.vital_layers import block_count
 from ..slider_core.stable_flow.vitality_search import check_count, latent_features, picture_features, scores_of
-from ..slider_core.text.batched_prompts import prompts_of, stack_prompts
+from ..slider_core.text.batched_prompts import batch_prompts, split_prompts
+from ..slider_core.types import Conditioning
 from .common.latents import fitting_latent, noise_for
 from .common.layer_inputs import chosen_layers, layer_inputs
 from .common.progress import previews, previews_of_pictures
@@ -116,7 +116,7 @@ class FindVitalLayers(io.ComfyNode):
     ) -> io.NodeOutput:
         check_plots()
         if choose == MOST_VITAL:
-            check_count(count, layer_count(model))
+            check_count(count, block_count(model))
         features, compared_by = latent_features, "the latent itself"
         if clip_vision is not None:
             if vae is None:
@@ -131,7 +131,7 @@ class FindVitalLayers(io.ComfyNode):
         folder, name, *_ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
         scores = scores_of(
             model,
-            {words: with_reference(stack_prompts(clip, [words], [guidance])) for words in prompts_of(prompts)},
+            {words: with_reference(batch_prompts(clip, [words], [guidance])) for words in split_prompts(prompts)},
             range(seed, seed + seeds),
             fitting_latent(model, latent),
             steps,
@@ -209,7 +209,7 @@ class ViewAttention(io.ComfyNode):
         check_plots()
         vital, point = chosen_layers(model, layers, list), (across, down)
         empty, noise = fitting_latent(model, latent), noise_for(model, latent, seed)
-        attention, samples = view_attention(
+        attention, samples = measure_attention(
             model, conditioning, empty, noise, seed, steps, picture, point, previews(model, steps)
         )
         shown: torch.Tensor = vae.decode(samples[picture : picture + 1])[0]

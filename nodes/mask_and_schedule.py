@@ -6,7 +6,7 @@ import torch
 from comfy_api.latest import io
 
 from ..slider_core.conditioning.mask_and_schedule import where_and_when
-from ..slider_core.conditioning.span_strengths import Conditioning
+from ..slider_core.types import Conditioning
 from .common.sockets import CATEGORY, chosen_instructions_input, parse_instruction_numbers
 
 

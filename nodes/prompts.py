@@ -5,8 +5,9 @@ from __future__ import annotations
 from comfy.sd import CLIP
 from comfy_api.latest import io, ui
 
-from ..slider_core.conditioning.span_strengths import Conditioning, set_strengths
-from ..slider_core.text.encode import TRAINING_LENGTH, encode_sub_instructions, select_phrase
+from ..slider_core.conditioning.span_strengths import set_strengths
+from ..slider_core.text.encode import T5_TRAINING_TOKENS, encode_instructions, select_phrase
+from ..slider_core.types import Conditioning
 from .common.sockets import CATEGORY, channel_input, check_strengths, instruction_inputs, strength_input
 
 STRENGTHS = tuple(f"strength_{k}" for k in range(1, 9))
@@ -43,7 +44,7 @@ class EncodeSubInstructions(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip: CLIP, text: str, mode: str, pad_to_512: bool) -> io.NodeOutput:
-        conditioning, prompt, spans = encode_sub_instructions(clip, text, mode, TRAINING_LENGTH if pad_to_512 else None)
+        conditioning, prompt, spans = encode_instructions(clip, text, mode, T5_TRAINING_TOKENS if pad_to_512 else None)
         shown = "\n".join(f"{k}  {span.text}  [{len(span.rows)} tokens]" for k, span in enumerate(spans, 1))
         return io.NodeOutput(conditioning, prompt, ui=ui.PreviewText(shown))
 

@@ -8,8 +8,9 @@ from weakref import WeakKeyDictionary, ref
 from comfy.sd import CLIP
 from comfy_api.latest import io
 
-from ..slider_core.conditioning.span_strengths import Conditioning, Span, set_strengths
-from ..slider_core.text.encode import TRAINING_LENGTH, encode_sub_instructions
+from ..slider_core.conditioning.span_strengths import Span, set_strengths
+from ..slider_core.text.encode import T5_TRAINING_TOKENS, encode_instructions
+from ..slider_core.types import Conditioning
 from .common.sockets import CATEGORY, channel_input, check_strengths, instruction_inputs, strength_input
 
 STRENGTHS = tuple(f"strength_{k}" for k in range(1, 51))
@@ -96,7 +97,7 @@ def last_clip() -> CLIP | None:
 
 def _encoded(clip: CLIP, text: str, mode: str, pad_to_512: bool) -> _Encoded:
     _last_clip[:] = [ref(clip)]
-    how, known = (text, mode, TRAINING_LENGTH if pad_to_512 else None), _last_encoded.get(clip)
+    how, known = (text, mode, T5_TRAINING_TOKENS if pad_to_512 else None), _last_encoded.get(clip)
     if known is None or known[0] != how:
-        known = _last_encoded[clip] = how, encode_sub_instructions(clip, *how)
+        known = _last_encoded[clip] = how, encode_instructions(clip, *how)
     return known[1]

@@ -7,20 +7,20 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
-from ..slider_core.conditioning.span_strengths import Conditioning
 from ..slider_core.sampling.deterministic_samplers import ONE_CALL_PER_STEP
 from ..slider_core.stable_flow.source_kv_cache import (
-    ReferenceCache,
+    SourceKVCache,
+    cache_source_kv,
+    cache_trajectory_kv,
     describe_need,
     inject_cached,
-    remember_sampling,
-    remember_trajectory,
 )
 from ..slider_core.stable_flow.trajectory import Trajectory
+from ..slider_core.types import Conditioning
 from .common.latents import fitting_latent, noise_for
 from .common.layer_inputs import chosen_layers, injection_mask_input, layer_inputs, part_inputs, preservation_input
 from .common.progress import previews, say
-from .common.sockets import CATEGORY, RememberedSource, TrajectoryIO, seed_input
+from .common.sockets import CATEGORY, KVCacheSocket, TrajectorySocket, seed_input
 
 
 def _memory_input() -> io.Float.Input:
@@ -69,7 +69,7 @@ class RememberSource(io.ComfyNode):
                 _memory_input(),
             ],
             outputs=[
-                RememberedSource.Output("remembered", tooltip="For Inject Remembered Source."),
+                KVCacheSocket.Output("remembered", tooltip="For Inject Remembered Source."),
                 io.Latent.Output(tooltip="The source itself."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -94,7 +94,7 @@ class RememberSource(io.ComfyNode):
         say(cls, describe_need(model, chosen, empty.shape, steps, memory_limit))
         on_step = previews(model, steps)
         noise = noise_for(model, latent, seed)
-        cache, samples = remember_sampling(
+        cache, samples = cache_source_kv(
             model, conditioning, empty, noise, chosen, seed, steps, sampler_name, scheduler, memory_limit, on_step
         )
         return io.NodeOutput(cache, {"samples": samples}, ui=ui.PreviewText(cache.describe()))
@@ -114,11 +114,11 @@ class RememberTrajectory(io.ComfyNode):
             search_aliases=["stable flow", "cached reference", "key value cache"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the picture was inverted with."),
-                TrajectoryIO.Input("trajectory", tooltip="From Invert Photograph or Load Trajectory."),
+                TrajectorySocket.Input("trajectory", tooltip="From Invert Photograph or Load Trajectory."),
                 *layer_inputs(),
                 _memory_input(),
             ],
-            outputs=[RememberedSource.Output("remembered", tooltip="For Inject Remembered Source.")],
+            outputs=[KVCacheSocket.Output("remembered", tooltip="For Inject Remembered Source.")],
             hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,
         )
@@ -130,7 +130,7 @@ class RememberTrajectory(io.ComfyNode):
         chosen, latent = chosen_layers(model, layers, list), trajectory.latents[:1]
         say(cls, describe_need(model, chosen, latent.shape, trajectory.steps, memory_limit))
         on_step = previews(model, trajectory.steps)
-        cache = remember_trajectory(model, trajectory, chosen, memory_limit, on_step)
+        cache = cache_trajectory_kv(model, trajectory, chosen, memory_limit, on_step)
         return io.NodeOutput(cache, ui=ui.PreviewText(cache.describe()))
 
 
@@ -148,7 +148,7 @@ class InjectRememberedSource(io.ComfyNode):
             search_aliases=["stable flow", "cached reference", "key value cache"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the source was remembered with."),
-                RememberedSource.Input("remembered", tooltip="From Remember Source or Remember Trajectory."),
+                KVCacheSocket.Input("remembered", tooltip="From Remember Source or Remember Trajectory."),
                 preservation_input(),
                 *part_inputs(),
                 injection_mask_input(),
@@ -165,7 +165,7 @@ class InjectRememberedSource(io.ComfyNode):
     def execute(
         cls,
         model: ModelPatcher,
-        remembered: ReferenceCache,
+        remembered: SourceKVCache,
         preservation: float,
         start: float,
         end: float,

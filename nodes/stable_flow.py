@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..slider_core.stable_flow.vital_layers import inject_key_values
 from ..slider_core.sweep import latent_for_sweep
-from ..slider_core.text.batched_prompts import prompts_of, stack_prompts
+from ..slider_core.text.batched_prompts import batch_prompts, split_prompts
 from .common.layer_inputs import chosen_layers, injection_mask_input, layer_inputs, part_inputs, preservation_input
 from .common.sockets import CATEGORY
 
@@ -54,9 +54,9 @@ class StackPrompts(io.ComfyNode):
     def execute(
         cls, clip: CLIP, source: str, edits: str, source_guidance: float, edit_guidance: float
     ) -> io.NodeOutput:
-        prompts = [source.strip(), *prompts_of(edits)]
+        prompts = [source.strip(), *split_prompts(edits)]
         guidances = [source_guidance, *[edit_guidance] * (len(prompts) - 1)]
-        return io.NodeOutput(stack_prompts(clip, prompts, guidances), len(prompts))
+        return io.NodeOutput(batch_prompts(clip, prompts, guidances), len(prompts))
 
 
 class SameNoise(io.ComfyNode):

@@ -6,16 +6,16 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
 from ..slider_core.adapters.strength_projector import (
-    StrengthProjector,
+    ProjectorBundle,
     apply_projector,
     drop_projector_strength,
     read_projector,
     set_projector_strength,
 )
-from ..slider_core.conditioning.span_strengths import Conditioning
 from ..slider_core.strength import clamp, read_strength
+from ..slider_core.types import Conditioning
 from .common.files import fingerprint, names, path_of
-from .common.sockets import CATEGORY, OneStrength, Projector, strength_input
+from .common.sockets import CATEGORY, OneStrength, ProjectorSocket, strength_input
 
 NO_LORA = "none, or in the projector's file"
 CLAMP, FREE, DROP = "clamp to 0..1", "allow outside 0..1", "drop the strength"
@@ -44,7 +44,7 @@ class LoadProjector(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Projector.Output("projector", tooltip="For Apply Strength Projector and Projector Strength."),
+                ProjectorSocket.Output("projector", tooltip="For Apply Strength Projector and Projector Strength."),
                 io.String.Output("info", tooltip="Sizes of the projector, and what its LoRA is."),
             ],
             has_intermediate_output=True,
@@ -75,13 +75,13 @@ class ApplyProjector(io.ComfyNode):
             search_aliases=["kontinuous kontext"],
             inputs=[
                 io.Model.Input("model", tooltip="FLUX.1 Kontext."),
-                Projector.Input("projector", tooltip="From Load Strength Projector."),
+                ProjectorSocket.Input("projector", tooltip="From Load Strength Projector."),
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def execute(cls, model: ModelPatcher, projector: StrengthProjector) -> io.NodeOutput:
+    def execute(cls, model: ModelPatcher, projector: ProjectorBundle) -> io.NodeOutput:
         return io.NodeOutput(apply_projector(model, projector))
 
 
@@ -98,7 +98,7 @@ class ProjectorStrength(OneStrength, io.ComfyNode):
             search_aliases=["kontinuous kontext slider", "edit strength"],
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="The encoded instruction, from any text encode node."),
-                Projector.Input("projector", tooltip="The one that is applied to the model."),
+                ProjectorSocket.Input("projector", tooltip="The one that is applied to the model."),
                 strength_input(
                     "strength",
                     default=0.5,
@@ -121,7 +121,7 @@ class ProjectorStrength(OneStrength, io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, conditioning: Conditioning, projector: StrengthProjector, strength: object, mode: str
+        cls, conditioning: Conditioning, projector: ProjectorBundle, strength: object, mode: str
     ) -> io.NodeOutput:
         if mode == DROP:
             shown = "strength dropped: the LoRA acts alone"

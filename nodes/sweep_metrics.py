@@ -12,8 +12,8 @@ from ..slider_core.figures.plots import check_plots, curves_plot
 from ..slider_core.metrics.clip_direction import clip_measures
 from ..slider_core.metrics.image_distance import share_outside
 from ..slider_core.metrics.sweep_metrics import check_sweep, measure, source_of
-from ..slider_core.strength import Strength
-from .common.sockets import CATEGORY, Strengths
+from ..slider_core.strength import Strengths
+from .common.sockets import CATEGORY, StrengthsSocket
 from .common.sweep_distances import SEEN, distance_inputs, sweep_distances
 
 
@@ -31,7 +31,7 @@ class MeasureSweep(io.ComfyNode):
             search_aliases=["delta smooth", "clip directional similarity", "linearity", "disentanglement", "metrics"],
             inputs=[
                 io.Image.Input("images", tooltip="The sweep's pictures, one per strength."),
-                Strengths.Input("strengths", tooltip="What they were rendered with, rising."),
+                StrengthsSocket.Input("strengths", tooltip="What they were rendered with, rising."),
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
@@ -67,7 +67,7 @@ class MeasureSweep(io.ComfyNode):
     def execute(
         cls,
         images: torch.Tensor,
-        strengths: Strength,
+        strengths: Strengths,
         clip_vision: ClipVisionModel | None = None,
         mask: torch.Tensor | None = None,
         clip: CLIP | None = None,

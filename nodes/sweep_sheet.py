@@ -14,8 +14,8 @@ from PIL import Image
 
 from ..slider_core.figures.captions import captions_of
 from ..slider_core.figures.contact_sheet import animated_webp, contact_sheet, png
-from ..slider_core.strength import Strength
-from .common.sockets import CATEGORY, Strengths
+from ..slider_core.strength import Strengths
+from .common.sockets import CATEGORY, StrengthsSocket
 
 
 class SweepSheet(io.ComfyNode):
@@ -32,8 +32,10 @@ class SweepSheet(io.ComfyNode):
             search_aliases=["contact sheet", "filmstrip", "xy plot", "image grid", "animated webp"],
             inputs=[
                 io.Image.Input("images", tooltip="One picture per strength."),
-                Strengths.Input("strengths", optional=True, tooltip="What they were rendered with, for the captions."),
-                Strengths.Input("across", optional=True, tooltip="The second list of a Strength Grid."),
+                StrengthsSocket.Input(
+                    "strengths", optional=True, tooltip="What they were rendered with, for the captions."
+                ),
+                StrengthsSocket.Input("across", optional=True, tooltip="The second list of a Strength Grid."),
                 io.Int.Input(
                     "columns", default=0, min=0, max=256, tooltip="Pictures in a row; 0 = all. From Strength Grid."
                 ),
@@ -56,8 +58,8 @@ class SweepSheet(io.ComfyNode):
         captions: str,
         heading: str,
         filename_prefix: str,
-        strengths: Strength | None = None,
-        across: Strength | None = None,
+        strengths: Strengths | None = None,
+        across: Strengths | None = None,
     ) -> io.NodeOutput:
         pictures = [Image.fromarray(np.clip(255.0 * image.cpu().numpy(), 0, 255).astype(np.uint8)) for image in images]
         under = captions_of(len(pictures), [one for one in (strengths, across) if one is not None], captions)

@@ -6,9 +6,9 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..slider_core.patching.batch_splitting import split_batches
-from ..slider_core.strength import Strength
+from ..slider_core.strength import Strengths
 from ..slider_core.sweep import grid, latent_for_sweep, parse_list, spaced
-from .common.sockets import CATEGORY, Strengths
+from .common.sockets import CATEGORY, StrengthsSocket
 
 
 class StrengthRange(io.ComfyNode):
@@ -32,7 +32,7 @@ class StrengthRange(io.ComfyNode):
                 ),
                 io.Int.Input("count", default=7, min=1, max=256, tooltip="Number of images."),
             ],
-            outputs=[Strengths.Output("strengths")],
+            outputs=[StrengthsSocket.Output("strengths")],
         )
 
     @classmethod
@@ -54,7 +54,7 @@ class StrengthList(io.ComfyNode):
             inputs=[
                 io.String.Input("values", default="0, 0.5, 1, 1.5", tooltip="Numbers separated by commas or spaces.")
             ],
-            outputs=[Strengths.Output("strengths")],
+            outputs=[StrengthsSocket.Output("strengths")],
         )
 
     @classmethod
@@ -75,18 +75,18 @@ class StrengthGrid(io.ComfyNode):
             "to one slider, the other to another, and either to Latent for Sweep.",
             search_aliases=["sweep", "xy plot", "2d sweep"],
             inputs=[
-                Strengths.Input("down", tooltip="Strengths of the rows, from Strength Range or Strength List."),
-                Strengths.Input("across", tooltip="Strengths of the columns."),
+                StrengthsSocket.Input("down", tooltip="Strengths of the rows, from Strength Range or Strength List."),
+                StrengthsSocket.Input("across", tooltip="Strengths of the columns."),
             ],
             outputs=[
-                Strengths.Output("down", tooltip="For the slider that changes from row to row."),
-                Strengths.Output("across", tooltip="For the slider that changes from column to column."),
+                StrengthsSocket.Output("down", tooltip="For the slider that changes from row to row."),
+                StrengthsSocket.Output("across", tooltip="For the slider that changes from column to column."),
                 io.Int.Output("columns", tooltip="How many pictures make a row."),
             ],
         )
 
     @classmethod
-    def execute(cls, down: Strength, across: Strength) -> io.NodeOutput:
+    def execute(cls, down: Strengths, across: Strengths) -> io.NodeOutput:
         return io.NodeOutput(*grid(down, across), len(across))
 
 
@@ -134,11 +134,11 @@ class LatentForSweep(io.ComfyNode):
             search_aliases=["repeat latent same noise", "sweep"],
             inputs=[
                 io.Latent.Input("latent", tooltip="One latent image."),
-                Strengths.Input("strengths", tooltip="From Strength Range or Strength List."),
+                StrengthsSocket.Input("strengths", tooltip="From Strength Range or Strength List."),
             ],
             outputs=[io.Latent.Output()],
         )
 
     @classmethod
-    def execute(cls, latent: dict, strengths: Strength) -> io.NodeOutput:
+    def execute(cls, latent: dict, strengths: Strengths) -> io.NodeOutput:
         return io.NodeOutput(latent_for_sweep(latent, len(strengths)))

@@ -11,8 +11,8 @@ from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ..slider_core.strength import read_strength
-from ..slider_core.text.encode import TRAINING_LENGTH
-from ..slider_core.training_free.attention_reweighting import apply_attention_weights
+from ..slider_core.text.encode import T5_TRAINING_TOKENS
+from ..slider_core.training_free.attention_reweighting import apply_attention_reweighting
 from ..slider_core.training_free.prompt_difference import PromptDifferences, encode_differences
 from ..slider_core.training_free.text_modulation import apply_text_modulation
 from ..slider_core.training_free.token_interpolation import apply_token_interpolation
@@ -31,7 +31,7 @@ from .prompts import STRENGTHS, SubInstructionStrengths
 
 METHODS = {
     "text modulation": apply_text_modulation,
-    "attention to text": apply_attention_weights,
+    "attention to text": apply_attention_reweighting,
     "token interpolation": apply_token_interpolation,
 }
 
@@ -172,7 +172,7 @@ class PromptDifference(io.ComfyNode):
         sub_instructions: str = "",
         **strengths: object,
     ) -> io.NodeOutput:
-        differences = _encoded(clip, text, mode, TRAINING_LENGTH if pad_to_512 else None)
+        differences = _encoded(clip, text, mode, T5_TRAINING_TOKENS if pad_to_512 else None)
         values = {name: strengths.get(name, 1.0) for name in STRENGTHS}
         chosen = parse_instruction_numbers(sub_instructions)
         return io.NodeOutput(differences.at(values, mask, start, end, chosen), differences.prompt)

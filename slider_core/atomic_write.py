@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 
-def write_whole(file: Path, content: bytes) -> None:
+def atomic_write(file: Path, content: bytes) -> None:
     """Write a file so that it is there in full or as it was before."""
     unfinished = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:

@@ -7,7 +7,7 @@ import re
 from .errors import SliderError
 
 
-def parse_numbers(text: str, what: str, example: str) -> list[int]:
+def parse_int_ranges(text: str, what: str, example: str) -> list[int]:
     """Numbers and ranges such as '0, 1, 17-18'; none for empty text.
 
     Raises SliderError naming what is neither, and that `what` was expected, such as `example`.

@@ -11,11 +11,11 @@ from .errors import SliderError
 LIMIT = 100
 """Beyond it, up or down, a strength is taken for a mistake."""
 
-Strength = tuple[float, ...]
+Strengths = tuple[float, ...]
 """One value for the whole batch, or one value per image."""
 
 
-def read_strength(value: object, name: str) -> Strength:
+def read_strength(value: object, name: str) -> Strengths:
     """Validate a number, or a list, tuple or 1-d tensor of numbers, as it comes from a widget or a link.
 
     Raises SliderError naming `name` when it is empty, not numeric, not within LIMIT or not one-dimensional.
@@ -34,7 +34,7 @@ def read_strength(value: object, name: str) -> Strength:
     return tuple(float(item) for item in values)
 
 
-def batch_length(strengths: Mapping[str, Strength]) -> int:
+def batch_length(strengths: Mapping[str, Strengths]) -> int:
     """Number of images that lists of strengths ask for; 1 when all of them are single numbers.
 
     Raises SliderError when two lists disagree.
@@ -46,12 +46,12 @@ def batch_length(strengths: Mapping[str, Strength]) -> int:
     return next(iter(lists.values()), 1)
 
 
-def clamp(strength: Strength) -> Strength:
+def clamp(strength: Strengths) -> Strengths:
     """The strengths, each moved into 0..1."""
     return tuple(min(max(value, 0.0), 1.0) for value in strength)
 
 
-def suppression(strength: Strength, length: int) -> torch.Tensor:
+def suppression(strength: Strengths, length: int) -> torch.Tensor:
     """SliderEdit's alpha = 1 - strength as a float32 tensor of shape (length,): 1 suppresses the edit, 0 leaves it.
 
     Source: SliderEdit, section 'methods', slider_alpha.

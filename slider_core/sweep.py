@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 
 from .errors import SliderError
-from .strength import Strength, read_strength
+from .strength import Strengths, read_strength
 
 
-def spaced(first: float, last: float, count: int) -> Strength:
+def spaced(first: float, last: float, count: int) -> Strengths:
     """`count` evenly spaced strengths from `first` to `last`, rounded to 6 decimals so that 0 and 1 are exact."""
     [start], [end] = read_strength(first, "first"), read_strength(last, "last")
     return tuple(np.linspace(start, end, count).round(6).tolist())
 
 
-def parse_list(text: str) -> Strength:
+def parse_list(text: str) -> Strengths:
     """Strengths separated by commas, semicolons or white space. Raises SliderError naming what is no number."""
     values = []
     for item in text.replace(",", " ").replace(";", " ").split():
@@ -27,7 +27,7 @@ def parse_list(text: str) -> Strength:
     return read_strength(values, "The list of strengths")
 
 
-def grid(down: Strength, across: Strength) -> tuple[Strength, Strength]:
+def grid(down: Strengths, across: Strengths) -> tuple[Strengths, Strengths]:
     """Every combination of two lists, row by row: two lists of len(down) * len(across) strengths each."""
     return tuple(one for one in down for _ in across), across * len(down)
 

@@ -31,7 +31,7 @@ def peft() -> dict[str, torch.Tensor]:
 def deltas(path) -> dict[str, torch.Tensor]:
     """Each target's whole weight change as the adapter's side paths compute it (strength 0)."""
     out = {}
-    side = read_adapter(path).side_model
+    side = read_adapter(path).lora_branches
     for name, path_module in zip(side.names, side.paths):
         width = path_module.down.weight.shape[1]
         rows = max(r.stop for r in path_module.rows)

@@ -13,7 +13,8 @@ from support.outcomes import far, latents, near
 from support.stable_flow import LATENT, edit_text, photo, sigmas_of, source_text
 
 from slider_core.errors import SliderError
-from slider_core.training_free.flowslider import noise_levels, steer
+from slider_core.sampling.flow_matching import scheduler_sigmas
+from slider_core.training_free.flowslider import steer
 from slider_core.training_free.velocity_blending import blend_velocity
 
 STEPS, SEED = 3, 5
@@ -25,7 +26,7 @@ def noise_of(seed: int = SEED, images: int = 1) -> torch.Tensor:
 
 
 def steered(model, strength: tuple[float, ...] = (0.6,), source=SOURCE, target=TARGET, start=0.0, **more):
-    sigmas = noise_levels(model, "simple", STEPS, start)
+    sigmas = scheduler_sigmas(model, "simple", STEPS, start)
     arguments = {"latent": photo(model), "noise": noise_of(), **more}
     return steer(model, source, target, strength=strength, sigmas=sigmas, **arguments)
 
@@ -119,7 +120,7 @@ def test_patched_models(golden_model):
 def test_a_blended_model_moves_by_its_own_velocities(golden_model):
     """What leads back to the blended source is the same for both prompts: half of the steering is left."""
     half = blend_velocity(golden_model, -photo(golden_model), (0.5,))
-    sigmas = noise_levels(golden_model, "simple", 1)
+    sigmas = scheduler_sigmas(golden_model, "simple", 1)
     found = steer(half, SOURCE, TARGET, photo(golden_model), noise_of(), (0.6,), sigmas)
     full = steer(golden_model, SOURCE, TARGET, photo(golden_model), noise_of(), (0.3,), sigmas)
     assert near(found, full)

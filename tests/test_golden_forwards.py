@@ -19,7 +19,7 @@ from slider_core.adapters.adapter_file import read_adapter
 from slider_core.adapters.gstlora import apply_gstlora
 from slider_core.adapters.stlora import apply_stlora
 from slider_core.adapters.strength_projector import (
-    Projector,
+    ProjectorBundle,
     StrengthProjector,
     apply_projector,
     drop_projector_strength,
@@ -27,7 +27,7 @@ from slider_core.adapters.strength_projector import (
     set_projector_strength,
 )
 from slider_core.conditioning.span_strengths import Span, attach_spans, set_strengths
-from slider_core.patching.forward_patches import add_operation, operations_of
+from slider_core.patching.forward_patches import add_patch, patches_of
 from slider_core.stable_flow.inversion import FOLLOWS, FREE, PUBLISHED, InverseEuler, edit_from_trajectory, invert
 from slider_core.stable_flow.vital_layers import bypass, inject_key_values
 
@@ -144,8 +144,8 @@ def test_wrong_gstloras_are_told_apart(case, velocity, stored, golden_model):
         if name == "negated_alpha":
             model = apply_gstlora(golden_model, adapter, 1.0 + case["alpha"])
         else:
-            kept = {m: f for m, f in adapter.factors.items() if not DROPPED[name](m)}
-            model = apply_gstlora(golden_model, replace(adapter, factors=kept), 1.0 - case["alpha"])
+            kept = {m: f for m, f in adapter.lora_weights.items() if not DROPPED[name](m)}
+            model = apply_gstlora(golden_model, replace(adapter, lora_weights=kept), 1.0 - case["alpha"])
         out = velocity(case, model)
         assert not close(case, stored, out), name
         measured = (out - stored[case["outputs"]["out"]]).abs().max().item()
@@ -158,9 +158,9 @@ def test_qkv_rows_matter(velocity, stored, golden_model):
     adapter = read_adapter(STLORA)
     rotated = {
         m: [f._replace(offset=(f.offset + 1) % 3) if f.size else f for f in parts]
-        for m, parts in adapter.factors.items()
+        for m, parts in adapter.lora_weights.items()
     }
-    model = apply_stlora(golden_model, replace(adapter, factors=rotated))
+    model = apply_stlora(golden_model, replace(adapter, lora_weights=rotated))
     assert not close(case, stored, velocity(case, model, with_spans(case)))
 
 
@@ -168,7 +168,7 @@ def test_qkv_rows_matter(velocity, stored, golden_model):
 
 
 @pytest.fixture(scope="session")
-def projector(recipe, manifest, tmp_path_factory) -> StrengthProjector:
+def projector(recipe, manifest, tmp_path_factory) -> ProjectorBundle:
     """The golden projector with its LoRA, from files as the authors save them."""
     folder = tmp_path_factory.mktemp("projector")
     torch.save(
@@ -182,7 +182,7 @@ def strengths_of(case: dict) -> list:
     return case["slider"] if isinstance(case["slider"], list) else [case["slider"]]
 
 
-def with_slider(case: dict, bundle: StrengthProjector, sliders: list | None = None):
+def with_slider(case: dict, bundle: ProjectorBundle, sliders: list | None = None):
     """Conditioning -> the same at the slider value of the case's batch element."""
     sliders = sliders or strengths_of(case)
 
@@ -194,7 +194,7 @@ def with_slider(case: dict, bundle: StrengthProjector, sliders: list | None = No
     return cond
 
 
-def with_the_others_offsets(case: dict, bundle: StrengthProjector, pooled: torch.Tensor):
+def with_the_others_offsets(case: dict, bundle: ProjectorBundle, pooled: torch.Tensor):
     def cond(conditioning: list, element: int) -> list:
         ((text, options),) = conditioning
         other = [[text, {**options, "pooled_output": pooled[1 - element : 2 - element]}]]
@@ -204,7 +204,7 @@ def with_the_others_offsets(case: dict, bundle: StrengthProjector, pooled: torch
     return cond
 
 
-def for_case(case: dict, bundle: StrengthProjector) -> StrengthProjector:
+def for_case(case: dict, bundle: ProjectorBundle) -> ProjectorBundle:
     return bundle if case["lora"] else replace(bundle, lora=None)
 
 
@@ -222,21 +222,21 @@ def test_projector_forward(case, velocity, stored, golden_model, projector):
     assert close(case, stored, velocity(case, model, with_slider(case, bundle)))
 
 
-def halves_swapped(p: Projector) -> Projector:
+def halves_swapped(p: StrengthProjector) -> StrengthProjector:
     *inner, (weight, bias) = p.layers
     return replace(p, layers=(*inner, (weight.roll(p.width, 0), bias.roll(p.width, 0))))
 
 
-def sign_flipped(p: Projector) -> Projector:
+def sign_flipped(p: StrengthProjector) -> StrengthProjector:
     *inner, (weight, bias) = p.layers
     return replace(p, layers=(*inner, (-weight, -bias)))
 
 
-def cosine_first(p: Projector) -> Projector:
+def cosine_first(p: StrengthProjector) -> StrengthProjector:
     return replace(p, extender=(p.extender[0].flip(1), p.extender[1]))
 
 
-def pooled_first(p: Projector) -> Projector:
+def pooled_first(p: StrengthProjector) -> StrengthProjector:
     (weight, bias), *rest = p.layers
     return replace(p, layers=((weight.roll(p.extender[0].shape[0], 1), bias), *rest))
 
@@ -285,26 +285,26 @@ def test_a_projector_acting_elsewhere_is_told_apart(where, velocity, stored, gol
     case = next(c for c in CASES if c["id"] == "D_mod_s1.00")
     bundle = replace(projector, lora=None)
     right = apply_projector(golden_model, bundle)
-    paths = list(operations_of(right)[0].paths)
+    paths = list(patches_of(right)[0].paths)
     if where == "attention modulation":
         monkeypatch.setattr(strength_projector, "_offset", offset_of_attention)
     elif where == "image stream":
         paths = [path.replace("txt_mod", "img_mod") for path in paths]
     else:
         paths = paths[:1]
-    wrong = add_operation(golden_model, strength_projector.ModulationOffset(paths, bundle.projector.width, None, None))
+    wrong = add_patch(golden_model, strength_projector.ModulationOffset(paths, bundle.projector.width, None, None))
     assert not close(case, stored, velocity(case, wrong, with_slider(case, bundle)))
 
 
 def offset_of_attention(scale: torch.Tensor, shift: torch.Tensor):
-    def around(forward):
+    def wrap(forward):
         def with_offset(vec):
             attention, mlp = forward(vec)
             return type(mlp)(attention.shift + shift, attention.scale + scale, attention.gate), mlp
 
         return with_offset
 
-    return around
+    return wrap
 
 
 # --- E1, E2: Stable Flow's injection and bypass
@@ -351,8 +351,8 @@ def test_wrong_injections_are_told_apart(stable_flow, golden_model):
     layers = layers_of(golden_model, case["double_blocks"], case["single_blocks"])
     want = stable_flow[case["outputs"]["out"]]
     fixed = inject_key_values(golden_model, layers)
-    [operation] = operations_of(fixed)
-    operation.around = lambda call: type(operation).around(operation, replace(call, text_rows=512))
+    [patch] = patches_of(fixed)
+    patch.forward_wrappers = lambda context: type(patch).forward_wrappers(patch, replace(context, num_text_tokens=512))
     assert not torch.allclose(batch_velocity(case, stable_flow, fixed), want, **case["suggested"])
     other = inject_key_values(golden_model, layers, reference=1)
     assert not torch.allclose(batch_velocity(case, stable_flow, other), want, **case["suggested"])
@@ -440,7 +440,7 @@ def test_the_velocity_at_the_source_sigma_is_told_apart(stable_flow, inverted, m
 
     case = next(c for c in CASES if c["id"] == "E4")
     want = stable_flow[case["outputs"]["inverted"]].reshape(-1, 16, 12, 8)
-    monkeypatch.setattr(InverseEuler, "steps", from_the_start)
+    monkeypatch.setattr(InverseEuler, "sample_loop", from_the_start)
     assert not torch.allclose(inverted().latents[:-1].flip(0), want, **case["suggested"])
 
 

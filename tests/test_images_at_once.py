@@ -22,7 +22,7 @@ from slider_core.adapters.stlora import apply_stlora
 from slider_core.conditioning.mask_and_schedule import where_and_when
 from slider_core.conditioning.span_strengths import Span, attach_spans, set_strengths
 from slider_core.errors import SliderError
-from slider_core.patching.batch_splitting import fitting, split_batches
+from slider_core.patching.batch_splitting import images_that_fit, split_batches
 from slider_core.stable_flow.vital_layers import inject_key_values
 from slider_core.training_free.text_modulation import apply_text_modulation
 from slider_core.training_free.token_interpolation import apply_token_interpolation
@@ -107,9 +107,9 @@ def test_sliders_may_come_after(golden_model, gst):
 
 
 def test_as_many_as_fit(golden_model):
-    assert fitting(10, 1000.0, 1e9) == 10
-    assert fitting(10, 1000.0, 600.0) == 4
-    assert fitting(10, 1000.0, 1.0) == 1
+    assert images_that_fit(10, 1000.0, 1e9) == 10
+    assert images_that_fit(10, 1000.0, 600.0) == 4
+    assert images_that_fit(10, 1000.0, 1.0) == 1
     counting, seen = counted(golden_model)
     velocity_of(split_batches(counting, 0), X, SIGMA, text(1.0))
     assert seen == [IMAGES]

@@ -18,7 +18,7 @@ from support.tiny_models import tiny_vae
 from slider_core.errors import SliderError
 from slider_core.figures.plots import attention_plot, layer_plot
 from slider_core.stable_flow import vitality_search as layer_analysis
-from slider_core.stable_flow.attention_maps import PointAttention, view_attention
+from slider_core.stable_flow.attention_maps import PointAttention, measure_attention
 from slider_core.stable_flow.vitality_search import LayerScores, latent_features, picture_features, scores_of
 
 EMPTY = torch.zeros(LATENT)
@@ -228,7 +228,7 @@ def test_layer_plot():
 
 def viewed(model, text=None, latent=EMPTY, picture: int = 0, point=(0.3, 0.9), steps: int = 2):
     start = comfy.sample.prepare_noise(EMPTY, 3).repeat(latent.shape[0], 1, 1, 1)
-    return view_attention(model, text or source_text(), latent, start, 3, steps, picture, point)
+    return measure_attention(model, text or source_text(), latent, start, 3, steps, picture, point)
 
 
 def test_attention_is_what_softmax_gives(golden_model, monkeypatch):

@@ -37,7 +37,7 @@ def autoencoder() -> Autoencoder:
 
 
 @pytest.fixture(scope="module")
-def encoders() -> TextEncoders:
+def tokenizers() -> TextEncoders:
     return TextEncoders(T5Reader().weights(), random_clip_l())
 
 

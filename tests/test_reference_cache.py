@@ -19,15 +19,15 @@ from slider_core.adapters.gstlora import apply_gstlora
 from slider_core.errors import SliderError
 from slider_core.patching.batch_splitting import split_batches
 from slider_core.sampling.deterministic_samplers import ONE_CALL_PER_STEP
-from slider_core.stable_flow import source_kv_cache as reference_cache
+from slider_core.stable_flow import source_kv_cache
 from slider_core.stable_flow.inversion import FOLLOWS, FREE, edit_from_trajectory, invert
 from slider_core.stable_flow.source_kv_cache import (
-    check_remembers,
+    cache_source_kv,
+    cache_trajectory_kv,
+    check_cached_source,
     describe_need,
     inject_cached,
     memory_needed,
-    remember_sampling,
-    remember_trajectory,
 )
 from slider_core.stable_flow.vital_layers import bypass, inject_key_values
 
@@ -39,7 +39,7 @@ def remembered(model, limit: float = 0.0, layers=LAYERS, text=None, steps: int =
     options = {"seed": 5, "sampler": "euler", "scheduler": "simple", "limit": limit, **more}
     empty = torch.zeros(latent)
     start = comfy.sample.prepare_noise(empty, 5)
-    return remember_sampling(model, text or source_text(), empty, start, layers, steps=steps, **options)
+    return cache_source_kv(model, text or source_text(), empty, start, layers, steps=steps, **options)
 
 
 def edited(model, text, pictures: int = 1, sampler: str = "euler", steps: int = STEPS, latent=LATENT) -> torch.Tensor:
@@ -142,7 +142,7 @@ def test_from_a_trajectory(golden_model, limit):
     together = edit_from_trajectory(
         inject_key_values(golden_model, LAYERS), stacked_text((1.0, 3.0, 3.0)), trajectory, FOLLOWS
     )
-    cache = remember_trajectory(golden_model, trajectory, LAYERS, limit)
+    cache = cache_trajectory_kv(golden_model, trajectory, LAYERS, limit)
     assert cache.kept == (limit == 0)
     model = inject_cached(golden_model, cache)
     for k in (1, 2):
@@ -160,7 +160,7 @@ def test_what_is_said_about_memory(golden_model):
 
 def test_memory_that_runs_out_midway(golden_model, monkeypatch):
     want = edited(inject_cached(golden_model, remembered(golden_model)[0]), edit_text(1))
-    real, rooms = reference_cache._room, []
+    real, rooms = source_kv_cache._allocate_kv, []
 
     def room(*args):
         rooms.append(args)
@@ -169,7 +169,7 @@ def test_memory_that_runs_out_midway(golden_model, monkeypatch):
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reference_cache, "_room", room)
+        patch.setattr(source_kv_cache, "_allocate_kv", room)
         cache, _ = remembered(golden_model)
     assert len(rooms) == 2
     assert not cache.kept
@@ -334,17 +334,17 @@ def test_trajectories_that_do_not_fit(golden_model, recipe, manifest):
         invert(golden_model, source_text(), photo(golden_model) + k, sigmas, "a", nudging=1.0) for k in range(2)
     )
     with pytest.raises(SliderError, match="The trajectory was made with another"):
-        remember_trajectory(other_model(recipe, manifest["model"] | {"seed": 99}), one, LAYERS)
+        cache_trajectory_kv(other_model(recipe, manifest["model"] | {"seed": 99}), one, LAYERS)
     with pytest.raises(SliderError, match="not flow matching"):
-        remember_trajectory(sampled_by_eps(golden_model), one, LAYERS)
-    model = inject_cached(golden_model, remember_trajectory(golden_model, one, LAYERS))
-    check_remembers(model, one)
+        cache_trajectory_kv(sampled_by_eps(golden_model), one, LAYERS)
+    model = inject_cached(golden_model, cache_trajectory_kv(golden_model, one, LAYERS))
+    check_cached_source(model, one)
     with pytest.raises(SliderError, match="remembers another source than this trajectory"):
-        check_remembers(model, two)
+        check_cached_source(model, two)
     with pytest.raises(SliderError, match="remembers another source"):
-        check_remembers(inject_cached(golden_model, remembered(golden_model)[0]), one)
+        check_cached_source(inject_cached(golden_model, remembered(golden_model)[0]), one)
     with pytest.raises(SliderError, match="remembers no source"):
-        check_remembers(inject_key_values(golden_model, LAYERS), one)
+        check_cached_source(inject_key_values(golden_model, LAYERS), one)
 
 
 def test_samplers_that_add_noise_are_refused(golden_model):
@@ -361,6 +361,6 @@ def test_nothing_stays_on_the_model(golden_model):
 
 
 def test_euler_is_written_out(golden_model):
-    """remember_sampling gives what Euler steps by hand give."""
+    """cache_source_kv gives what Euler steps by hand give."""
     _, source = remembered(golden_model)
     assert near(source, euler(golden_model, source_text(), STEPS))

@@ -16,7 +16,7 @@ from test_layer_views import vision
 from slider_core.errors import SliderError
 from slider_core.metrics.clip_direction import clip_measures
 from slider_core.metrics.image_distance import (
-    PictureDistances,
+    ImageDistances,
     distances_of_features,
     feature_distances,
     latent_distances,
@@ -83,7 +83,7 @@ def test_steady_squares_are_linear():
     """What grows with the square of the change, as LPIPS does: pictures on a straight line, as far as they say."""
     values = (0.0, 0.1, 0.3, 1.0)
     adjacent, skipping = ([(values[k + by] - values[k]) ** 2 for k in range(4 - by)] for by in (1, 2))
-    squares = PictureDistances("squares", tuple(adjacent), tuple(skipping), tuple(v**2 for v in values), squared=True)
+    squares = ImageDistances("squares", tuple(adjacent), tuple(skipping), tuple(v**2 for v in values), squared=True)
     found = measure(values, squares)
     assert (found.path.largest, found.direct.largest) == pytest.approx((0, 0), abs=1e-9)
 

@@ -24,7 +24,7 @@ from support.outcomes import far, latents, near
 from slider_core.adapters.gstlora import apply_gstlora
 from slider_core.adapters.strength_projector import (
     COND_KEY,
-    StrengthProjector,
+    ProjectorBundle,
     apply_projector,
     read_projector,
     set_projector_strength,
@@ -54,7 +54,7 @@ def lora(recipe, manifest) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def bundle(weights, lora, tmp_path_factory) -> StrengthProjector:
+def bundle(weights, lora, tmp_path_factory) -> ProjectorBundle:
     folder = tmp_path_factory.mktemp("bundle")
     torch.save(weights, folder / "slider_projector.pth")
     save_file(lora, folder / "lora.safetensors")
@@ -64,7 +64,7 @@ def bundle(weights, lora, tmp_path_factory) -> StrengthProjector:
 # --- files
 
 
-def offsets(bundle: StrengthProjector) -> torch.Tensor:
+def offsets(bundle: ProjectorBundle) -> torch.Tensor:
     return bundle.projector.offsets((0.0, 0.4, 1.0), noise(1, 768))
 
 
@@ -74,7 +74,7 @@ def test_projector_and_lora_as_one_file_or_apart(weights, lora, bundle, tmp_path
     both, alone = read_projector(tmp_path / "both.safetensors"), read_projector(tmp_path / "wrapped.safetensors")
     assert torch.equal(offsets(both), offsets(bundle))
     assert torch.equal(offsets(alone), offsets(bundle))
-    assert set(both.lora.factors) == set(bundle.lora.factors)
+    assert set(both.lora.lora_weights) == set(bundle.lora.lora_weights)
     assert alone.lora is None
     assert "WARNING: no LoRA. Edits will be off" in alone.describe()
     assert "hidden size 256" in alone.describe()
@@ -137,7 +137,7 @@ def test_unreadable_files(weights, lora, tmp_path):
     with pytest.raises(SliderError, match=r"empty\.pth cannot be read as the LoRA"):
         read_projector(tmp_path / "projector.safetensors", tmp_path / "empty.pth")
     save_file(weights | lora, tmp_path / "both.safetensors")
-    assert read_projector(tmp_path / "projector.safetensors", tmp_path / "both.safetensors").lora.factors
+    assert read_projector(tmp_path / "projector.safetensors", tmp_path / "both.safetensors").lora.lora_weights
     with pytest.raises(SliderError, match="is a projector; expected its LoRA"):
         read_projector(tmp_path / "projector.safetensors", tmp_path / "projector.safetensors")
 
@@ -191,7 +191,7 @@ def test_each_cond_has_its_own_pooled_vector_and_strength(golden_model, bundle):
 def test_with_other_sliders(golden_model, bundle):
     """The LoRA of the projector and a GSTLoRA at strength 0 are the same sum."""
     doubled = replace(
-        bundle.lora, factors={m: [f._replace(scale=2.0) for f in fs] for m, fs in bundle.lora.factors.items()}
+        bundle.lora, lora_weights={m: [f._replace(scale=2.0) for f in fs] for m, fs in bundle.lora.lora_weights.items()}
     )
     slid = set_projector_strength(text(), bundle, 0.6)
     first = apply_gstlora(apply_projector(golden_model, bundle), bundle.lora, 0.0)

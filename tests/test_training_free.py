@@ -15,8 +15,8 @@ from support.outcomes import far, latents, near
 
 from slider_core.conditioning.span_strengths import Span, attach_spans, set_strengths
 from slider_core.errors import SliderError
-from slider_core.patching.forward_patches import ModelCall, operations_of
-from slider_core.training_free.attention_reweighting import apply_attention_weights
+from slider_core.patching.forward_patches import ForwardContext, patches_of
+from slider_core.training_free.attention_reweighting import apply_attention_reweighting
 from slider_core.training_free.text_modulation import apply_text_modulation
 from slider_core.training_free.token_interpolation import apply_token_interpolation
 
@@ -24,7 +24,7 @@ SIGMA, ROWS, PADDING = 0.7, 24, 6
 SPANS = [Span("first", (2, 3, 4)), Span("second", (4, 5, 6, 7))]
 METHODS = {
     "text modulation": apply_text_modulation,
-    "attention to text": apply_attention_weights,
+    "attention to text": apply_attention_reweighting,
     "token interpolation": apply_token_interpolation,
 }
 PROMPT = "make the cat older\nmake the wall golden"
@@ -80,15 +80,15 @@ def test_without_modulation_words_pass_the_block_unchanged(golden_model):
 
 
 def test_modulation_is_scaled_in_proportion(golden_model):
-    [operation] = operations_of(apply_text_modulation(golden_model))
+    [patch] = patches_of(apply_text_modulation(golden_model))
     scale = torch.zeros(1, ROWS)
     scale[0, 2], scale[0, 3] = 1 - 0.25, 1 - 1.5
-    call = ModelCall({"edit_sliders.spans.default": scale}, 1, 1, ROWS, *WHERE)
-    assert set(operation.paths) == {f"double_blocks.{k}.txt_mod" for k in range(len(operation.paths))}
-    module = golden_model.model.diffusion_model.get_submodule(operation.paths[-1])
+    context = ForwardContext({"edit_sliders.spans.default": scale}, 1, 1, ROWS, *WHERE)
+    assert set(patch.paths) == {f"double_blocks.{k}.txt_mod" for k in range(len(patch.paths))}
+    module = golden_model.model.diffusion_model.get_submodule(patch.paths[-1])
     vec = noise(1, 256)
     plain = module(vec)
-    scaled = operation.around(call)[operation.paths[-1]](module.forward)(vec)
+    scaled = patch.forward_wrappers(context)[patch.paths[-1]](module.forward)(vec)
     for a, b in zip(plain, scaled):
         for name in ("shift", "scale", "gate"):
             value, found = getattr(a, name)[0, 0], getattr(b, name)[0]
@@ -99,12 +99,12 @@ def test_modulation_is_scaled_in_proportion(golden_model):
 
 def test_attention_weights_are_scaled_and_normalised(golden_model):
     """Against the formula written out: softmax, times the strength where image looks at a span, normalised."""
-    [operation] = operations_of(apply_attention_weights(golden_model))
+    [patch] = patches_of(apply_attention_reweighting(golden_model))
     strengths = torch.ones(2, 3)
     strengths[0, 1], strengths[1, 2] = 0.3, 0.0
-    call = ModelCall({"edit_sliders.spans.default": 1 - strengths}, 2, 1, 3, *WHERE)
+    context = ForwardContext({"edit_sliders.spans.default": 1 - strengths}, 2, 1, 3, *WHERE)
     q, k, v = (noise(2, 4, 9, 16, seed=seed) for seed in range(3))
-    [patch] = operation.attention_patches(call)
+    [patch] = patch.attention_patches(context)
     found = attention(q, k, v, pe=None, mask=patch(q, k, v)["attn_mask"])
     weights = (q @ k.transpose(-1, -2) / 4).softmax(dim=-1)
     factor = torch.ones(2, 1, 9, 9)
@@ -195,7 +195,7 @@ def test_interpolation_works_compiled(golden_model):
 
 
 def test_refused_rather_than_ignored(golden_model):
-    model = apply_attention_weights(golden_model)
+    model = apply_attention_reweighting(golden_model)
     with pytest.raises(SliderError, match="below 0"):
         velocity_of(model, X, SIGMA, text(-0.2))
     model = compiled(model)

@@ -197,7 +197,7 @@ def test_where_the_strength_is_dropped_there_is_no_projector(weights, manifest):
         with torch.no_grad(), base.changed(changes):
             return objective.velocity(base, of, of.text)
 
-    both, without = said(objective.changes(of)), said(learning[0].around(torch.ones(())))
+    both, without = said(objective.changes(of)), said(learning[0].forward_wrappers(torch.ones(())))
     assert not torch.allclose(both[0], without[0], atol=1e-4)
     assert torch.allclose(both[1], without[1], atol=1e-5)
 
@@ -210,7 +210,7 @@ def test_without_copies_of_what_is_overwritten_gradients_are_wrong(weights, mani
     objective = Suppression(settings("pps"), 0, learning, True)
     exact = gradients(base, learning, objective, of)
     learning.zero_grad()
-    monkeypatch.setattr(Flux, "overwritten_inputs", lambda *_: [])
+    monkeypatch.setattr(Flux, "inplace_modified_inputs", lambda *_: [])
     assert not apart(gradients(base, learning, objective, of), exact) < 0.01  # not finite, or another
 
 

@@ -87,7 +87,7 @@ def test_an_stlora_deletes_the_instructions_that_it_acts_on(place):
         for image, (sample, rows) in enumerate(zip(batch.samples, batch.rows)):
             for instruction in sample.suppressed:
                 scale[image, list(rows[instruction])] = 1.0
-        return it.run.learning.lora.around(scale)
+        return it.run.learning.lora.forward_wrappers(scale)
 
     assert it.distance(at_strength_0) < 0.8 * it.distance(lambda _: {})
 
@@ -98,7 +98,7 @@ def test_an_stlora_deletes_the_instructions_that_it_acts_on(place):
     it.held_out = [batch for batch in partly if batch.samples]
 
     def everywhere(batch):
-        return lora.around(torch.ones(batch.text.states.shape[:2]))
+        return lora.forward_wrappers(torch.ones(batch.text.states.shape[:2]))
 
     def on_the_others(batch):
         kept = [s._replace(suppressed=tuple(set(range(len(s.prompt))) - set(s.suppressed))) for s in batch.samples]

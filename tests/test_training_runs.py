@@ -243,14 +243,14 @@ def test_a_full_disk_loses_nothing(place, accelerator, caplog, monkeypatch):
 
     run = run_of(place, accelerator, **named("full", run={"steps": 4}, checkpoints={"every": 1}))
     run.config.output.mkdir(exist_ok=True)
-    whole = checkpoints.write_whole
+    whole = checkpoints.atomic_write
     tries = []
 
     def sometimes(file, content):
         tries.append(file.name)
         return full() if file.name == "step_000002.pt" else whole(file, content)
 
-    monkeypatch.setattr(checkpoints, "write_whole", sometimes)
+    monkeypatch.setattr(checkpoints, "atomic_write", sometimes)
     with caplog.at_level(logging.WARNING):
         run.train(Watching(run.config, accelerator))
     assert "Step 2 cannot be written" in caplog.text
@@ -263,7 +263,7 @@ def test_a_full_disk_loses_nothing(place, accelerator, caplog, monkeypatch):
     def never(file, content):
         return full() if file.name == "step_000002.pt" else whole(file, content)
 
-    monkeypatch.setattr(checkpoints, "write_whole", never)
+    monkeypatch.setattr(checkpoints, "atomic_write", never)
     with pytest.raises(TrainingError, match="the last whole checkpoint is of step 1"):
         again.train(Watching(again.config, accelerator))
     assert again.checkpoints.steps == [1]

@@ -11,9 +11,9 @@ from support.graphs import Graph, Link
 from support.model_calls import compiled, noise, velocity_of
 from support.outcomes import far, latents, near
 
-from slider_core.conditioning.masks import token_shares
+from slider_core.conditioning.masks import mask_coverage
 from slider_core.errors import SliderError
-from slider_core.stable_flow.vital_layers import LAYER_SETS, bypass, inject_key_values, layer_set, parse_layers
+from slider_core.stable_flow.vital_layers import LAYER_SETS, bypass, inject_key_values, layer_set, parse_block_indices
 
 SIGMA, LAYERS = 0.7, [0, 2, 4, 6]
 GUIDANCES = {"source_guidance": 1.0, "edit_guidance": 3.0}
@@ -104,7 +104,7 @@ def test_masks_of_latents_with_odd_sides():
     mask = torch.zeros(1, 40, 56)
     mask[:, 32:, :] = 1.0
     mask[:, :16, 48:] = 1.0
-    shares = token_shares(mask, (1, 16, 5, 7), (3, 4)).reshape(3, 4)
+    shares = mask_coverage(mask, (1, 16, 5, 7), (3, 4)).reshape(3, 4)
     assert shares.tolist() == [[0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]]
 
 
@@ -217,13 +217,13 @@ def test_torch_compile(golden_model):
 
 
 def test_layers(golden_model):
-    assert parse_layers("0, 1 17-19") == [0, 1, 17, 18, 19]
+    assert parse_block_indices("0, 1 17-19") == [0, 1, 17, 18, 19]
     for bad in ("", "a", "1-", "1.5", "-3"):
         with pytest.raises(SliderError, match="expected numbers and ranges"):
-            parse_layers(bad)
-    assert parse_layers("0 - 2,5") == [0, 1, 2, 5]
+            parse_block_indices(bad)
+    assert parse_block_indices("0 - 2,5") == [0, 1, 2, 5]
     with pytest.raises(SliderError, match=r"'5-1' runs backwards; .* '1-5'"):
-        parse_layers("0, 5-1")
+        parse_block_indices("0, 5-1")
     sets = {name: layer_set(golden_model, name) for name in LAYER_SETS}
     assert sets["vital layers"] == [0, 1, 2, 17, 18, 25, 28, 53, 54, 56]
     assert 2 not in sets["vital layers without layer 2"]

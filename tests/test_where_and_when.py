@@ -24,7 +24,7 @@ from slider_core.adapters.strength_projector import apply_projector, read_projec
 from slider_core.conditioning.mask_and_schedule import where_and_when
 from slider_core.conditioning.span_strengths import Span, attach_spans, set_strengths
 from slider_core.errors import SliderError
-from slider_core.patching.forward_patches import in_part
+from slider_core.patching.forward_patches import in_schedule_range
 from slider_core.training_free.prompt_difference import PromptDifferences
 from slider_core.training_free.text_modulation import apply_text_modulation
 
@@ -275,7 +275,7 @@ def test_each_sub_instruction_has_its_own_time(golden_model, st, start, end):
     for percent in (0.05, 0.25, 0.3, 0.5, 0.6, 0.75, 0.9):
         sigma = torch.tensor(in_schedule(model, percent), dtype=torch.float32)
         sampling = model.model.model_sampling.percent_to_sigma
-        first, second = (in_part(sigma, sampling, *part) for part in ((start, end), (0.0, 0.5)))
+        first, second = (in_schedule_range(sigma, sampling, *part) for part in ((start, end), (0.0, 0.5)))
         want = velocity_of(model, X, sigma.item(), at(FIRST if first else ELSEWHERE, SECOND if second else 0.0))
         assert torch.equal(velocity_of(model, X, sigma.item(), split), want)
         seen.add((first, second))
@@ -283,7 +283,7 @@ def test_each_sub_instruction_has_its_own_time(golden_model, st, start, end):
     both = where_and_when(at(FIRST, SECOND), LEFT, start, end, ELSEWHERE, chosen=[1])
     for percent in (0.05, 0.6, 0.9):
         sigma = torch.tensor(in_schedule(model, percent), dtype=torch.float32)
-        acts = in_part(sigma, model.model.model_sampling.percent_to_sigma, start, end)
+        acts = in_schedule_range(sigma, model.model.model_sampling.percent_to_sigma, start, end)
         mask = LEFT if acts else torch.zeros(8, 8)
         want = where_and_when(at(FIRST, SECOND), mask, elsewhere=ELSEWHERE, chosen=[1])
         assert near(velocity_of(model, X, sigma.item(), both), velocity_of(model, X, sigma.item(), want))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from slider_core.atomic_write import write_whole
+from slider_core.atomic_write import atomic_write
 from slider_core.errors import SliderError
 from slider_core.tensor_file import read_tensors
 
@@ -28,7 +28,7 @@ def write_adapter(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
         name if name.startswith(_PROJECTOR_PARTS) else LORA_PREFIX + name: tensor.contiguous()
         for name, tensor in tensors.items()
     }
-    write_whole(file, save(named, {METADATA: json.dumps(metadata), "format": "pt"}))
+    atomic_write(file, save(named, {METADATA: json.dumps(metadata), "format": "pt"}))
 
 
 def read_metadata(file: Path) -> dict[str, object]:
@@ -56,7 +56,7 @@ def export(file: Path, folder: Path) -> list[Path]:
     elif method in ("gstlora", "projector"):
         written.append(folder / "pytorch_lora_weights.safetensors")
         prefixed = {LORA_PREFIX + name: tensor.contiguous() for name, tensor in lora.items()}
-        write_whole(written[-1], save(prefixed, {"format": "pt"}))
+        atomic_write(written[-1], save(prefixed, {"format": "pt"}))
         if method == "projector":
             written.append(_torch_file(folder / "slider_projector.pth", projector))
     else:
@@ -72,5 +72,5 @@ def _torch_file(file: Path, tensors: Tensors) -> Path:
 
     content = io.BytesIO()
     torch.save(tensors, content)
-    write_whole(file, content.getvalue())
+    atomic_write(file, content.getvalue())
     return file

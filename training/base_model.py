@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from slider_core.families import Family, family_of
 from slider_core.families.network import diffusion_model_of
-from slider_core.patching.forward_patches import Around, Forward, overridden
+from slider_core.patching.forward_patches import Forward, ForwardWrapper, patched_forwards
 
 _ACTIVATION_BYTES = 34
 """Per token and unit of width, of what one block keeps for its backward pass."""
@@ -94,18 +94,18 @@ class BaseModel:
         return self.patcher.model.process_latent_in(encoded)
 
     @contextlib.contextmanager
-    def changed(self, changes: Mapping[str, Around]) -> Iterator[None]:
+    def changed(self, changes: Mapping[str, ForwardWrapper]) -> Iterator[None]:
         """With these overrides and gradients, until the context ends; the backward pass belongs inside it.
 
         Checkpointed blocks run once more in the backward pass, and must find the same overrides there.
         """
-        copies = dict.fromkeys(self.family.overwritten_inputs(self.network), _on_a_copy)
-        around = _checkpointed if self.checkpointing else _on_copies
-        blocks = dict.fromkeys((block.path for block in self.family.blocks(self.network)), around)
+        copies = dict.fromkeys(self.family.inplace_modified_inputs(self.network), _on_a_copy)
+        wrap = _checkpointed if self.checkpointing else _on_copies
+        blocks = dict.fromkeys((block.path for block in self.family.blocks(self.network)), wrap)
         uses_results = self.dtype == torch.float16  # ComfyUI passes those of blocks through nan_to_num
-        last = self.family.last_linears(self.network) if self.checkpointing and not uses_results else []
+        last = self.family.block_output_linears(self.network) if self.checkpointing and not uses_results else []
         ends = dict.fromkeys(last, _once)
-        with overridden(self.network, [ends, changes, copies, blocks]):
+        with patched_forwards(self.network, [ends, changes, copies, blocks]):
             yield
 
     def velocity(

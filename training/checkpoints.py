@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from slider_core.atomic_write import write_whole
+from slider_core.atomic_write import atomic_write
 
 from .errors import TrainingError
 
@@ -34,7 +34,7 @@ class Checkpoints:
         """Write a state, then forget the oldest. Raises OSError when the disk is full; nothing is lost then."""
         content = io.BytesIO()
         torch.save(dict(state), content)
-        write_whole(self._file(step), content.getvalue())
+        atomic_write(self._file(step), content.getvalue())
         for old in self.steps[: -self.keep]:
             self._file(old).unlink(missing_ok=True)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from slider_core.atomic_write import write_whole
+from slider_core.atomic_write import atomic_write
 
 from .config import Combinations, Config, Data, HuggingFace, Pairs, Stacks
 from .draws import generator
@@ -122,7 +122,7 @@ def _combined(data: Combinations, seed: int) -> Iterator[Example]:
 
 
 def _paired(data: Pairs) -> Iterator[Example]:
-    records = _records(data.path) if data.path.is_file() else _beside(data.path)
+    records = _records(data.path) if data.path.is_file() else _add_branch(data.path)
     for file, instructions in records:
         for first in range(0, len(instructions), data.most_in_a_prompt):
             yield Example(Picture(file), tuple(instructions[first : first + data.most_in_a_prompt]))
@@ -145,7 +145,7 @@ def _records(path: Path) -> Iterator[tuple[Path, list[str]]]:
         yield path.parent / file, list(map(_on_one_line, instructions))
 
 
-def _beside(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+def _add_branch(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     for file in pictures_in(folder):
         if file.with_suffix(".txt").is_file():
             yield file, lines_of(file.with_suffix(".txt"))
@@ -174,7 +174,7 @@ def _from_hub(data: HuggingFace, cache: Path) -> Iterator[Example]:
     index = folder / "rows.json"
     if not index.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(index, json.dumps(_kept_rows(data, folder)).encode())
+        atomic_write(index, json.dumps(_kept_rows(data, folder)).encode())
     for name, told in json.loads(index.read_text(encoding="utf-8")):
         yield Example(Picture(folder / name), tuple(told))
 
@@ -194,7 +194,7 @@ def _kept_rows(data: HuggingFace, folder: Path) -> list[tuple[str, list[str]]]:
             continue
         content = io.BytesIO()
         row[data.image_column].convert("RGB").save(content, "PNG")
-        write_whole(folder / f"{number:07}.png", content.getvalue())
+        atomic_write(folder / f"{number:07}.png", content.getvalue())
         kept.append((f"{number:07}.png", instructions[: data.most_in_a_prompt]))
     if left_out:
         _LOG.warning("%d rows of %s have no picture or no instruction, and are left out.", left_out, data.dataset)

@@ -17,13 +17,14 @@ from PIL import Image
 from slider_core.adapters.adapter_file import Adapter
 from slider_core.adapters.gstlora import apply_gstlora
 from slider_core.adapters.stlora import apply_stlora
-from slider_core.adapters.strength_projector import StrengthProjector, apply_projector, set_projector_strength
-from slider_core.atomic_write import write_whole
-from slider_core.conditioning.span_strengths import Conditioning, Span, attach_spans, set_strengths
+from slider_core.adapters.strength_projector import ProjectorBundle, apply_projector, set_projector_strength
+from slider_core.atomic_write import atomic_write
+from slider_core.conditioning.span_strengths import Span, attach_spans, set_strengths
 from slider_core.errors import SliderError
 from slider_core.figures.contact_sheet import contact_sheet
 from slider_core.figures.plots import curves_plot
 from slider_core.metrics.smoothness import delta_smooth, first_order
+from slider_core.types import Conditioning
 
 from .config import Samples
 from .examples import Example, as_picture
@@ -31,7 +32,7 @@ from .sample_cache import SampleCache, load_vae
 
 GUIDANCE = 3.5
 
-Slider = Adapter | StrengthProjector
+Slider = Adapter | ProjectorBundle
 
 
 class Curve(NamedTuple):
@@ -73,7 +74,7 @@ class Renderer:
             if found := curve(rendered):
                 curves.append(found)
         content = json.dumps([found._asdict() for found in curves], indent=1)
-        write_whole(folder / "curves.json", content.encode())
+        atomic_write(folder / "curves.json", content.encode())
         if curves:
             lines = {found.prompt: found.distances for found in curves}
             plot = curves_plot(curves[0].strengths, lines, "strength", "distance from the source")
@@ -105,7 +106,7 @@ class Renderer:
             "reference_latents_method": "offset",
         }
         conditioning: Conditioning = [[found.text.states.float(), options]]
-        if isinstance(slider, StrengthProjector):
+        if isinstance(slider, ProjectorBundle):
             return apply_projector(self.model, slider), set_projector_strength(conditioning, slider, row[0])
         if slider.kind == "GSTLoRA":
             return apply_gstlora(self.model, slider, row[0]), conditioning

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from slider_core.patching.forward_patches import Around
+from slider_core.patching.forward_patches import ForwardWrapper
 
 from .base_model import BaseModel, Text
 from .config import Objective as Settings
@@ -82,7 +82,7 @@ class Objective(ABC):
                     yield sample.teacher
 
     @abstractmethod
-    def changes(self, batch: Batch) -> Mapping[str, Around]:
+    def changes(self, batch: Batch) -> Mapping[str, ForwardWrapper]:
         """What the adapter does to the model for this batch."""
 
     @abstractmethod
@@ -153,14 +153,14 @@ class Suppression(Objective):
             noise=(self.seed, step, place),
         )
 
-    def changes(self, batch: Batch) -> Mapping[str, Around]:
+    def changes(self, batch: Batch) -> Mapping[str, ForwardWrapper]:
         if self.lora.kind == "GSTLoRA":
-            return self.lora.around(torch.ones((), device=batch.sigma.device))
+            return self.lora.forward_wrappers(torch.ones((), device=batch.sigma.device))
         scale = torch.zeros(batch.text.states.shape[:2])
         for k, (sample, rows) in enumerate(zip(batch.samples, batch.rows)):
             for instruction in sample.suppressed:
                 scale[k, list(rows[instruction])] = 1.0
-        return self.lora.around(scale.to(batch.sigma.device))
+        return self.lora.forward_wrappers(scale.to(batch.sigma.device))
 
     def wanted(self, base: BaseModel, batch: Batch) -> torch.Tensor:
         assert batch.teacher is not None
@@ -196,12 +196,12 @@ class FlowMatching(Objective):
     def prompts(self, examples: Sequence[Example], steps: int, batch: int) -> Iterator[Prompt]:
         return (example.instructions for example in examples)
 
-    def changes(self, batch: Batch) -> Mapping[str, Around]:
+    def changes(self, batch: Batch) -> Mapping[str, ForwardWrapper]:
         strengths = [sample.strength for sample in batch.samples]
         dropped = [sample.dropped for sample in batch.samples]
         return {
-            **self.lora.around(torch.ones((), device=batch.sigma.device)),
-            **self.projector.around(strengths, batch.text.pooled, dropped),
+            **self.lora.forward_wrappers(torch.ones((), device=batch.sigma.device)),
+            **self.projector.forward_wrappers(strengths, batch.text.pooled, dropped),
         }
 
     def wanted(self, base: BaseModel, batch: Batch) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from slider_core.adapters.strength_projector import StrengthProjector
+from slider_core.adapters.strength_projector import ProjectorBundle
 
 from .adapter_writing import SIGN, write_adapter
 from .base_model import BaseModel
@@ -74,7 +74,7 @@ class Run:
         file = model_file("diffusion_models", config.base.model)
         self.base = BaseModel.load(file, config.base.weight_dtype, config.run.checkpointing)
         self.cache = SampleCache(
-            config.cache_folder, config.base, config.run.resolution, self.base.dtype, self.base.family.text_rows
+            config.cache_folder, config.base, config.run.resolution, self.base.dtype, self.base.family.context_encoder
         )
         self.learning = Learning(config, self.base)
         self.objective = objective_of(config, self.learning)
@@ -166,7 +166,7 @@ class Run:
         adapter = self.result.lora.adapter(self.config.name)
         if self.result.projector is None:
             return adapter
-        return StrengthProjector(self.result.projector.projector, adapter)
+        return ProjectorBundle(self.result.projector.projector, adapter)
 
     def write_adapter(self, file: Path) -> None:
         """The adapter as it is now."""

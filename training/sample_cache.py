@@ -19,10 +19,10 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from slider_core.atomic_write import write_whole
+from slider_core.atomic_write import atomic_write
 from slider_core.conditioning.span_strengths import Span
 from slider_core.errors import SliderError
-from slider_core.text.encode import encode_sub_instructions
+from slider_core.text.encode import encode_instructions
 
 from .base_model import Text
 from .comfyui import model_file
@@ -124,7 +124,7 @@ class SampleCache:
             if prompt:
                 try:
                     lines = "\n".join(prompt)
-                    conditioning, _, spans = encode_sub_instructions(clip, lines, LINES, self.base.text_rows)
+                    conditioning, _, spans = encode_instructions(clip, lines, LINES, self.base.text_rows)
                 except SliderError as error:
                     raise TrainingError(f"The instructions {list(prompt)} cannot be encoded: {error}") from error
             else:
@@ -142,7 +142,7 @@ class SampleCache:
         if known == {**known, **now}:
             return
         self.manifest[what] = {**known, **now}
-        write_whole(self.folder / "manifest.json", json.dumps(self.manifest, indent=1).encode())
+        atomic_write(self.folder / "manifest.json", json.dumps(self.manifest, indent=1).encode())
 
     def _latent_file(self, picture: Picture) -> Path:
         if picture.file not in self._pictures:
@@ -186,7 +186,7 @@ def release_models() -> None:
 
 
 def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    write_whole(file, save({name: tensor.contiguous().clone() for name, tensor in tensors.items()}))
+    atomic_write(file, save({name: tensor.contiguous().clone() for name, tensor in tensors.items()}))
 
 
 def _whole(file: Path) -> bool:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from slider_core.adapters.adapter_file import Adapter
-from slider_core.adapters.strength_projector import Projector, modulation_offsets
-from slider_core.patching.forward_patches import Around
-from slider_core.patching.lora_branch import Factor, SideModel
+from slider_core.adapters.strength_projector import StrengthProjector, modulation_offsets
+from slider_core.patching.forward_patches import ForwardWrapper
+from slider_core.patching.lora_branch import LoraBranches, LoraWeights
 
 from .base_model import BaseModel
 
@@ -37,20 +37,20 @@ class TrainableLora(torch.nn.Module):
         targets = base.family.targets()
         width = base.family.width(base.network)
         self.layers: dict[str, list[str]] = {}
-        factors: dict[str, list[Factor]] = {}
-        for layer in base.family.adapter_layers(kind, base.network):
+        lora_weights: dict[str, list[LoraWeights]] = {}
+        for layer in base.family.adapter_targets(kind, base.network):
             target = targets[layer]
             linear: Any = base.network.get_submodule(target.module)
             rows = linear.out_features if target.size is None else target.size * width
             down = _uniform(f"{layer}.down", (rank, linear.in_features), 1 / math.sqrt(linear.in_features), seed)
-            factor = Factor(target.offset, target.size, down, torch.zeros(rows, rank), 1.0)
+            factor = LoraWeights(target.offset, target.size, down, torch.zeros(rows, rank), 1.0)
             self.layers.setdefault(target.module, []).append(layer)
-            factors.setdefault(target.module, []).append(factor)
-        self.side = SideModel(factors).requires_grad_().to(base.device)
+            lora_weights.setdefault(target.module, []).append(factor)
+        self.side = LoraBranches(lora_weights).requires_grad_().to(base.device)
 
-    def around(self, weight: torch.Tensor) -> Mapping[str, Around]:
+    def forward_wrappers(self, weight: torch.Tensor) -> Mapping[str, ForwardWrapper]:
         """Overrides that add weight * up(down(x)): a scalar, or (batch, text rows) for an STLoRA."""
-        return self.side.around(weight)
+        return self.side.forward_wrappers(weight)
 
     def tensors(self) -> Tensors:
         """The factors as they are now, float32 on the CPU: `<layer>.lora_A.weight`, `<layer>.lora_B.weight`."""
@@ -64,10 +64,10 @@ class TrainableLora(torch.nn.Module):
         """The adapter as the nodes would read it from a file."""
         tensors = self.tensors()
         targets = self.family.targets()
-        factors: dict[str, list[Factor]] = {}
+        lora_weights: dict[str, list[LoraWeights]] = {}
         for module, layers in self.layers.items():
-            factors[module] = [
-                Factor(
+            lora_weights[module] = [
+                LoraWeights(
                     targets[layer].offset,
                     targets[layer].size,
                     tensors[f"{layer}.lora_A.weight"],
@@ -76,7 +76,7 @@ class TrainableLora(torch.nn.Module):
                 )
                 for layer in layers
             ]
-        return Adapter(name, self.kind, self.family, factors)
+        return Adapter(name, self.kind, self.family, lora_weights)
 
     def _pairs(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         paths: Any = self.side.paths
@@ -106,12 +106,14 @@ class TrainableProjector(torch.nn.Module):
         self.to(base.device)
 
     @property
-    def projector(self) -> Projector:
+    def projector(self) -> StrengthProjector:
         """It, as slider_core computes it; shares the parameters."""
         extender, *layers = zip(self.weights, self.biases)
-        return Projector("in training", extender, tuple(layers))
+        return StrengthProjector("in training", extender, tuple(layers))
 
-    def around(self, strengths: Sequence[float], pooled: torch.Tensor, dropped: Sequence[bool]) -> Mapping[str, Around]:
+    def forward_wrappers(
+        self, strengths: Sequence[float], pooled: torch.Tensor, dropped: Sequence[bool]
+    ) -> Mapping[str, ForwardWrapper]:
         """Overrides that add the offsets of each element's strength; none for elements whose strength is dropped."""
         offsets = self.projector.offsets(tuple(strengths), pooled)
         kept = torch.tensor([not drop for drop in dropped], device=offsets.device)

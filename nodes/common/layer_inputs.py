@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ...slider_core.stable_flow.vital_layers import LAYER_SETS, layer_set, parse_layers
+from ...slider_core.stable_flow.vital_layers import LAYER_SETS, layer_set, parse_block_indices
 
 LISTED = "listed below"
 
@@ -30,7 +30,7 @@ def layer_inputs() -> list[io.Input]:
 
 
 def chosen_layers(model: ModelPatcher, layers: str, listed: str) -> list[int]:
-    return parse_layers(listed) if layers == LISTED else layer_set(model, layers)
+    return parse_block_indices(listed) if layers == LISTED else layer_set(model, layers)
 
 
 def part_inputs(optional: bool = False) -> list[io.Input]:

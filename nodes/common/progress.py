@@ -11,8 +11,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from server import PromptServer
 
-from ...slider_core.stable_flow.inversion import OnStep
 from ...slider_core.stable_flow.vitality_search import OnPicture
+from ...slider_core.types import OnStep
 
 
 def previews(model: ModelPatcher, steps: int) -> OnStep:

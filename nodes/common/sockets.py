@@ -8,16 +8,16 @@ from comfy_api.latest import io
 
 from ...slider_core.conditioning.span_strengths import DEFAULT_CHANNEL
 from ...slider_core.errors import SliderError
-from ...slider_core.int_ranges import parse_numbers
+from ...slider_core.int_ranges import parse_int_ranges
 from ...slider_core.strength import read_strength
 from ...slider_core.text.encode import SPLITTERS
 
 CATEGORY = "edit sliders"
-SliderAdapter = io.Custom("SLIDER_ADAPTER")
-Projector = io.Custom("SLIDER_PROJECTOR")
-Strengths = io.Custom("SLIDER_STRENGTHS")
-TrajectoryIO = io.Custom("SLIDER_TRAJECTORY")
-RememberedSource = io.Custom("SLIDER_REMEMBERED_SOURCE")
+AdapterSocket = io.Custom("SLIDER_ADAPTER")
+ProjectorSocket = io.Custom("SLIDER_PROJECTOR")
+StrengthsSocket = io.Custom("SLIDER_STRENGTHS")
+TrajectorySocket = io.Custom("SLIDER_TRAJECTORY")
+KVCacheSocket = io.Custom("SLIDER_REMEMBERED_SOURCE")
 
 STRENGTH_TOOLTIP = (
     "0 = source, 1 = full edit, above 1 exaggerated, below 0 reversed. "
@@ -44,7 +44,7 @@ def strength_input(
         optional=optional,
         tooltip=tooltip,
     )
-    return io.MultiType.Input(slider, types=[io.Float, Strengths])
+    return io.MultiType.Input(slider, types=[io.Float, StrengthsSocket])
 
 
 def seed_input(tooltip: str) -> io.Int.Input:
@@ -89,7 +89,7 @@ def chosen_instructions_input(what: str, further: str) -> io.String.Input:
 
 
 def parse_instruction_numbers(text: str) -> list[int]:
-    return parse_numbers(text, "sub-instruction", "1, 3-4")
+    return parse_int_ranges(text, "sub-instruction", "1, 3-4")
 
 
 def check_strengths(values: Mapping[str, object]) -> bool | str:

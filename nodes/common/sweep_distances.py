@@ -10,7 +10,7 @@ from comfy.clip_vision import ClipVisionModel
 from comfy_api.latest import io
 
 from ...slider_core.errors import SliderError
-from ...slider_core.metrics.image_distance import PictureDistances, feature_distances, latent_distances, pixel_distances
+from ...slider_core.metrics.image_distance import ImageDistances, feature_distances, latent_distances, pixel_distances
 from ...slider_core.metrics.perceptual_distance import dreamsim_distances, lpips_distances
 
 SEEN, LATENT, LPIPS, DREAMSIM = "clip_vision or pixels", "latent", "LPIPS", "DreamSim"
@@ -34,7 +34,7 @@ def distance_inputs() -> tuple[io.Combo.Input, io.Latent.Input]:
 
 def sweep_distances(
     images: torch.Tensor, vision: ClipVisionModel | None, distance: str, latent: dict | None, source: int
-) -> PictureDistances:
+) -> ImageDistances:
     """By the choice of distance_inputs."""
     if distance == LPIPS:
         return lpips_distances(images, source)

@@ -18,9 +18,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..errors import SliderError
-from ..families import FAMILIES, Family, Target
+from ..families import FAMILIES, Family, LinearSlice
 from ..families.network import diffusion_model_of
-from ..patching.lora_branch import Factor, SideModel
+from ..patching.lora_branch import LoraBranches, LoraWeights
 from ..tensor_file import TensorFile, read_tensors
 
 _ROLES = {
@@ -54,16 +54,16 @@ class Adapter:
     name: str
     kind: str
     family: Family
-    factors: Mapping[str, list[Factor]]
+    lora_weights: Mapping[str, list[LoraWeights]]
 
     @cached_property
-    def side_model(self) -> SideModel:
+    def lora_branches(self) -> LoraBranches:
         """The factors as a module, made once and shared by all models they are applied to."""
-        return SideModel(self.factors)
+        return LoraBranches(self.lora_weights)
 
     @property
     def ranks(self) -> list[int]:
-        return sorted({f.down.shape[0] for parts in self.factors.values() for f in parts})
+        return sorted({f.down.shape[0] for parts in self.lora_weights.values() for f in parts})
 
     def check_fit(self, model: ModelPatcher, family: Family) -> None:
         """Raise SliderError unless every factor has its linear in `model`, of the right size."""
@@ -71,14 +71,14 @@ class Adapter:
             raise SliderError(f"{self.name} is for {self.family.name}, but the model is {family.name}.")
         diffusion_model = diffusion_model_of(model.model)
         modules = dict(diffusion_model.named_modules())
-        missing = [name for name in self.factors if not hasattr(modules.get(name), "in_features")]
+        missing = [name for name in self.lora_weights if not hasattr(modules.get(name), "in_features")]
         if missing:
             raise SliderError(
                 f"{self.name} changes {len(missing)} layers that this {family.name} model does not have, such as "
                 f"{missing[0]}; expected an adapter trained for this model. Choose the base model it was trained on."
             )
         width = family.width(diffusion_model)
-        for name, parts in self.factors.items():
+        for name, parts in self.lora_weights.items():
             linear = modules[name]
             for f in parts:
                 rows = linear.out_features if f.size is None else f.size * width
@@ -93,14 +93,16 @@ class Adapter:
         """Kind, family, rank, scale and target layers, for people."""
         blocks: dict[str, set[int]] = defaultdict(set)
         parts: dict[str, set[int | None]] = defaultdict(set)
-        for module, factors in self.factors.items():
+        for module, lora_weights in self.lora_weights.items():
             stack, layer = _split_block(module, blocks)
-            parts[f"{stack}.{layer}" if stack else layer].update(None if f.size is None else f.offset for f in factors)
+            parts[f"{stack}.{layer}" if stack else layer].update(
+                None if f.size is None else f.offset for f in lora_weights
+            )
         acts = "on the words you choose" if self.kind == "STLoRA" else "on the whole instruction"
-        scales = sorted({round(f.scale, 6) for fs in self.factors.values() for f in fs})
+        scales = sorted({round(f.scale, 6) for fs in self.lora_weights.values() for f in fs})
         lines = [
             f"{self.name}: {self.kind}, acts {acts}",
-            f"base: {self.family.name}, {len(self.factors)} layers",
+            f"base: {self.family.name}, {len(self.lora_weights)} layers",
             f"rank: {_listed(self.ranks)}; alpha / rank: {_listed(scales)}",
         ]
         for stack, numbers in blocks.items():
@@ -133,12 +135,12 @@ def adapter_from_tensors(name: str, file: TensorFile) -> Adapter:
         halves[module][role] = tensor
     family, targets = _recognise(list(halves), name)
     declared_scale = _peft_alphas(header, name)
-    factors: dict[str, list[Factor]] = defaultdict(list)
+    lora_weights: dict[str, list[LoraWeights]] = defaultdict(list)
     for module, half in halves.items():
         target = targets[module]
-        factors[target.module].append(_factor(name, module, half, target, declared_scale))
-    text_only = all(map(family.acts_on_text_only, factors))
-    return Adapter(name, "STLoRA" if text_only else "GSTLoRA", family, dict(factors))
+        lora_weights[target.module].append(_factor(name, module, half, target, declared_scale))
+    text_only = all(map(family.acts_on_text_only, lora_weights))
+    return Adapter(name, "STLoRA" if text_only else "GSTLoRA", family, dict(lora_weights))
 
 
 def _split_key(key: str, file: str) -> tuple[str, str]:
@@ -151,7 +153,7 @@ def _split_key(key: str, file: str) -> tuple[str, str]:
     )
 
 
-def _recognise(modules: list[str], file: str) -> tuple[Family, dict[str, Target]]:
+def _recognise(modules: list[str], file: str) -> tuple[Family, dict[str, LinearSlice]]:
     unknown: list[str] = []
     for family in FAMILIES:
         names = family.targets()
@@ -167,7 +169,7 @@ def _recognise(modules: list[str], file: str) -> tuple[Family, dict[str, Target]
     )
 
 
-def _lookup(module: str, names: Mapping[str, Target], flat: Mapping[str, Target]) -> Target | None:
+def _lookup(module: str, names: Mapping[str, LinearSlice], flat: Mapping[str, LinearSlice]) -> LinearSlice | None:
     for prefix in _PREFIXES:
         if module.startswith(prefix):
             bare = module.removeprefix(prefix)
@@ -180,9 +182,9 @@ def _factor(
     file: str,
     module: str,
     half: Mapping[str, torch.Tensor],
-    target: Target,
+    target: LinearSlice,
     declared_scale: Callable[[str, int], float],
-) -> Factor:
+) -> LoraWeights:
     down, up = half.get("down"), half.get("up")
     if down is None or up is None:
         raise SliderError(f"{file} has only one of the two factors of {module!r}; the file is incomplete.")
@@ -200,7 +202,7 @@ def _factor(
         raise SliderError(f"{file}: the factors of {module!r} hold values that are not finite; the file is damaged.")
     rank = down.shape[0]
     scale = _number(half["alpha"], module, file) / rank if "alpha" in half else declared_scale(module, rank)
-    return Factor(target.offset, target.size, down, up, scale)
+    return LoraWeights(target.offset, target.size, down, up, scale)
 
 
 def _computable(factor: torch.Tensor) -> torch.Tensor:

@@ -10,40 +10,40 @@ from comfy.model_patcher import ModelPatcher
 from ..conditioning.outside_strength import strength_elsewhere
 from ..errors import SliderError
 from ..families import family_of
-from ..patching.forward_patches import PART, Around, ModelCall, Operation, Part, add_operation
+from ..patching.forward_patches import BATCH_SLICE, BatchSlice, ForwardContext, ForwardWrapper, ModelPatch, add_patch
 from ..strength import read_strength, suppression
 from .adapter_file import Adapter
 
 
-class GlobalLora(Operation):
+class GSTLoRAPatch(ModelPatch):
     """Operation: z' = W z + (1 - strength) * B A z on every target layer, strength per image of the batch.
 
     A cond can say where it does not hold (where_and_when.py).
     """
 
-    side_model: ModelPatcher
-    image_by_image = True
+    lora_branches: ModelPatcher
+    batch_independent = True
 
     def __init__(self, adapter: Adapter, strength: object, load_device: torch.device):
         values = read_strength(strength, "strength")
         self.alpha = suppression(values, len(values))
-        self.side_model = adapter.side_model.patcher(load_device)
+        self.lora_branches = adapter.lora_branches.patcher(load_device)
 
-    def around(self, call: ModelCall) -> Mapping[str, Around]:
-        elsewhere = strength_elsewhere(call)
+    def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:
+        elsewhere = strength_elsewhere(context)
         alpha = self.alpha if elsewhere is None else suppression((elsewhere,), 1)
         if not alpha.any():
             return {}
-        alpha = alpha.to(call.device)
+        alpha = alpha.to(context.device)
         if len(alpha) == 1:
-            return self.side_model.model.around(alpha[0])
-        part = call.inputs.options.get(PART, Part(0, call.images, call.images))
+            return self.lora_branches.model.forward_wrappers(alpha[0])
+        part = context.inputs.options.get(BATCH_SLICE, BatchSlice(0, context.images, context.images))
         if len(alpha) != part.images:
             raise SliderError(
                 f"{len(alpha)} strengths were given, but the batch has {part.images} image(s); expected one strength "
                 "per image. Use 'Latent for Sweep' to make the latent batch as long as the list."
             )
-        return self.side_model.model.around(alpha[part.start : part.end].repeat(call.count))
+        return self.lora_branches.model.forward_wrappers(alpha[part.start : part.end].repeat(context.count))
 
 
 def apply_gstlora(model: ModelPatcher, adapter: Adapter, strength: object) -> ModelPatcher:
@@ -59,4 +59,4 @@ def apply_gstlora(model: ModelPatcher, adapter: Adapter, strength: object) -> Mo
             "such as pytorch_lora_weights.safetensors. Use 'Apply STLoRA' for it."
         )
     adapter.check_fit(model, family)
-    return add_operation(model, GlobalLora(adapter, strength, model.load_device))
+    return add_patch(model, GSTLoRAPatch(adapter, strength, model.load_device))

@@ -7,26 +7,26 @@ from collections.abc import Mapping
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..conditioning.span_strengths import DEFAULT_CHANNEL, row_scales
+from ..conditioning.span_strengths import DEFAULT_CHANNEL, token_scales
 from ..errors import SliderError
 from ..families import family_of
-from ..patching.forward_patches import Around, ModelCall, Operation, add_operation
+from ..patching.forward_patches import ForwardContext, ForwardWrapper, ModelPatch, add_patch
 from .adapter_file import Adapter
 
 
-class SelectiveLora(Operation):
+class STLoRAPatch(ModelPatch):
     """Operation: z' = W z + scale[token] * B A z on the text stream, scale from the conds of each call."""
 
-    side_model: ModelPatcher
-    image_by_image = True
+    lora_branches: ModelPatcher
+    batch_independent = True
 
     def __init__(self, adapter: Adapter, channel: str, load_device: torch.device):
         self.channel = channel
-        self.side_model = adapter.side_model.patcher(load_device)
+        self.lora_branches = adapter.lora_branches.patcher(load_device)
 
-    def around(self, call: ModelCall) -> Mapping[str, Around]:
-        scales = row_scales(call, self.channel)
-        return {} if scales is None else self.side_model.model.around(scales)
+    def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:
+        scales = token_scales(context, self.channel)
+        return {} if scales is None else self.lora_branches.model.forward_wrappers(scales)
 
 
 def apply_stlora(model: ModelPatcher, adapter: Adapter, channel: str = DEFAULT_CHANNEL) -> ModelPatcher:
@@ -42,4 +42,4 @@ def apply_stlora(model: ModelPatcher, adapter: Adapter, channel: str = DEFAULT_C
             "words; expected an STLoRA file such as selective_lora.pt. Use 'Apply GSTLoRA' for it."
         )
     adapter.check_fit(model, family)
-    return add_operation(model, SelectiveLora(adapter, channel, model.load_device))
+    return add_patch(model, STLoRAPatch(adapter, channel, model.load_device))

@@ -22,13 +22,21 @@ from torch.nn.functional import linear, relu
 
 from ..conditioning.outside_strength import PROJECTOR, refuse_later, strength_elsewhere
 from ..conditioning.per_image_cond import PerImageCond
-from ..conditioning.span_strengths import Conditioning
 from ..errors import SliderError
 from ..families import family_of
 from ..families.network import diffusion_model_of
-from ..patching.forward_patches import COND_PREFIX, Around, Forward, ModelCall, Operation, add_operation, operations_of
-from ..strength import Strength, read_strength
+from ..patching.forward_patches import (
+    COND_PREFIX,
+    Forward,
+    ForwardContext,
+    ForwardWrapper,
+    ModelPatch,
+    add_patch,
+    patches_of,
+)
+from ..strength import Strengths, read_strength
 from ..tensor_file import TensorFile, read_tensors
+from ..types import Conditioning
 from .adapter_file import Adapter, adapter_from_tensors
 
 COND_KEY = COND_PREFIX + "strength_projector"
@@ -42,7 +50,7 @@ _CIRCLE = 2  # sine and cosine of the strength
 
 
 @dataclass(frozen=True, eq=False)
-class Projector:
+class StrengthProjector:
     """The network of a projector file.
 
     extender: lifts sine and cosine of the strength to a vector, which the pooled vector of the prompt is appended to.
@@ -63,7 +71,7 @@ class Projector:
         """Length of the pooled vector it reads; 0 if it looks at the strength alone."""
         return self.layers[0][0].shape[1] - self.extender[0].shape[0]
 
-    def offsets(self, strength: Strength, pooled: torch.Tensor) -> torch.Tensor:
+    def offsets(self, strength: Strengths, pooled: torch.Tensor) -> torch.Tensor:
         """Offsets of scale and shift, float32 of shape (max(strengths, prompts), 2 * width).
 
         pooled: (prompts, pooled_width). One strength, one prompt, or as many of both.
@@ -80,10 +88,10 @@ class Projector:
 
 
 @dataclass(frozen=True, eq=False)
-class StrengthProjector:
+class ProjectorBundle:
     """A projector and the LoRA that was trained with it, if it is at hand."""
 
-    projector: Projector
+    projector: StrengthProjector
     lora: Adapter | None
 
     def describe(self) -> str:
@@ -95,7 +103,7 @@ class StrengthProjector:
         return f"{p.name}: strength projector for hidden size {p.width}\nreads: {reads}, {len(p.layers)} layers\n{lora}"
 
 
-def read_projector(path: str | Path, lora_path: str | Path | None = None) -> StrengthProjector:
+def read_projector(path: str | Path, lora_path: str | Path | None = None) -> ProjectorBundle:
     """Read a projector (.pth or .safetensors) and its LoRA: from `lora_path`, else from the same file, else none.
 
     Raises SliderError when a file cannot be read, holds anything but tensors, or is no projector.
@@ -122,12 +130,12 @@ def read_projector(path: str | Path, lora_path: str | Path | None = None) -> Str
         rest = {key: tensor for key, tensor in tensors.items() if not _KEY.fullmatch(key)}
         if not rest:
             raise SliderError(f"{lora_name} is a projector; expected its LoRA, pytorch_lora_weights.safetensors.")
-        return StrengthProjector(projector, adapter_from_tensors(lora_name, TensorFile(rest, header)))
+        return ProjectorBundle(projector, adapter_from_tensors(lora_name, TensorFile(rest, header)))
     lora = adapter_from_tensors(name, TensorFile(rest, header)) if rest else None
-    return StrengthProjector(projector, lora)
+    return ProjectorBundle(projector, lora)
 
 
-def _projector(name: str, parts: Mapping[str, Mapping[str, torch.Tensor]]) -> Projector:
+def _projector(name: str, parts: Mapping[str, Mapping[str, torch.Tensor]]) -> StrengthProjector:
     numbers = sorted(int(part.rpartition(".")[2]) for part in parts if part != "pe_extender")
     order = ["pe_extender", *(f"projector.{n}" for n in numbers)]
     incomplete = [part for part in order if set(parts.get(part, ())) != {"weight", "bias"}]
@@ -154,7 +162,7 @@ def _projector(name: str, parts: Mapping[str, Mapping[str, torch.Tensor]]) -> Pr
             f"{name}: its layers have the sizes {', '.join(sizes)}; expected (e, 2), then (n, e + pooled), "
             "(n, n) ... (2 * hidden, n). It is no strength projector of Kontinuous Kontext."
         )
-    return Projector(name, extender, tuple(layers))
+    return StrengthProjector(name, extender, tuple(layers))
 
 
 def _finite(name: str, key: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -165,17 +173,17 @@ def _finite(name: str, key: str, tensor: torch.Tensor) -> torch.Tensor:
     return values
 
 
-class ModulationOffset(Operation):
+class ModulationOffset(ModelPatch):
     """Operation: adds the offsets of a call's conds to scale and shift of the text's MLP, and runs the LoRA there."""
 
-    image_by_image = True
+    batch_independent = True
 
     def __init__(self, paths: list[str], width: int, lora: Adapter | None, load_device: torch.device):
         self.paths, self.width = paths, width
-        self.side_model = lora.side_model.patcher(load_device) if lora else None
+        self.lora_branches = lora.lora_branches.patcher(load_device) if lora else None
 
-    def around(self, call: ModelCall) -> Mapping[str, Around]:
-        offsets = call.conds.get(COND_KEY if strength_elsewhere(call) is None else PROJECTOR)
+    def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:
+        offsets = context.conds.get(COND_KEY if strength_elsewhere(context) is None else PROJECTOR)
         if offsets is None:
             return {}
         if offsets.shape[1] != 2 * self.width:
@@ -184,20 +192,20 @@ class ModulationOffset(Operation):
                 f"model has {self.width}. Give 'Projector Strength' the projector that is applied to the model."
             )
         changes = modulation_offsets(self.paths, offsets)
-        if self.side_model is not None:
-            changes |= self.side_model.model.around(torch.ones((), device=call.device))
+        if self.lora_branches is not None:
+            changes |= self.lora_branches.model.forward_wrappers(torch.ones((), device=context.device))
         return changes
 
 
-def modulation_offsets(paths: Sequence[str], offsets: torch.Tensor) -> dict[str, Around]:
+def modulation_offsets(paths: Sequence[str], offsets: torch.Tensor) -> dict[str, ForwardWrapper]:
     """Overrides that add offsets of shape (batch, 2 * width), as Projector.offsets gives them, to text modulations."""
     return dict.fromkeys(paths, _offset(*offsets[:, None].chunk(2, dim=-1)))
 
 
-def _offset(scale: torch.Tensor, shift: torch.Tensor) -> Around:
+def _offset(scale: torch.Tensor, shift: torch.Tensor) -> ForwardWrapper:
     """Around a modulation that gives (attention, mlp), each with shift, scale and gate of shape (batch, 1, width)."""
 
-    def around(forward: Forward) -> Forward:
+    def wrap(forward: Forward) -> Forward:
         def with_offset(vec: torch.Tensor) -> Any:
             attention, mlp = forward(vec)
             moved_shift, moved_scale = mlp.shift + shift.to(mlp.shift.dtype), mlp.scale + scale.to(mlp.scale.dtype)
@@ -205,10 +213,10 @@ def _offset(scale: torch.Tensor, shift: torch.Tensor) -> Around:
 
         return with_offset
 
-    return around
+    return wrap
 
 
-def apply_projector(model: ModelPatcher, bundle: StrengthProjector) -> ModelPatcher:
+def apply_projector(model: ModelPatcher, bundle: ProjectorBundle) -> ModelPatcher:
     """A clone of `model` that obeys the projector strengths of its conds; conds without one are left alone.
 
     Raises SliderError when projector or LoRA do not fit the model, or it already has a projector.
@@ -221,15 +229,15 @@ def apply_projector(model: ModelPatcher, bundle: StrengthProjector) -> ModelPatc
             f"{projector.name} is for a model of hidden size {projector.width}, this {family.name} has {width}. "
             "Choose the base model it was trained on."
         )
-    if any(isinstance(operation, ModulationOffset) for operation in operations_of(model)):
+    if any(isinstance(patch, ModulationOffset) for patch in patches_of(model)):
         raise SliderError("The model already has a strength projector; expected one. Remove an Apply node.")
     if bundle.lora is not None:
         bundle.lora.check_fit(model, family)
     paths = family.text_modulations(diffusion_model)
-    return add_operation(model, ModulationOffset(paths, width, bundle.lora, model.load_device))
+    return add_patch(model, ModulationOffset(paths, width, bundle.lora, model.load_device))
 
 
-def set_projector_strength(conditioning: Conditioning, bundle: StrengthProjector, strength: object) -> Conditioning:
+def set_projector_strength(conditioning: Conditioning, bundle: ProjectorBundle, strength: object) -> Conditioning:
     """The conditioning at a strength of the projector: a number, or one per image of the batch.
 
     The pooled vector is each cond's own; several prompts in one cond are spread over the batch, as ComfyUI does with
@@ -248,7 +256,7 @@ def set_projector_strength(conditioning: Conditioning, bundle: StrengthProjector
     return out
 
 
-def drop_projector_strength(conditioning: Conditioning, bundle: StrengthProjector) -> Conditioning:
+def drop_projector_strength(conditioning: Conditioning, bundle: ProjectorBundle) -> Conditioning:
     """The conditioning with the LoRA but without any offset: what training showed when it dropped the strength."""
     nothing = CONDRegular(torch.zeros(1, 2 * bundle.projector.width))
     return [[cond, _with_offsets(options, bundle, nothing)] for cond, options in conditioning]
@@ -260,13 +268,13 @@ def offsets_at(options: Mapping[str, Any], strength: float) -> CONDRegular | Non
     return None if projector is None else CONDRegular(projector.offsets((strength,), _pooled(projector, options)))
 
 
-def _with_offsets(options: Mapping[str, Any], bundle: StrengthProjector, offsets: CONDRegular) -> dict[str, Any]:
+def _with_offsets(options: Mapping[str, Any], bundle: ProjectorBundle, offsets: CONDRegular) -> dict[str, Any]:
     refuse_later(options, "Projector Strength")
     conds = {**options.get("model_conds", {}), COND_KEY: offsets}
     return {**options, _PROJECTOR: bundle.projector, "model_conds": conds}
 
 
-def _pooled(projector: Projector, options: Mapping[str, Any]) -> torch.Tensor:
+def _pooled(projector: StrengthProjector, options: Mapping[str, Any]) -> torch.Tensor:
     pooled = options.get("pooled_output")
     if projector.pooled_width == 0:
         return torch.zeros(1, 0)

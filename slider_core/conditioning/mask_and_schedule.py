@@ -20,10 +20,11 @@ from ..errors import SliderError
 from ..patching.forward_patches import COND_PREFIX
 from ..strength import read_strength
 from ..training_free.prompt_difference import WEIGHED
-from .masks import checked_mask
+from ..types import CondEntry
+from .masks import validate_mask
 from .outside_strength import PREFIX, PROJECTOR, Elsewhere, elsewhere_of
 from .per_image_cond import PerImageCond
-from .schedule import Entry, check_part, divided_in_time
+from .schedule import check_schedule_range, split_by_schedule
 from .span_strengths import Conditioning, spans_at, with_some_at
 
 _MASKS = COND_PREFIX + "masks"
@@ -52,9 +53,9 @@ def where_and_when(
             "The strengths of 'Prompt Difference' are weights of its prompts, which 'Where and When' does not change; "
             "expected sliders that act on one prompt. Use the mask, start and end of 'Prompt Difference' itself."
         )
-    check_part(start, end)
+    check_schedule_range(start, end)
     if mask is not None:
-        mask = checked_mask(mask)
+        mask = validate_mask(mask)
         if bool((mask == 1).all()):
             mask = None
     if chosen:
@@ -66,14 +67,16 @@ def where_and_when(
 
 
 def _divided_for(
-    entry: Entry, mask: torch.Tensor | None, strength: float, start: float, end: float, chosen: Sequence[int]
-) -> list[Entry]:
+    entry: CondEntry, mask: torch.Tensor | None, strength: float, start: float, end: float, chosen: Sequence[int]
+) -> list[CondEntry]:
     outside = [entry[0], with_some_at(entry[1], chosen, strength)]
     inside = [entry] if mask is None else _by_mask(entry, outside, mask)
-    return divided_in_time(inside, [outside], start, end)
+    return split_by_schedule(inside, [outside], start, end)
 
 
-def _divided(entry: Entry, mask: torch.Tensor | None, strength: float, part: tuple[float, float] | None) -> list[Entry]:
+def _divided(
+    entry: CondEntry, mask: torch.Tensor | None, strength: float, part: tuple[float, float] | None
+) -> list[CondEntry]:
     inside = entry if part is None else _limited(entry, Elsewhere(strength, *part))
     if mask is None:
         return [inside]
@@ -83,7 +86,7 @@ def _divided(entry: Entry, mask: torch.Tensor | None, strength: float, part: tup
     return _by_mask(inside, outside, mask)
 
 
-def _by_mask(inside: Entry, outside: Entry, mask: torch.Tensor) -> list[Entry]:
+def _by_mask(inside: CondEntry, outside: CondEntry, mask: torch.Tensor) -> list[CondEntry]:
     if not mask.any():
         return [outside]
     _check_divisible(inside[1])
@@ -91,7 +94,7 @@ def _by_mask(inside: Entry, outside: Entry, mask: torch.Tensor) -> list[Entry]:
     return [piece for piece in pieces if piece[1]["mask"].any()]
 
 
-def _limited(entry: Entry, new: Elsewhere) -> Entry:
+def _limited(entry: CondEntry, new: Elsewhere) -> CondEntry:
     """The entry with its own strengths where `new` lets it have them, and where an earlier limit does."""
     cond, options = entry
     known = elsewhere_of(options)
@@ -124,7 +127,7 @@ def _check_divisible(options: dict[str, Any]) -> None:
         )
 
 
-def _masked(entry: Entry, mask: torch.Tensor) -> Entry:
+def _masked(entry: CondEntry, mask: torch.Tensor) -> CondEntry:
     cond, options = entry
     whole = _product(options.get("mask"), mask)
     conds = {**options.get("model_conds", {}), _MASKS: PerImageCond(torch.zeros(len(whole), 1))}

@@ -12,7 +12,7 @@ from torch.nn.functional import avg_pool2d
 from ..errors import SliderError
 
 
-def checked_mask(mask: torch.Tensor) -> torch.Tensor:
+def validate_mask(mask: torch.Tensor) -> torch.Tensor:
     """The mask as (masks, height, width), float32. Raises SliderError unless it is one, with values from 0 to 1."""
     if mask.ndim not in (2, 3) or not mask.numel():
         raise SliderError(f"The mask has the shape {tuple(mask.shape)}; expected (height, width) or a batch of these.")
@@ -24,15 +24,15 @@ def checked_mask(mask: torch.Tensor) -> torch.Tensor:
     return mask if mask.ndim == 3 else mask[None]
 
 
-def checked_single_mask(mask: torch.Tensor) -> torch.Tensor:
-    """As checked_mask, (1, height, width). Raises SliderError for several masks too."""
-    checked = checked_mask(mask)
+def validate_single_mask(mask: torch.Tensor) -> torch.Tensor:
+    """As validate_mask, (1, height, width). Raises SliderError for several masks too."""
+    checked = validate_mask(mask)
     if len(checked) > 1:
         raise SliderError(f"There are {len(checked)} masks; expected one for all pictures. Choose one of the batch.")
     return checked
 
 
-def token_shares(mask: torch.Tensor, latent: Sequence[int], grid: tuple[int, int]) -> torch.Tensor:
+def mask_coverage(mask: torch.Tensor, latent: Sequence[int], grid: tuple[int, int]) -> torch.Tensor:
     """Which share of every image token lies in a mask (1, height, width): (tokens, 1), row by row of the grid.
 
     A token may reach beyond a latent's right or lower edge; what lies there does not count.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import SliderError
-from ..patching.forward_patches import COND_PREFIX, ModelCall
+from ..patching.forward_patches import COND_PREFIX, ForwardContext
 
 PREFIX = COND_PREFIX + "elsewhere"
 SPANS, PADDING, PROJECTOR = PREFIX + ".spans", PREFIX + ".padding", PREFIX + ".projector"
@@ -25,14 +25,14 @@ class Elsewhere:
     start: float
     end: float
 
-    def holds(self, call: ModelCall) -> bool:
-        return not call.within(self.start, self.end)
+    def holds(self, context: ForwardContext) -> bool:
+        return not context.within(self.start, self.end)
 
 
-def strength_elsewhere(call: ModelCall) -> float | None:
+def strength_elsewhere(context: ForwardContext) -> float | None:
     """The strength of all sliders in a model call whose conds' own ones do not hold; None where they do."""
-    elsewhere = call.conds.get(PREFIX)
-    return elsewhere.strength if elsewhere is not None and elsewhere.holds(call) else None
+    elsewhere = context.conds.get(PREFIX)
+    return elsewhere.strength if elsewhere is not None and elsewhere.holds(context) else None
 
 
 def elsewhere_of(options: Mapping[str, Any]) -> Elsewhere | None:

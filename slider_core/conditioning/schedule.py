@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from comfy.conds import CONDConstant
 
 from ..errors import SliderError
 from ..patching.forward_patches import TIME_RANGE
+from ..types import CondEntry
 
 _APART = 1e-5
 """By which a part reaches beyond its borders, where noise levels like to lie exactly: else they would be in two parts,
 since ComfyUI counts both borders of a part to it."""
 
-Entry = list[Any]
 
-
-def check_part(start: float, end: float) -> None:
+def check_schedule_range(start: float, end: float) -> None:
     """Raise SliderError unless these are the start and end of a part of the schedule."""
     if not 0 <= start < end <= 1:
         raise SliderError(
@@ -24,7 +21,7 @@ def check_part(start: float, end: float) -> None:
         )
 
 
-def divided_in_time(inside: list[Entry], outside: list[Entry], start: float, end: float) -> list[Entry]:
+def split_by_schedule(inside: list[CondEntry], outside: list[CondEntry], start: float, end: float) -> list[CondEntry]:
     """Entries of which `inside` hold in start..end of the schedule with its borders, and `outside` before and after."""
     if (start, end) == (0, 1):
         return inside
@@ -32,7 +29,7 @@ def divided_in_time(inside: list[Entry], outside: list[Entry], start: float, end
     return [*_within(outside, 0.0, first), *_within(inside, first, last), *_within(outside, last, 1.0)]
 
 
-def _within(entries: list[Entry], start: float, end: float) -> list[Entry]:
+def _within(entries: list[CondEntry], start: float, end: float) -> list[CondEntry]:
     """The entries in this part of the schedule, as far as their own part is in it."""
     parts = []
     for cond, options in entries:

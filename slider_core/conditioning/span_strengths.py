@@ -13,15 +13,15 @@ from typing import Any
 import torch
 
 from ..errors import SliderError
-from ..patching.forward_patches import COND_PREFIX, ModelCall
-from ..strength import Strength, batch_length, read_strength, suppression
+from ..patching.forward_patches import COND_PREFIX, ForwardContext
+from ..strength import Strengths, batch_length, read_strength, suppression
+from ..types import Conditioning
 from .outside_strength import PADDING, SPANS, elsewhere_of, refuse_later, strength_elsewhere
 from .per_image_cond import PerImageCond
 
 SPAN_PREFIX = COND_PREFIX + "spans."
 PADDING_PREFIX = COND_PREFIX + "padding."
 _OTHERS, _OTHERS_PADDING = COND_PREFIX + "others.spans", COND_PREFIX + "others.padding"
-Conditioning = list[list[Any]]
 DEFAULT_CHANNEL = "default"
 _KEY = "edit_sliders"
 
@@ -46,8 +46,8 @@ class SpannedText:
     length: int
     spans: tuple[Span, ...] = ()
     padding: int = 0
-    strengths: Mapping[str, tuple[Strength | None, ...]] = field(default_factory=dict)
-    others: tuple[Strength | None, ...] = ()
+    strengths: Mapping[str, tuple[Strengths | None, ...]] = field(default_factory=dict)
+    others: tuple[Strengths | None, ...] = ()
 
 
 def attach_spans(conditioning: Conditioning, length: int, spans: Sequence[Span], padding: int = 0) -> Conditioning:
@@ -92,7 +92,7 @@ def set_strengths(
     return [[cond, _with_strengths(options, strengths, channel)] for cond, options in conditioning]
 
 
-def _with_strengths(options: dict[str, Any], strengths: Mapping[str, Strength], channel: str) -> dict[str, Any]:
+def _with_strengths(options: dict[str, Any], strengths: Mapping[str, Strengths], channel: str) -> dict[str, Any]:
     text = _spans_of(options)
     check_count(text.spans, strengths)
     batch_length(strengths)
@@ -131,7 +131,7 @@ def with_some_at(options: dict[str, Any], chosen: Sequence[int], strength: float
             f"{strength} for some by a later one; expected the same of both, or the one for some first."
         )
 
-    def changed(strengths: Sequence[Strength | None]) -> tuple[Strength | None, ...]:
+    def changed(strengths: Sequence[Strengths | None]) -> tuple[Strengths | None, ...]:
         every = [*strengths, *[None] * (len(text.spans) - len(strengths))]
         new = None if strength == 1 else (strength,)
         return tuple((new if own is None else (strength,)) if k in chosen else own for k, own in enumerate(every, 1))
@@ -167,7 +167,7 @@ def check_chosen(spans: Sequence[Span], chosen: Sequence[int]) -> None:
         )
 
 
-def check_count(spans: Sequence[Span], strengths: Mapping[str, Strength]) -> None:
+def check_count(spans: Sequence[Span], strengths: Mapping[str, Strengths]) -> None:
     """Raise SliderError for spans without a strength, and for a strength other than 1 without a span."""
     count = len(spans)
     if count > len(strengths):
@@ -193,7 +193,7 @@ def spans_at(options: Mapping[str, Any], strength: float) -> dict[str, PerImageC
     return {SPANS: PerImageCond(scale), PADDING: _padding(text)}
 
 
-def _scale(text: SpannedText, strengths: Sequence[Strength | None]) -> torch.Tensor:
+def _scale(text: SpannedText, strengths: Sequence[Strengths | None]) -> torch.Tensor:
     """Scale of every row, shape (images, rows): product of the suppressions of its spans, 0 outside all."""
     known = [(list(span.rows), strength) for span, strength in zip(text.spans, strengths) if strength is not None]
     images = max((len(strength) for _, strength in known), default=1)
@@ -204,44 +204,44 @@ def _scale(text: SpannedText, strengths: Sequence[Strength | None]) -> torch.Ten
     return scale
 
 
-def row_scales(call: ModelCall, channel: str) -> torch.Tensor | None:
+def token_scales(context: ForwardContext, channel: str) -> torch.Tensor | None:
     """SliderEdit's scale of every text row of a model call, shape (batch, rows); None if no strength differs from 1.
 
     Where the strengths do not act, it is that of the strength elsewhere, on every channel.
     Raises SliderError when the text is shorter than the one the spans were found on.
     """
-    scale = call.conds.get(_names(call, channel)[0])
+    scale = context.conds.get(_names(context, channel)[0])
     if scale is None:
         return None
-    missing = call.text_rows - scale.shape[1]
+    missing = context.num_text_tokens - scale.shape[1]
     if missing < 0:
         raise SliderError(
-            f"The spans were found on a text of {scale.shape[1]} rows, but the model got {call.text_rows}; "
+            f"The spans were found on a text of {scale.shape[1]} rows, but the model got {context.num_text_tokens}; "
             "expected the conditioning that the spans were made with. Was it cut, or made by another encoder?"
         )
     return torch.nn.functional.pad(scale, (0, missing))
 
 
-def row_strengths(call: ModelCall, channel: str) -> torch.Tensor | None:
-    """Strength of every text row, 1 outside all spans; as row_scales."""
-    scales = row_scales(call, channel)
+def token_strengths(context: ForwardContext, channel: str) -> torch.Tensor | None:
+    """Strength of every text row, 1 outside all spans; as token_scales."""
+    scales = token_scales(context, channel)
     return None if scales is None else 1.0 - scales
 
 
-def padding_row(call: ModelCall, channel: str) -> int:
-    """A row of padding in a text whose row_scales are not None. Raises SliderError when a text has none."""
-    scales, padding = _names(call, channel)
-    if (call.conds[padding] < 1).any():
+def padding_token(context: ForwardContext, channel: str) -> int:
+    """A row of padding in a text whose token_scales are not None. Raises SliderError when a text has none."""
+    scales, padding = _names(context, channel)
+    if (context.conds[padding] < 1).any():
         raise SliderError(
             "The prompt has no padding, whose tokens the words are to be replaced by; expected at least one row after "
             "the prompt's end. Switch pad_to_512 on where it is encoded, or shorten the prompt."
         )
-    return call.conds[scales].shape[1] - 1
+    return context.conds[scales].shape[1] - 1
 
 
-def _names(call: ModelCall, channel: str) -> tuple[str, str]:
+def _names(context: ForwardContext, channel: str) -> tuple[str, str]:
     """What the rows' scales and the padding of a channel are called in this model call."""
-    if strength_elsewhere(call) is not None:
+    if strength_elsewhere(context) is not None:
         return SPANS, PADDING
     own = SPAN_PREFIX + channel
-    return (own, PADDING_PREFIX + channel) if own in call.conds else (_OTHERS, _OTHERS_PADDING)
+    return (own, PADDING_PREFIX + channel) if own in context.conds else (_OTHERS, _OTHERS_PADDING)

@@ -5,20 +5,20 @@ from __future__ import annotations
 from comfy.model_patcher import ModelPatcher
 
 from ..errors import SliderError
-from .base import Block, Family, Target
+from .base import Block, Family, LinearSlice
 from .flux import Flux
 from .network import diffusion_model_of
 
 FAMILIES: tuple[Family, ...] = (Flux(),)
 
-__all__ = ["FAMILIES", "Block", "Family", "Target", "family_of", "family_of_encoders"]
+__all__ = ["FAMILIES", "Block", "Family", "LinearSlice", "family_of", "family_of_encoders"]
 
 
 def family_of(model: ModelPatcher) -> Family:
     """The family of a loaded model. Raises SliderError for runtimes that ignore patches and unknown architectures."""
     inner = diffusion_model_of(model.model)
     for family in FAMILIES:
-        if family.owns(inner):
+        if family.matches(inner):
             return family
     kind = type(inner if inner is not None else model.model)
     known = ", ".join(family.name for family in FAMILIES)

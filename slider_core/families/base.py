@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 
-class Target(NamedTuple):
+class LinearSlice(NamedTuple):
     """Output rows of a linear: `size` units of the model's width from `offset` units on; `size` None = all rows."""
 
     module: str
@@ -22,13 +22,13 @@ class Block(NamedTuple):
 
     path: the block. passes: a forward for it that changes nothing.
     qkv: its linear whose output begins with Q, K and V of the image's tokens, each as wide as the model.
-    text_first: whether that linear's rows begin with the text.
+    joint_sequence: whether that linear's rows begin with the text.
     """
 
     path: str
     qkv: str
-    text_first: bool
-    passes: Callable[..., Any]
+    joint_sequence: bool
+    identity_forward: Callable[..., Any]
 
 
 class Family(ABC):
@@ -38,13 +38,13 @@ class Family(ABC):
     text_encoders: ComfyUI's attribute names of the encoders in its CLIP.
     vital_layers: as found for the family's model, for its number of blocks; empty if nobody has looked.
     identity: a small parameter of the diffusion model whose values tell models of the family apart.
-    text_rows: the encoder whose tokens are the rows of the model's text, in order from row 0.
+    context_encoder: the encoder whose tokens are the rows of the model's text, in order from row 0.
     """
 
     name: str
     text_encoders: frozenset[str]
-    text_rows: str
-    identity: str
+    context_encoder: str
+    fingerprint_parameter: str
     vital_layers: tuple[int, ...] = ()
 
     def __deepcopy__(self, memo: object) -> Family:
@@ -52,11 +52,11 @@ class Family(ABC):
         return self
 
     @abstractmethod
-    def owns(self, diffusion_model: object) -> bool:
+    def matches(self, diffusion_model: object) -> bool:
         """Whether this is ComfyUI's implementation of the family."""
 
     @abstractmethod
-    def targets(self) -> dict[str, Target]:
+    def targets(self) -> dict[str, LinearSlice]:
         """Every module name that adapter files use for this family, with dots, to the target in ComfyUI's model."""
 
     @abstractmethod
@@ -100,19 +100,19 @@ class Family(ABC):
         return rows * columns
 
     @abstractmethod
-    def layer_of(self, options: Mapping[str, Any], diffusion_model: Any) -> int:
+    def block_index_of(self, options: Mapping[str, Any], diffusion_model: Any) -> int:
         """The layer, counted as in `blocks`, that ComfyUI's extra_options for an attention patch tell of."""
 
     @abstractmethod
-    def adapter_layers(self, kind: str, diffusion_model: Any) -> list[str]:
+    def adapter_targets(self, kind: str, diffusion_model: Any) -> list[str]:
         """The layers that an adapter of this kind ('STLoRA', 'GSTLoRA') is trained on, by names of `targets`."""
 
     @abstractmethod
-    def overwritten_inputs(self, diffusion_model: Any) -> list[str]:
+    def inplace_modified_inputs(self, diffusion_model: Any) -> list[str]:
         """Paths of modules whose inputs the model overwrites later, so that gradients need copies of them."""
 
     @abstractmethod
-    def last_linears(self, diffusion_model: Any) -> list[str]:
+    def block_output_linears(self, diffusion_model: Any) -> list[str]:
         """Paths of linears in blocks whose outputs are only scaled and added to the block's result.
 
         No gradient needs their values, unless something that learns scales them, or their result is float16.
@@ -136,7 +136,7 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def with_positions(
+    def apply_rope(
         self, queries: torch.Tensor, keys: torch.Tensor, positions: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys (batch, heads, tokens, width) of an attention patch, text first, as attention sees them."""

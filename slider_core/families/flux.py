@@ -14,7 +14,7 @@ from comfy.ldm.flux.model import Flux as FluxModel
 from comfy.text_encoders.flux import FluxTokenizer
 from comfy.utils import flux_to_diffusers
 
-from .base import Block, Family, Target
+from .base import Block, Family, LinearSlice
 
 _DEPTH = 64
 _PATCH = 2
@@ -39,14 +39,14 @@ _TEXT_STREAM = re.compile(r"double_blocks\.\d+\.txt_(attn\.(qkv|proj)|mlp\.[02])
 class Flux(Family):
     name = "FLUX.1"
     text_encoders = frozenset({"clip_l", "t5xxl"})
-    text_rows = "t5xxl"
-    identity = "img_in.bias"
+    context_encoder = "t5xxl"
+    fingerprint_parameter = "img_in.bias"
     vital_layers = (0, 1, 2, 17, 18, 25, 28, 53, 54, 56)  # Stable Flow, section 3, for FLUX.1-dev
 
-    def owns(self, diffusion_model: object) -> bool:
+    def matches(self, diffusion_model: object) -> bool:
         return isinstance(diffusion_model, FluxModel) and not diffusion_model.params.global_modulation
 
-    def targets(self) -> dict[str, Target]:
+    def targets(self) -> dict[str, LinearSlice]:
         return _targets()
 
     def acts_on_text_only(self, module: str) -> bool:
@@ -81,11 +81,11 @@ class Flux(Family):
     def image_grid(self, latent: Sequence[int]) -> tuple[int, int]:
         return math.ceil(latent[-2] / _PATCH), math.ceil(latent[-1] / _PATCH)
 
-    def layer_of(self, options: Mapping[str, Any], diffusion_model: Any) -> int:
+    def block_index_of(self, options: Mapping[str, Any], diffusion_model: Any) -> int:
         before = len(diffusion_model.double_blocks) if options["block_type"] == "single" else 0
         return before + options["block_index"]
 
-    def adapter_layers(self, kind: str, diffusion_model: Any) -> list[str]:
+    def adapter_targets(self, kind: str, diffusion_model: Any) -> list[str]:
         double, single = _ADAPTER_LAYERS[kind]
         return [
             *(f"transformer_blocks.{k}.{layer}" for k in range(len(diffusion_model.double_blocks)) for layer in double),
@@ -96,7 +96,7 @@ class Flux(Family):
             ),
         ]
 
-    def overwritten_inputs(self, diffusion_model: Any) -> list[str]:
+    def inplace_modified_inputs(self, diffusion_model: Any) -> list[str]:
         doubles, singles = range(len(diffusion_model.double_blocks)), range(len(diffusion_model.single_blocks))
         return [
             *(f"double_blocks.{k}.{norm}" for k in doubles for norm in _OVERWRITTEN_IN_DOUBLE),
@@ -104,7 +104,7 @@ class Flux(Family):
             "final_layer.norm_final",
         ]
 
-    def last_linears(self, diffusion_model: Any) -> list[str]:
+    def block_output_linears(self, diffusion_model: Any) -> list[str]:
         doubles, singles = range(len(diffusion_model.double_blocks)), range(len(diffusion_model.single_blocks))
         return [
             *(f"double_blocks.{k}.{mlp}.2" for k in doubles for mlp in ("img_mlp", "txt_mlp")),
@@ -133,7 +133,7 @@ class Flux(Family):
             ref_latents_method="offset",
         )
 
-    def with_positions(
+    def apply_rope(
         self, queries: torch.Tensor, keys: torch.Tensor, positions: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return apply_rope(queries, keys, positions)
@@ -167,17 +167,17 @@ def _pass_one(x: torch.Tensor, **_: Any) -> torch.Tensor:
 
 
 @cache
-def _targets() -> dict[str, Target]:
+def _targets() -> dict[str, LinearSlice]:
     config = {"depth": _DEPTH, "depth_single_blocks": _DEPTH, "hidden_size": 1}
-    targets: dict[str, Target] = {}
+    targets: dict[str, LinearSlice] = {}
     for name, place in flux_to_diffusers(config).items():
         if not name.endswith(".weight") or (isinstance(place, tuple) and len(place) > 2):
             continue
         path, rows = place if isinstance(place, tuple) else (place, None)
         module = path.removesuffix(".weight")
         _, offset, size = rows or (0, 0, None)
-        targets[name.removesuffix(".weight")] = Target(module, offset, size)
-        targets[module] = Target(module)
+        targets[name.removesuffix(".weight")] = LinearSlice(module, offset, size)
+        targets[module] = LinearSlice(module)
     for block in range(_DEPTH):
-        targets[f"single_blocks.{block}.linear1_qkv"] = Target(f"single_blocks.{block}.linear1", 0, 3)
+        targets[f"single_blocks.{block}.linear1_qkv"] = LinearSlice(f"single_blocks.{block}.linear1", 0, 3)
     return targets

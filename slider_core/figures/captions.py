@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import SliderError
-from ..strength import Strength
+from ..strength import Strengths
 
 
-def captions_of(images: int, lists: Sequence[Strength], typed: str = "") -> list[str]:
+def captions_of(images: int, lists: Sequence[Strengths], typed: str = "") -> list[str]:
     """A caption per picture: the lines of `typed`, else its strengths, those of several lists divided by a slash.
 
     Raises SliderError unless there are as many lines, or strengths in each list, as pictures.

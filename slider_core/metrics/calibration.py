@@ -16,8 +16,8 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from ..errors import SliderError
-from ..strength import Strength, read_strength
-from .image_distance import PictureDistances
+from ..strength import Strengths, read_strength
+from .image_distance import ImageDistances
 from .sweep_metrics import check_sweep
 
 NOTHING = 0.02
@@ -38,10 +38,10 @@ _EXAMPLE = '{"positions": [0, 0.5, 1], "strengths": [0.2, 0.7, 1]}'
 class Calibration:
     """A monotone curve through points: position 0 = the edit begins, 1 = strength 1. Both rise, two points or more."""
 
-    positions: Strength
-    strengths: Strength
+    positions: Strengths
+    strengths: Strengths
 
-    def strength(self, positions: Sequence[float]) -> Strength:
+    def strength(self, positions: Sequence[float]) -> Strengths:
         """The method's strengths: by PCHIP between the points; beyond them linear, as steep as from 0 to 1 on average.
 
         Raises SliderError where one is beyond what a strength can be.
@@ -96,7 +96,7 @@ class Calibrated:
         return places, {"even": places, "before, by strength": before, "after, by position": after}
 
 
-def calibrate(strengths: Sequence[float], distances: PictureDistances) -> Calibrated:
+def calibrate(strengths: Sequence[float], distances: ImageDistances) -> Calibrated:
     """The curve by which equal moves change pictures equally much, summed over neighbours.
 
     Position 0 is the last strength from 0 on until which less than NOTHING of the change up to strength 1 has
@@ -183,7 +183,7 @@ def _curve(points: Sequence[tuple[float, float]]) -> Calibration:
     return Calibration(positions, strengths)
 
 
-def _rising(values: object, name: str) -> Strength:
+def _rising(values: object, name: str) -> Strengths:
     """Two numbers or more, each above the last. Raises SliderError."""
     if not isinstance(values, list) or len(values) < 2:
         raise SliderError(f"The curve's {name} are {values!r}; expected a list of two numbers or more.")

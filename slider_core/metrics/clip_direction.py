@@ -10,7 +10,7 @@ from comfy.sd import CLIP
 from torch.nn.functional import cosine_similarity
 
 from ..errors import SliderError
-from .image_distance import check_pictures, vision_features
+from .image_distance import check_images, vision_features
 
 _LEAST_LIKENESS = 0.08
 """Of the source and its words; CLIP-L gives 0.15 and more, vectors of two spaces 0 with a deviation of 0.036."""
@@ -34,7 +34,7 @@ def clip_measures(
 
     Raises SliderError where vision and clip are not the two halves of one CLIP-L, both with their projections.
     """
-    check_pictures(images)
+    check_images(images)
     if source_words.strip() == edit_words.strip():
         raise SliderError("The words for source and edit are the same; expected two descriptions of pictures.")
     seen = _seen(images, vision)

@@ -16,7 +16,7 @@ _AT_ONCE = 8
 
 
 @dataclass(frozen=True)
-class PictureDistances:
+class ImageDistances:
     """Distances between pictures I_0 ... I_n in the order of their strength.
 
     compared_by: in words. adjacent: d(I_k, I_k+1), n of them. skipping: d(I_k, I_k+2), one less.
@@ -38,34 +38,34 @@ class PictureDistances:
         return tuple(math.sqrt(2 * distance) for distance in distances) if self.squared else distances
 
 
-def pixel_distances(images: torch.Tensor, source: int = 0) -> PictureDistances:
+def pixel_distances(images: torch.Tensor, source: int = 0) -> ImageDistances:
     """Root mean squares, 0 to 1, of the differences between the pixels of images (n, h, w, 3).
 
     source: the picture that from_source starts at. Raises SliderError for fewer than two pictures, or none finite.
     """
-    check_pictures(images)
+    check_images(images)
     return _root_mean_squares(images, source, "pixels, root mean square")
 
 
-def latent_distances(latents: torch.Tensor, source: int = 0) -> PictureDistances:
+def latent_distances(latents: torch.Tensor, source: int = 0) -> ImageDistances:
     """Root mean squares of the differences between latents (n, channels, height, width), which spread by about 1.
 
     source and errors: as pixel_distances.
     """
-    check_pictures(latents)
+    check_images(latents)
     return _root_mean_squares(latents, source, "latents, root mean square")
 
 
-def feature_distances(images: torch.Tensor, vision: ClipVisionModel, source: int = 0) -> PictureDistances:
+def feature_distances(images: torch.Tensor, vision: ClipVisionModel, source: int = 0) -> ImageDistances:
     """1 - cosine of what a vision model (CLIP, SigLIP, DINOv2, DINOv3) says of images (n, h, w, 3).
 
     source and errors: as pixel_distances.
     """
-    check_pictures(images)
+    check_images(images)
     return distances_of_features(vision_features(images, vision), vision.model_type, source)
 
 
-def distances_of_features(features: torch.Tensor, name: str, source: int = 0) -> PictureDistances:
+def distances_of_features(features: torch.Tensor, name: str, source: int = 0) -> ImageDistances:
     """1 - cosine of features (n, width); equal features have distance 0 to the last bit."""
     directions = normalize(features.double(), dim=-1)
 
@@ -90,7 +90,7 @@ def vision_features(images: torch.Tensor, vision: ClipVisionModel, crop: bool = 
     return torch.cat(found)
 
 
-def _root_mean_squares(values: torch.Tensor, source: int, compared_by: str) -> PictureDistances:
+def _root_mean_squares(values: torch.Tensor, source: int, compared_by: str) -> ImageDistances:
     def apart(one: int, other: int) -> float:
         return float((values[one].double() - values[other].double()).square().mean().sqrt())
 
@@ -103,7 +103,7 @@ def share_outside(images: torch.Tensor, region: torch.Tensor, source: int = 0) -
     images: (n, h, w, 3). region: a MASK (h', w') or (1, h', w'), 1 inside, brought to the pictures' size.
     None where nothing changes. Raises SliderError when the region is several masks, empty or the whole picture.
     """
-    check_pictures(images)
+    check_images(images)
     masks = region.reshape(-1, *region.shape[-2:])
     if len(masks) != 1:
         raise SliderError(f"The region is {len(masks)} masks; expected one for all pictures of the sweep.")
@@ -119,7 +119,7 @@ def share_outside(images: torch.Tensor, region: torch.Tensor, source: int = 0) -
     return tuple(shares)
 
 
-def check_pictures(images: torch.Tensor) -> None:
+def check_images(images: torch.Tensor) -> None:
     """Raise SliderError unless these are two pictures or more, of finite numbers."""
     if len(images) < 2:
         raise SliderError(
@@ -132,9 +132,9 @@ def check_pictures(images: torch.Tensor) -> None:
 
 def pair_distances(
     count: int, source: int, compared_by: str, apart: Callable[[int, int], float], squared: bool = False
-) -> PictureDistances:
+) -> ImageDistances:
     """Those of `count` pictures, two at a time. Raises SliderError where they are not finite."""
-    found = PictureDistances(
+    found = ImageDistances(
         compared_by,
         tuple(apart(k, k + 1) for k in range(count - 1)),
         tuple(apart(k, k + 2) for k in range(count - 2)),

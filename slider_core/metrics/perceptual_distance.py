@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..errors import SliderError
 from ..tensor_file import read_tensors
-from .image_distance import PictureDistances, check_pictures, distances_of_features, pair_distances
+from .image_distance import ImageDistances, check_images, distances_of_features, pair_distances
 
 _DREAMSIM = "open_clip_vitb32"
 """Of the authors' networks. Their default, three together, runs code from a repository that it downloads."""
@@ -29,14 +29,14 @@ _BYTES_PER_PIXEL = 512
 
 
 @torch.inference_mode()
-def lpips_distances(images: torch.Tensor, source: int = 0) -> PictureDistances:
+def lpips_distances(images: torch.Tensor, source: int = 0) -> ImageDistances:
     """LPIPS 0.1 with AlexNet, by which Kontinuous Kontext chose its training pictures, of images (n, h, w, 3), 0 to 1.
 
     It is a weighted mean square of the difference of features, so small steps' distances grow with their square.
     source and errors: as pixel_distances; also SliderError where the package lpips or AlexNet's weights are not on this
     computer, and for pictures with a side below 31 pixels.
     """
-    check_pictures(images)
+    check_images(images)
     _, height, width, _ = images.shape
     if min(height, width) < _LEAST_SIDE:
         raise SliderError(
@@ -79,13 +79,13 @@ def _network() -> Any:
 
 
 @torch.inference_mode()
-def dreamsim_distances(images: torch.Tensor, folder: Path, source: int = 0) -> PictureDistances:
+def dreamsim_distances(images: torch.Tensor, folder: Path, source: int = 0) -> ImageDistances:
     """DreamSim with OpenCLIP ViT-B/32, 1 - cosine of what it says of images (n, h, w, 3), 0 to 1, made 224 x 224.
 
     folder: where the authors' checkpoint lies, unpacked. source and errors: as pixel_distances; also SliderError where
     the package dreamsim or the checkpoint is not on this computer, or is something else.
     """
-    check_pictures(images)
+    check_images(images)
     network, prepare = _dreamsim(folder)
     features = []
     for picture in images[..., :3]:

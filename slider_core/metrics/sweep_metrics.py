@@ -10,9 +10,9 @@ from itertools import accumulate, pairwise
 from statistics import fmean
 
 from ..errors import SliderError
-from ..strength import Strength
+from ..strength import Strengths
 from .clip_direction import ClipMeasures
-from .image_distance import PictureDistances
+from .image_distance import ImageDistances
 from .smoothness import delta_smooth, first_order, kl_to_uniform
 
 
@@ -25,20 +25,20 @@ class Linearity:
 
 
 @dataclass(frozen=True)
-class SliderMeasures:
+class SweepMetrics:
     """All that is known of a sweep; strengths and pictures in the same order.
 
     first_order, delta_smooth, kl_to_uniform: see smoothness.py; they speak of the pictures as they are, so they tell of
     the slider only when the strengths are evenly spaced. delta_smooth is None for two pictures, infinite where a
     picture comes back.
-    path: linearity of the way along the pictures, the sum of adjacent lengths (PictureDistances), against the strength.
+    path: linearity of the way along the pictures, the sum of adjacent lengths (ImageDistances), against the strength.
     direct: the same of the distance to the source, counted negative below it; None where the last picture equals it.
     similarity: 1 - distance to the source, per picture.
     clip: see clip_direction.py. outside: share of the change outside of a region, see picture_distance.share_outside.
     """
 
-    strengths: Strength
-    distances: PictureDistances
+    strengths: Strengths
+    distances: ImageDistances
     first_order: float
     delta_smooth: float | None
     kl_to_uniform: float
@@ -89,13 +89,13 @@ class SliderMeasures:
 
 def measure(
     strengths: Sequence[float],
-    distances: PictureDistances,
+    distances: ImageDistances,
     clip: ClipMeasures | None = None,
     outside: tuple[float | None, ...] | None = None,
-) -> SliderMeasures:
+) -> SweepMetrics:
     """Measure a sweep. Raises SliderError where strengths and pictures do not go together or nothing changes."""
     check_sweep(strengths, len(distances.from_source))
-    return SliderMeasures(
+    return SweepMetrics(
         tuple(strengths),
         distances,
         first_order(distances.adjacent),

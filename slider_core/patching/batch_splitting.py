@@ -17,7 +17,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from ..errors import SliderError
-from .forward_patches import PART, Part
+from .forward_patches import BATCH_SLICE, BatchSlice
 
 _KEY = "edit_sliders.images_at_once"
 _RESERVE = 1.5  # of the memory that ComfyUI expects a call to need, as it keeps itself when it batches conds
@@ -54,7 +54,7 @@ def _in_parts(
 ) -> torch.Tensor:
     x, count = args["input"], len(args["cond_or_uncond"])
     images = x.shape[0] // count
-    size = min(at_once or fitting(images, _needed(base, args), get_free_memory(x.device)), images)
+    size = min(at_once or images_that_fit(images, _needed(base, args), get_free_memory(x.device)), images)
 
     def call(some: Arguments) -> torch.Tensor:
         return other(apply, some) if other else apply(some["input"], some["timestep"], **some["c"])
@@ -64,12 +64,12 @@ def _in_parts(
     outs = []
     for start in range(0, images, size):
         throw_exception_if_processing_interrupted()
-        part = Part(start, min(start + size, images), images)
+        part = BatchSlice(start, min(start + size, images), images)
         outs.append(call(_arguments(args, part, count)).unflatten(0, (count, -1)))
     return torch.cat(outs, dim=1).flatten(0, 1)
 
 
-def fitting(images: int, needed: float, free: float) -> int:
+def images_that_fit(images: int, needed: float, free: float) -> int:
     """How many of `images` images, which need so many bytes together, fit in the free ones; at least one."""
     return max(1, min(images, int(free * images / (needed * _RESERVE))))
 
@@ -80,12 +80,12 @@ def _needed(base: BaseModel, args: Arguments) -> float:
     return base.memory_required(list(args["input"].shape), cond_shapes=shapes)
 
 
-def _arguments(args: Arguments, part: Part, count: int) -> dict[str, Any]:
+def _arguments(args: Arguments, part: BatchSlice, count: int) -> dict[str, Any]:
     """Those of the part's images; the batch is made of `count` conds with all images each."""
     rows = args["input"].shape[0]
     chosen = torch.arange(rows).unflatten(0, (count, -1))[:, part.start : part.end].flatten()
     options = args["c"]["transformer_options"]
-    options = {**options, PART: part, "sigmas": options["sigmas"][part.start : part.end]}
+    options = {**options, BATCH_SLICE: part, "sigmas": options["sigmas"][part.start : part.end]}
     if "uuids" in options:  # by which caches such as EasyCache tell what they have seen
         options["uuids"] = [(uuid, *part) for uuid in options["uuids"]]
     c = {key: _rows(value, rows, chosen) for key, value in args["c"].items() if key != "transformer_options"}

@@ -29,18 +29,18 @@ COND_PREFIX = "edit_sliders."
 TIME_RANGE = COND_PREFIX + "time_range"
 """Of those, the start and end of the part of the schedule that a cond was made for."""
 
-PART = "edit_sliders.part"
+BATCH_SLICE = "edit_sliders.part"
 """Name in transformer_options of the Part of the batch that a model call is for, when it is split."""
 
 _KEY = "edit_sliders"
 
 Forward = Callable[..., Any]
-Around = Callable[[Forward], Forward]
+ForwardWrapper = Callable[[Forward], Forward]
 """Makes the module's forward for one call out of its present one. The result must be a plain function: torch.compile
 recompiles for every new functools.partial or lambda default, but not for new closures of the same code."""
 
 
-class Part(NamedTuple):
+class BatchSlice(NamedTuple):
     """Images start..end of a batch of so many `images`."""
 
     start: int
@@ -64,13 +64,13 @@ class ModelInputs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ModelCall:
+class ForwardContext:
     """What one model call is about.
 
     conds: what is ours in the conds of this call: tensors, first dimension images * count (images vary fastest), and
     constants that all these conds share.
     images: images in the latent batch; count: conds that share this call.
-    text_rows: rows of text that the model gets. latent: shape of what it denoises.
+    num_text_tokens: rows of text that the model gets. latent: shape of what it denoises.
     dtype: in which it computes. weights: tells differently patched weights apart.
     sigma: its noise level. percent_to_sigma: from a share of the schedule to the noise level there.
     inputs: what it is called with. run: calls the model itself, with other operations and inputs.
@@ -79,7 +79,7 @@ class ModelCall:
     conds: Mapping[str, Any]
     images: int
     count: int
-    text_rows: int
+    num_text_tokens: int
     device: torch.device
     dtype: torch.dtype
     weights: object
@@ -87,14 +87,16 @@ class ModelCall:
     sigma: torch.Tensor
     percent_to_sigma: Callable[[float], float]
     inputs: ModelInputs
-    run: Callable[[tuple[Operation, ...], ModelInputs], torch.Tensor]
+    run: Callable[[tuple[ModelPatch, ...], ModelInputs], torch.Tensor]
 
     def within(self, start: float, end: float) -> bool:
         """Whether the call lies in this part of the schedule, 0 to 1, with its borders."""
-        return in_part(self.sigma, self.percent_to_sigma, start, end)
+        return in_schedule_range(self.sigma, self.percent_to_sigma, start, end)
 
 
-def in_part(sigma: torch.Tensor, percent_to_sigma: Callable[[float], float], start: float, end: float) -> bool:
+def in_schedule_range(
+    sigma: torch.Tensor, percent_to_sigma: Callable[[float], float], start: float, end: float
+) -> bool:
     """Whether a noise level (0-dim) lies in this part of the schedule, 0 to 1, with its borders.
 
     Compared in the noise level's own precision, as ComfyUI does for the part of the schedule that a cond has.
@@ -107,60 +109,60 @@ AttentionPatch = Callable[..., dict[str, Any]]
 """ComfyUI's attn1_patch: (q, k, v, pe=..., attn_mask=..., extra_options=...) to those of them that it replaces."""
 
 
-class Operation:
-    """A change to the model. `side_model` holds its weights, moved by ComfyUI together with the model, or is None.
+class ModelPatch:
+    """A change to the model. `lora_branches` holds its weights, moved by ComfyUI together with the model, or is None.
 
-    image_by_image: whether what it does to an image takes nothing from the others of the batch, so that they can be
+    batch_independent: whether what it does to an image takes nothing from the others of the batch, so that they can be
     computed apart.
     """
 
-    side_model: ModelPatcher | None = None
-    image_by_image = False
+    lora_branches: ModelPatcher | None = None
+    batch_independent = False
 
-    def around(self, call: ModelCall) -> Mapping[str, Around]:
+    def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:
         """Module path inside the diffusion model -> what to put around its forward. Empty leaves the call alone."""
         return {}
 
-    def attention_patches(self, call: ModelCall) -> Sequence[AttentionPatch]:
+    def attention_patches(self, context: ForwardContext) -> Sequence[AttentionPatch]:
         """What to do to the inputs of every attention of this call. Not to be had under torch.compile."""
         return ()
 
 
-def add_operation(model: ModelPatcher, operation: Operation) -> ModelPatcher:
+def add_patch(model: ModelPatcher, patch: ModelPatch) -> ModelPatcher:
     """A clone of `model` that also runs `operation`, after those it already has. `model` itself is not changed."""
     patched = model.clone()
-    operations = (*operations_of(model), operation)
-    _set_operations(patched, operations)
-    side_models = [op.side_model.clone() for op in operations if op.side_model is not None]
-    patched.set_additional_models(_KEY, side_models)
+    patches = (*patches_of(model), patch)
+    _set_patches(patched, patches)
+    branch_patchers = [op.lora_branches.clone() for op in patches if op.lora_branches is not None]
+    patched.set_additional_models(_KEY, branch_patchers)
     patched.remove_callbacks_with_key(CallbacksMP.ON_DEEPCLONE_MULTIGPU, _KEY)
     patched.add_callback_with_key(CallbacksMP.ON_DEEPCLONE_MULTIGPU, _KEY, _use_own_side_models)
     return patched
 
 
-def operations_of(model: ModelPatcher) -> tuple[Operation, ...]:
+def patches_of(model: ModelPatcher) -> tuple[ModelPatch, ...]:
     """The operations that `model` runs, in their order."""
     return model.get_attachment(_KEY) or ()
 
 
-def _set_operations(model: ModelPatcher, operations: tuple[Operation, ...]) -> None:
-    model.set_attachments(_KEY, operations)
+def _set_patches(model: ModelPatcher, patches: tuple[ModelPatch, ...]) -> None:
+    model.set_attachments(_KEY, patches)
     model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, _KEY)
-    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, partial(_run, operations))
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, partial(_run, patches))
 
 
 def _use_own_side_models(_: ModelPatcher, copied: ModelPatcher) -> None:
     """ComfyUI has copied a model and its side models for a further GPU: make the operations use those copies."""
-    side_models = iter(copied.get_additional_models_with_key(_KEY))
-    operations = tuple(map(copy.copy, operations_of(copied)))
-    for operation in operations:
-        if operation.side_model is not None:
-            operation.side_model = next(side_models)
-    _set_operations(copied, operations)
+    branch_patchers = iter(copied.get_additional_models_with_key(_KEY))
+    patches = tuple(map(copy.copy, patches_of(copied)))
+    for patch in patches:
+        if patch.lora_branches is not None:
+            patch.lora_branches = next(branch_patchers)
+    _set_patches(copied, patches)
 
 
 def _run(
-    operations: tuple[Operation, ...],
+    patches: tuple[ModelPatch, ...],
     executor: Any,
     x: torch.Tensor,
     t: torch.Tensor,
@@ -174,14 +176,14 @@ def _run(
     conds = {key: _moved(value, x.device) for key, value in kwargs.items() if key.startswith(COND_PREFIX)}
     others = {key: value for key, value in kwargs.items() if key not in conds}
     count = len(transformer_options.get("cond_or_uncond", (0,)))
-    if PART in transformer_options:
-        _check_image_by_image(operations)
+    if BATCH_SLICE in transformer_options:
+        _check_batch_independent(patches)
     base = executor.class_obj
-    call = ModelCall(
+    context = ForwardContext(
         conds=conds,
         images=x.shape[0] // count,
         count=count,
-        text_rows=0 if c_crossattn is None else c_crossattn.shape[1],
+        num_text_tokens=0 if c_crossattn is None else c_crossattn.shape[1],
         device=x.device,
         dtype=base.get_dtype_inference(),
         weights=base.current_weight_patches_uuid,
@@ -191,21 +193,21 @@ def _run(
         inputs=inputs,
         run=partial(_run_again, executor),
     )
-    if not call.within(*call.conds.get(TIME_RANGE, (0, 1))):
+    if not context.within(*context.conds.get(TIME_RANGE, (0, 1))):
         raise SliderError(
             "A conditioning that 'Where and When' or 'Prompt Difference' divided in time got another part of the "
             "schedule behind it; expected 'ConditioningSetTimestepRange' before it. Change their order."
         )
-    changes = [operation.around(call) for operation in operations]
-    for operation in operations:
-        transformer_options = _with_attention_patches(transformer_options, operation.attention_patches(call))
+    changes = [patch.forward_wrappers(context) for patch in patches]
+    for patch in patches:
+        transformer_options = _with_attention_patches(transformer_options, patch.attention_patches(context))
     model = diffusion_model_of(base)
-    with overridden(model, changes):
+    with patched_forwards(model, changes):
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **others)
 
 
-def _check_image_by_image(operations: tuple[Operation, ...]) -> None:
-    if not all(operation.image_by_image for operation in operations):
+def _check_batch_independent(patches: tuple[ModelPatch, ...]) -> None:
+    if not all(patch.batch_independent for patch in patches):
         raise SliderError(
             "The batch is split by 'Images at Once', but the model lets its images look at one another or keeps what "
             "it saw of them (such as 'Inject Vital Layers' and 'Remember Source'); expected none of these. Raise "
@@ -217,8 +219,8 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-def _run_again(executor: Any, operations: tuple[Operation, ...], inputs: ModelInputs) -> torch.Tensor:
-    return _run(operations, executor, *inputs[:-1], **inputs.further)
+def _run_again(executor: Any, patches: tuple[ModelPatch, ...], inputs: ModelInputs) -> torch.Tensor:
+    return _run(patches, executor, *inputs[:-1], **inputs.further)
 
 
 def _with_attention_patches(options: Mapping[str, Any], patches: Sequence[AttentionPatch]) -> Mapping[str, Any]:
@@ -234,19 +236,19 @@ def _with_attention_patches(options: Mapping[str, Any], patches: Sequence[Attent
 
 
 @contextlib.contextmanager
-def overridden(model: torch.nn.Module, changes: Sequence[Mapping[str, Around]]) -> Iterator[None]:
+def patched_forwards(model: torch.nn.Module, changes: Sequence[Mapping[str, ForwardWrapper]]) -> Iterator[None]:
     """Until the context ends the named submodules of a diffusion model run with these changes, the last outermost."""
     with contextlib.ExitStack() as stack:
         for change in changes:
-            for path, around in change.items():
-                stack.enter_context(_overridden(model.get_submodule(path), around))
+            for path, wrap in change.items():
+                stack.enter_context(_patched_forward(model.get_submodule(path), wrap))
         yield
 
 
 @contextlib.contextmanager
-def _overridden(module: torch.nn.Module, around: Around) -> Iterator[None]:
+def _patched_forward(module: torch.nn.Module, wrap: ForwardWrapper) -> Iterator[None]:
     own = vars(module).get("forward")
-    module.forward = around(own or _class_forward(module))
+    module.forward = wrap(own or _class_forward(module))
     try:
         yield
     finally:

@@ -14,10 +14,10 @@ from comfy import ops
 from comfy.model_management import unet_offload_device
 from comfy.model_patcher import ModelPatcher
 
-from .forward_patches import Around, Forward
+from .forward_patches import Forward, ForwardWrapper
 
 
-class Factor(NamedTuple):
+class LoraWeights(NamedTuple):
     """A low-rank update of some output rows of one linear.
 
     offset, size: rows in units of the model's width (`size` None: all rows), so that they are known from names alone.
@@ -35,15 +35,15 @@ class Factor(NamedTuple):
         return 0 if self.size is None else self.offset * (self.up.shape[0] // self.size)
 
 
-class SidePath(torch.nn.Module):
+class LoraBranch(torch.nn.Module):
     """All factors of one linear; `down` is shared so that fused qkv costs one product."""
 
-    def __init__(self, factors: Sequence[Factor]):
+    def __init__(self, lora_weights: Sequence[LoraWeights]):
         super().__init__()
-        self.down = _linear(torch.cat([f.down for f in factors]))
-        self.ups = torch.nn.ModuleList(_linear(f.up * f.scale if f.scale != 1 else f.up) for f in factors)
-        self.rows = [slice(f.first_row, f.first_row + f.up.shape[0]) for f in factors]
-        self.ranks = [f.down.shape[0] for f in factors]
+        self.down = _linear(torch.cat([f.down for f in lora_weights]))
+        self.ups = torch.nn.ModuleList(_linear(f.up * f.scale if f.scale != 1 else f.up) for f in lora_weights)
+        self.rows = [slice(f.first_row, f.first_row + f.up.shape[0]) for f in lora_weights]
+        self.ranks = [f.down.shape[0] for f in lora_weights]
 
     def forward(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Add weight * up(down(x)) to `y` in place and return it.
@@ -57,21 +57,21 @@ class SidePath(torch.nn.Module):
         return y
 
 
-class SideModel(torch.nn.Module):
+class LoraBranches(torch.nn.Module):
     """The side paths of one adapter, keyed by module path of the model they stand beside."""
 
-    def __init__(self, factors: Mapping[str, Sequence[Factor]]):
+    def __init__(self, lora_weights: Mapping[str, Sequence[LoraWeights]]):
         super().__init__()
-        self.factors = factors
-        paths = {name: SidePath(f) for name, f in factors.items()}
+        self.lora_weights = lora_weights
+        paths = {name: LoraBranch(f) for name, f in lora_weights.items()}
         self.paths = torch.nn.ModuleList(paths.values())
         self.names = list(paths)
         self._patchers: dict[torch.device, ModelPatcher] = {}
         self.requires_grad_(False)
 
-    def around(self, weight: torch.Tensor) -> dict[str, Around]:
-        """Overrides for all modules, with the weight of SidePath.forward."""
-        return {name: _beside(path, weight) for name, path in zip(self.names, self.paths)}
+    def forward_wrappers(self, weight: torch.Tensor) -> dict[str, ForwardWrapper]:
+        """Overrides for all modules, with the weight of LoraBranch.forward."""
+        return {name: _add_branch(path, weight) for name, path in zip(self.names, self.paths)}
 
     def patcher(self, load_device: torch.device) -> ModelPatcher:
         """The ModelPatcher by which ComfyUI loads and offloads the side paths.
@@ -86,19 +86,19 @@ class SideModel(torch.nn.Module):
         return self._patchers[load_device]
 
 
-def _fresh_patcher(side: SideModel, load_device: torch.device) -> ModelPatcher:
+def _fresh_patcher(side: LoraBranches, load_device: torch.device) -> ModelPatcher:
     """What ComfyUI asks for to put the side paths on a further GPU: a side model of its own."""
-    return SideModel(side.factors).patcher(load_device)
+    return LoraBranches(side.lora_weights).patcher(load_device)
 
 
-def _beside(path: torch.nn.Module, weight: torch.Tensor) -> Around:
-    def around(forward: Forward) -> Forward:
+def _add_branch(path: torch.nn.Module, weight: torch.Tensor) -> ForwardWrapper:
+    def wrap(forward: Forward) -> Forward:
         def with_side_path(x: torch.Tensor) -> torch.Tensor:
             return path(forward(x), x, weight)
 
         return with_side_path
 
-    return around
+    return wrap
 
 
 def _linear(weight: torch.Tensor) -> torch.nn.Module:

@@ -16,7 +16,7 @@ _DIFFERING = 0.05
 """Share of values that rounding may change between two precisions of one model."""
 
 
-class ModelIdentity(NamedTuple):
+class ModelFingerprint(NamedTuple):
     """A model's family and the values of one small parameter, without LoRAs."""
 
     family: str
@@ -24,7 +24,7 @@ class ModelIdentity(NamedTuple):
 
     def check(self, model: ModelPatcher, what: str) -> None:
         """Raise SliderError unless `model` is this one, in whatever precision. what: what was made with it."""
-        other = identity_of(model)
+        other = fingerprint_of(model)
         if other.family != self.family or other.values.shape != self.values.shape:
             raise SliderError(
                 f"{what} was made with another model ({self.family}, {len(self.values)} wide; this one is "
@@ -39,9 +39,13 @@ class ModelIdentity(NamedTuple):
             )
 
 
-def identity_of(model: ModelPatcher) -> ModelIdentity:
+def fingerprint_of(model: ModelPatcher) -> ModelFingerprint:
     """The identity of a loaded model. Raises SliderError for a model of no known family."""
     family = family_of(model)
-    unpatched = model.backup.get(f"diffusion_model.{family.identity}")
-    values = unpatched.weight if unpatched else comfy.utils.get_attr(diffusion_model_of(model.model), family.identity)
-    return ModelIdentity(family.name, values.detach().to("cpu", copy=True))
+    unpatched = model.backup.get(f"diffusion_model.{family.fingerprint_parameter}")
+    values = (
+        unpatched.weight
+        if unpatched
+        else comfy.utils.get_attr(diffusion_model_of(model.model), family.fingerprint_parameter)
+    )
+    return ModelFingerprint(family.name, values.detach().to("cpu", copy=True))

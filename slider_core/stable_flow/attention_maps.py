@@ -10,12 +10,11 @@ import comfy.sample
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..conditioning.span_strengths import Conditioning
 from ..errors import SliderError
 from ..families import family_of
 from ..families.network import diffusion_model_of
-from ..patching.forward_patches import AttentionPatch, ModelCall, Operation, add_operation
-from .inversion import OnStep
+from ..patching.forward_patches import AttentionPatch, ForwardContext, ModelPatch, add_patch
+from ..types import Conditioning, OnStep
 
 
 @dataclass
@@ -41,7 +40,7 @@ class PointAttention:
         return torch.stack([self.maps[layer] for layer in layers]).mean(0)
 
 
-def view_attention(
+def measure_attention(
     model: ModelPatcher,
     conditioning: Conditioning,
     latent: torch.Tensor,
@@ -62,7 +61,7 @@ def view_attention(
             f"There is no picture {picture} in a batch of {latent.shape[0]}; expected 0 to {latent.shape[0] - 1}."
         )
     watch = _Watch(model, picture, point)
-    watched = add_operation(model, watch)
+    watched = add_patch(model, watch)
     inputs = (noise, steps, 1.0, "euler", "simple", conditioning, conditioning, latent)
     samples = comfy.sample.sample(watched, *inputs, callback=on_step, disable_pbar=True, seed=seed)
     seen = watch.seen
@@ -71,7 +70,7 @@ def view_attention(
     return seen, samples
 
 
-class _Watch(Operation):
+class _Watch(ModelPatch):
     """Operation: sums up the attention of one point over all calls; changes nothing."""
 
     def __init__(self, model: ModelPatcher, picture: int, point: tuple[float, float]):
@@ -79,19 +78,19 @@ class _Watch(Operation):
         self.picture, self.point = picture, point
         self.seen = PointAttention()
 
-    def attention_patches(self, call: ModelCall) -> Sequence[AttentionPatch]:
-        rows, columns = self.family.image_grid(call.latent)
+    def attention_patches(self, context: ForwardContext) -> Sequence[AttentionPatch]:
+        rows, columns = self.family.image_grid(context.latent)
         row, column = (min(int(place * size), size - 1) for place, size in zip(reversed(self.point), (rows, columns)))
-        first, query = call.text_rows, call.text_rows + row * columns + column
+        first, query = context.num_text_tokens, context.num_text_tokens + row * columns + column
         self.seen.calls += 1
 
         def patch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **inputs: Any) -> dict[str, torch.Tensor]:
             one, positions = slice(self.picture, self.picture + 1), inputs["pe"]
             positions = positions if positions.shape[0] == 1 else positions[one]
-            queries, keys = self.family.with_positions(q[one], k[one], positions)
+            queries, keys = self.family.apply_rope(q[one], k[one], positions)
             scores = queries[0, :, query : query + 1].float() @ keys[0].float().transpose(-1, -2)
             shares = (scores / keys.shape[-1] ** 0.5).softmax(-1).mean((0, 1)).cpu()
-            layer = self.family.layer_of(inputs["extra_options"], self.model)
+            layer = self.family.block_index_of(inputs["extra_options"], self.model)
             of_picture = shares[first : first + rows * columns].reshape(rows, columns)
             self.seen.text[layer] = self.seen.text.get(layer, 0.0) + float(shares[:first].sum())
             self.seen.maps[layer] = self.seen.maps.get(layer, torch.zeros(rows, columns)) + of_picture

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from typing import Any
 
-import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.model_sampling import CONST
-from comfy.samplers import CFGGuider, Sampler
 
-from ..conditioning.span_strengths import Conditioning
 from ..errors import SliderError
-from ..patching.model_fingerprint import identity_of
-from .trajectory import Trajectory, check_sigmas
+from ..patching.model_fingerprint import fingerprint_of
+from ..sampling.flow_matching import (
+    Denoise,
+    StepSampler,
+    check_flow_matching,
+    check_image_latent,
+    check_sigmas,
+    run_sampler,
+)
+from ..types import Conditioning, OnStep
+from .trajectory import Trajectory
 
 NUDGING = 1.15
 
 FOLLOWS = "follows the trajectory"
 PUBLISHED = "as in the published code"
 FREE = "is left alone"
-
-OnStep = Callable[[int, torch.Tensor, torch.Tensor, int], None]
-"""(step from 0, predicted picture, latents, number of steps), called after each step."""
-
-Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(latents, noise level) -> what the model predicts the picture to be."""
 
 
 def invert(
@@ -51,11 +48,11 @@ def invert(
         raise SliderError(f"The latent has {latent.shape[0]} pictures; expected one to invert.")
     check_flow_matching(model)
     check_sigmas(sigmas)
-    check_picture(model, latent)
+    check_image_latent(model, latent)
     if conditioning[0][1].get("pooled_output") is None:
         raise SliderError("The source prompt has no pooled vector; expected one, from FLUX.1's text encoders.")
     sampler = InverseEuler(nudging, refinements)
-    run(model, conditioning, sampler, sigmas.flip(0), latent, on_step)
+    run_sampler(model, conditioning, sampler, sigmas.flip(0), latent, on_step)
     text, options = conditioning[0]
     return Trajectory(
         latents=torch.cat(sampler.latents[::-1]),
@@ -65,7 +62,7 @@ def invert(
         prompt=prompt,
         nudging=nudging,
         refinements=refinements,
-        model=identity_of(model),
+        model=fingerprint_of(model),
     )
 
 
@@ -94,31 +91,7 @@ def edit_from_trajectory(
             )
         trajectory.check_source(conditioning)
     empty = torch.zeros(pictures, *trajectory.latents.shape[1:])
-    return run(model, conditioning, EulerFromTrajectory(trajectory, source), trajectory.sigmas, empty, on_step)
-
-
-class StepSampler(Sampler):
-    """What the samplers of this pack have in common."""
-
-    def sample(
-        self,
-        model_wrap: Any,
-        sigmas: torch.Tensor,
-        extra_args: dict[str, Any],
-        callback: OnStep | None,
-        noise: torch.Tensor,
-        latent_image: torch.Tensor,
-        denoise_mask: object = None,
-        disable_pbar: bool = False,
-    ) -> torch.Tensor:
-        def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            return model_wrap(x, sigma.expand(len(x)), **extra_args)
-
-        return self.steps(denoise, sigmas, latent_image, callback or (lambda *_: None))
-
-    def steps(self, denoise: Denoise, sigmas: torch.Tensor, latent: torch.Tensor, on_step: OnStep) -> torch.Tensor:
-        """Go from the first noise level to the last; the latents there."""
-        raise NotImplementedError
+    return run_sampler(model, conditioning, EulerFromTrajectory(trajectory, source), trajectory.sigmas, empty, on_step)
 
 
 class InverseEuler(StepSampler):
@@ -128,7 +101,9 @@ class InverseEuler(StepSampler):
         self.nudging, self.refinements = nudging, refinements
         self.latents: list[torch.Tensor] = []
 
-    def steps(self, denoise: Denoise, sigmas: torch.Tensor, latent: torch.Tensor, on_step: OnStep) -> torch.Tensor:
+    def sample_loop(
+        self, denoise: Denoise, sigmas: torch.Tensor, latent: torch.Tensor, on_step: OnStep
+    ) -> torch.Tensor:
         x = latent * self.nudging
         self.latents = [x.cpu()]
         for step, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
@@ -148,7 +123,9 @@ class EulerFromTrajectory(StepSampler):
     def __init__(self, trajectory: Trajectory, source: str):
         self.trajectory, self.source = trajectory, source
 
-    def steps(self, denoise: Denoise, sigmas: torch.Tensor, latent: torch.Tensor, on_step: OnStep) -> torch.Tensor:
+    def sample_loop(
+        self, denoise: Denoise, sigmas: torch.Tensor, latent: torch.Tensor, on_step: OnStep
+    ) -> torch.Tensor:
         latents, steps = self.trajectory.latents.to(latent), len(sigmas) - 1
         x = latents[:1].repeat(len(latent), 1, 1, 1)
         for step, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
@@ -165,38 +142,3 @@ class EulerFromTrajectory(StepSampler):
 def _published_entry(step: int, steps: int) -> int:
     """Stable Flow's code takes entry -step of its list, which runs from the least noisy latent to noise."""
     return steps - 1 if step == 0 else step - 1
-
-
-def check_flow_matching(model: ModelPatcher) -> None:
-    """Raise SliderError for a model whose velocity is not noise minus picture."""
-    sampling = model.get_model_object("model_sampling")
-    if not isinstance(sampling, CONST):
-        raise SliderError(
-            f"The model samples by {type(sampling).__name__}, which is not flow matching; expected a FLUX.1 model "
-            "without nodes that change that."
-        )
-
-
-def check_picture(model: ModelPatcher, latent: torch.Tensor) -> None:
-    """Raise SliderError for a latent that is no encoded picture of this model."""
-    channels = model.get_model_object("latent_format").latent_channels
-    if latent.ndim != 4 or latent.shape[1] != channels or not latent.isfinite().all() or not latent.any():
-        raise SliderError(
-            f"The latent {tuple(latent.shape)} is empty, holds numbers that are none, or is no picture for this model; "
-            f"expected {channels} channels, encoded by VAEEncode with the model's own VAE."
-        )
-
-
-def run(
-    model: ModelPatcher,
-    conditioning: Conditioning,
-    sampler: Sampler,
-    sigmas: torch.Tensor,
-    latent: torch.Tensor,
-    on_step: OnStep | None,
-) -> torch.Tensor:
-    """Let a sampler run over the model with nothing but this conditioning, from no noise."""
-    guider = CFGGuider(model)
-    guider.set_conds(conditioning, conditioning)
-    samples = guider.sample(torch.zeros_like(latent), latent, sampler, sigmas, callback=on_step, disable_pbar=True)
-    return samples.to(comfy.model_management.intermediate_device(), comfy.model_management.intermediate_dtype())

@@ -15,20 +15,20 @@ import comfy.sample
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..conditioning.span_strengths import Conditioning
 from ..errors import SliderError
-from ..patching.forward_patches import Around, ModelCall, ModelInputs, Operation, add_operation, operations_of
-from ..patching.model_fingerprint import ModelIdentity, identity_of
+from ..patching.forward_patches import ForwardContext, ForwardWrapper, ModelInputs, ModelPatch, add_patch, patches_of
+from ..patching.model_fingerprint import ModelFingerprint, fingerprint_of
 from ..sampling.deterministic_samplers import ONE_CALL_PER_STEP
-from .inversion import Denoise, OnStep, StepSampler, check_flow_matching, run
+from ..sampling.flow_matching import Denoise, StepSampler, check_flow_matching, run_sampler
+from ..types import Conditioning, OnStep
 from .trajectory import Trajectory
-from .vital_layers import InjectedShare, KeyValuePlaces
+from .vital_layers import InjectionWeight, KVSlots
 
 _SHARE_OF_FREE_MEMORY = 0.5
 _SAME_SIGMA = 1e-4
 
 
-class _Moment(NamedTuple):
+class _CachedStep(NamedTuple):
     """One model call of the source. key_values: (layers, tokens, 2 * width), or None where they are not kept."""
 
     sigma: float
@@ -37,7 +37,7 @@ class _Moment(NamedTuple):
     key_values: torch.Tensor | None
 
 
-class ReferenceCache(NamedTuple):
+class SourceKVCache(NamedTuple):
     """What a source leaves behind for its edits. A tuple, so that ComfyUI's cache sees how much memory it holds.
 
     how: the schedule that edits have to follow, in words. latent: (channels, height, width).
@@ -47,19 +47,19 @@ class ReferenceCache(NamedTuple):
     how: str
     steps: int
     layers: tuple[int, ...]
-    model: ModelIdentity
-    operations: tuple[Operation, ...]
+    model: ModelFingerprint
+    patches: tuple[ModelPatch, ...]
     latent: tuple[int, ...]
     needed: int
     start: torch.Tensor | None
-    moments: list[_Moment]
+    moments: list[_CachedStep]
 
     @property
     def kept(self) -> bool:
         """Whether keys and values are in memory."""
         return all(moment.key_values is not None for moment in self.moments)
 
-    def at(self, sigma: float) -> _Moment:
+    def at(self, sigma: float) -> _CachedStep:
         """The source's call at a noise level. Raises SliderError when there was none."""
         nearest = min(self.moments, key=lambda moment: abs(moment.sigma - sigma))
         if abs(nearest.sigma - sigma) > _SAME_SIGMA:
@@ -83,13 +83,13 @@ class ReferenceCache(NamedTuple):
 
 def memory_needed(model: ModelPatcher, layers: Sequence[int], latent: Sequence[int], steps: int) -> int:
     """Bytes of the keys and values of a source of this latent shape."""
-    return steps * math.prod(KeyValuePlaces(model, layers).shape(latent)) * model.model.get_dtype_inference().itemsize
+    return steps * math.prod(KVSlots(model, layers).shape(latent)) * model.model.get_dtype_inference().itemsize
 
 
 def describe_need(
     model: ModelPatcher, layers: Sequence[int], latent: Sequence[int], steps: int, limit: float = 0.0
 ) -> str:
-    """What remembering will take of memory, for the user to see before it does. limit: as in remember_sampling."""
+    """What remembering will take of memory, for the user to see before it does. limit: as in cache_source_kv."""
     needed, allowed = memory_needed(model, layers, latent, steps), _allowed(limit)
     found = f"The source takes {_gigabytes(needed)} of RAM ({_gigabytes(allowed)} may be used)"
     return f"{found}." if needed <= allowed else f"{found}: too much, it will be computed again with every edit."
@@ -100,7 +100,7 @@ def _allowed(limit: float) -> int:
     return int(min(limit * 1e9, free) if limit else _SHARE_OF_FREE_MEMORY * free)
 
 
-def remember_sampling(
+def cache_source_kv(
     model: ModelPatcher,
     conditioning: Conditioning,
     latent: torch.Tensor,
@@ -112,7 +112,7 @@ def remember_sampling(
     scheduler: str,
     limit: float = 0.0,
     on_step: OnStep | None = None,
-) -> tuple[ReferenceCache, torch.Tensor]:
+) -> tuple[SourceKVCache, torch.Tensor]:
     """Sample a source from noise, as KSampler does at cfg 1; what its edits need, and its latent.
 
     latent: (1, channels, height, width), empty; noise: as large. sampler: one of ONE_CALL_PER_STEP. limit: GB of memory
@@ -145,14 +145,14 @@ def remember_sampling(
     return recorder.finished(), samples
 
 
-def remember_trajectory(
+def cache_trajectory_kv(
     model: ModelPatcher,
     trajectory: Trajectory,
     layers: Sequence[int],
     limit: float = 0.0,
     on_step: OnStep | None = None,
-) -> ReferenceCache:
-    """What edits from a trajectory need, so that the source need not be in their batch. limit: as remember_sampling.
+) -> SourceKVCache:
+    """What edits from a trajectory need, so that the source need not be in their batch. limit: as cache_source_kv.
 
     Raises SliderError for a trajectory of another model and for absent layers.
     """
@@ -161,14 +161,14 @@ def remember_trajectory(
     latent = trajectory.latents[:1]
     how = f"the trajectory's {trajectory.steps} steps"
     recorder = _Recorder(model, layers, latent.shape, trajectory.steps, how, limit, latent)
-    visits = _Visits(trajectory)
-    run(recorder.model, trajectory.conditioning(), visits, trajectory.sigmas, torch.zeros_like(latent), on_step)
+    visits = _TrajectoryReplay(trajectory)
+    run_sampler(recorder.model, trajectory.conditioning(), visits, trajectory.sigmas, torch.zeros_like(latent), on_step)
     return recorder.finished()
 
 
 def inject_cached(
     model: ModelPatcher,
-    cache: ReferenceCache,
+    cache: SourceKVCache,
     strength: float = 1.0,
     start: float = 0.0,
     end: float = 1.0,
@@ -181,13 +181,13 @@ def inject_cached(
     samplers that add noise.
     """
     cache.model.check(model, "The remembered source")
-    share = InjectedShare(strength, start, end, mask)
-    return share.applied(add_operation(model, _CachedInjection(KeyValuePlaces(model, cache.layers), cache, share)))
+    share = InjectionWeight(strength, start, end, mask)
+    return share.applied(add_patch(model, _CachedInjection(KVSlots(model, cache.layers), cache, share)))
 
 
-def check_remembers(model: ModelPatcher, trajectory: Trajectory) -> None:
+def check_cached_source(model: ModelPatcher, trajectory: Trajectory) -> None:
     """Raise SliderError unless `model` injects what was remembered of this trajectory."""
-    caches = [operation.cache for operation in operations_of(model) if isinstance(operation, _CachedInjection)]
+    caches = [patch.cache for patch in patches_of(model) if isinstance(patch, _CachedInjection)]
     if not caches:
         raise SliderError(
             "The model remembers no source; expected one from 'Inject Remembered Source'. Connect it, or let the "
@@ -216,14 +216,14 @@ class _Recorder:
     ):
         if latent[0] != 1:
             raise SliderError(f"The latent has {latent[0]} pictures; expected one, the source.")
-        places, needed = KeyValuePlaces(model, layers), memory_needed(model, layers, latent, steps)
-        identity, operations = identity_of(model), operations_of(model)
-        self.cache = ReferenceCache(
-            how, steps, tuple(dict.fromkeys(layers)), identity, operations, tuple(latent[1:]), needed, start, []
+        places, needed = KVSlots(model, layers), memory_needed(model, layers, latent, steps)
+        identity, patches = fingerprint_of(model), patches_of(model)
+        self.cache = SourceKVCache(
+            how, steps, tuple(dict.fromkeys(layers)), identity, patches, tuple(latent[1:]), needed, start, []
         )
-        self.model = add_operation(model, _Recording(places, self.cache, keep=needed <= _allowed(limit)))
+        self.model = add_patch(model, _Recording(places, self.cache, keep=needed <= _allowed(limit)))
 
-    def finished(self) -> ReferenceCache:
+    def finished(self) -> SourceKVCache:
         """The cache, complete. Raises SliderError when something kept the model from computing all of it."""
         moments = self.cache.moments
         if len(moments) != self.cache.steps:
@@ -258,111 +258,113 @@ def _pinned(key_values: torch.Tensor | None) -> torch.Tensor | None:
     return used
 
 
-def _room(places: KeyValuePlaces, call: ModelCall, device: torch.device) -> torch.Tensor:
+def _allocate_kv(places: KVSlots, context: ForwardContext, device: torch.device) -> torch.Tensor:
     """Memory for keys and values of one call: (layers, tokens, 2 * width), each layer marked as not written."""
-    room = torch.empty(places.shape(call.latent), dtype=call.dtype, device=device)
+    room = torch.empty(places.shape(context.latent), dtype=context.dtype, device=device)
     room[:, 0, 0] = _NOT_WRITTEN
     return room
 
 
-def _kept_in(places: KeyValuePlaces, call: ModelCall, room: torch.Tensor) -> Mapping[str, Around]:
+def _capture_kv(places: KVSlots, context: ForwardContext, room: torch.Tensor) -> Mapping[str, ForwardWrapper]:
     def keep(layer: int, part: torch.Tensor) -> None:
         room[layer].copy_(part[0])
 
-    return places.changed(call, keep)
+    return places.changed(context, keep)
 
 
-class _Recording(Operation):
+class _Recording(ModelPatch):
     """Operation: notes every call of a source, with K and V while memory lasts."""
 
-    def __init__(self, places: KeyValuePlaces, cache: ReferenceCache, keep: bool):
+    def __init__(self, places: KVSlots, cache: SourceKVCache, keep: bool):
         self.places, self.cache, self.keep = places, cache, keep
 
-    def around(self, call: ModelCall) -> Mapping[str, Around]:
-        if call.images * call.count != 1:
+    def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:
+        if context.images * context.count != 1:
             raise SliderError(
                 "The source has several conditionings or pictures, or a node on its model computes the negative prompt "
                 "too (SAG, for example); expected one conditioning and one picture."
             )
-        if tuple(call.latent[1:]) != self.cache.latent:
+        if tuple(context.latent[1:]) != self.cache.latent:
             raise SliderError(
-                f"The source's conditioning covers {_size(call.latent[1:])} of a latent of {_size(self.cache.latent)}; "
-                "expected all of it. Take the area off the conditioning."
+                f"The source's conditioning covers {_size(context.latent[1:])} of a latent of "
+                f"{_size(self.cache.latent)}; expected all of it. Take the area off the conditioning."
             )
-        if call.inputs.control is not None:
+        if context.inputs.control is not None:
             raise SliderError("The source has a ControlNet, whose effect cannot be kept. Take it off the source.")
         moments, key_values = self.cache.moments, None
         if self.keep:
             try:
-                key_values = _room(self.places, call, torch.device("cpu"))
+                key_values = _allocate_kv(self.places, context, torch.device("cpu"))
             except (RuntimeError, MemoryError):
                 self.keep = False
                 moments[:] = [moment._replace(key_values=None) for moment in moments]
         known = moments[-1].inputs if moments else None
-        inputs = _moved(call.inputs, torch.device("cpu"), known)
-        moments.append(_Moment(call.sigma.item(), inputs, call.weights, key_values))
-        return {} if key_values is None else _kept_in(self.places, call, key_values)
+        inputs = _moved(context.inputs, torch.device("cpu"), known)
+        moments.append(_CachedStep(context.sigma.item(), inputs, context.weights, key_values))
+        return {} if key_values is None else _capture_kv(self.places, context, key_values)
 
 
-class _Capture(Operation):
+class _Capture(ModelPatch):
     """Operation: takes the K and V of one call, on its device."""
 
-    def __init__(self, places: KeyValuePlaces):
+    def __init__(self, places: KVSlots):
         self.places = places
         self.key_values: torch.Tensor | None = None
 
-    def around(self, call: ModelCall) -> Mapping[str, Around]:
-        self.key_values = _room(self.places, call, call.device)
-        return _kept_in(self.places, call, self.key_values)
+    def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:
+        self.key_values = _allocate_kv(self.places, context, context.device)
+        return _capture_kv(self.places, context, self.key_values)
 
 
-class _CachedInjection(Operation):
+class _CachedInjection(ModelPatch):
     """Operation: K and V of the image tokens of every picture become those of a cached source."""
 
-    image_by_image = True
+    batch_independent = True
 
-    def __init__(self, places: KeyValuePlaces, cache: ReferenceCache, share: InjectedShare):
+    def __init__(self, places: KVSlots, cache: SourceKVCache, share: InjectionWeight):
         self.places, self.cache, self.share = places, cache, share
 
-    def around(self, call: ModelCall) -> Mapping[str, Around]:
-        if tuple(call.latent[1:]) != self.cache.latent:
+    def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:
+        if tuple(context.latent[1:]) != self.cache.latent:
             raise SliderError(
                 f"The remembered source has a latent of {_size(self.cache.latent)}, this picture one of "
-                f"{_size(call.latent[1:])}; expected the same size. Use one latent for both."
+                f"{_size(context.latent[1:])}; expected the same size. Use one latent for both."
             )
-        moment = self.cache.at(call.sigma.item())
-        if not self.share.acts(call):
+        moment = self.cache.at(context.sigma.item())
+        if not self.share.acts(context):
             return {}
         kept = moment.key_values
-        source = self._computed_again(call, moment) if kept is None else kept
-        share = self.share.of_tokens(self.places, call)
-        soon = comfy.model_management.device_supports_non_blocking(call.device)
+        source = self._computed_again(context, moment) if kept is None else kept
+        share = self.share.of_tokens(self.places, context)
+        soon = comfy.model_management.device_supports_non_blocking(context.device)
 
         def inject(layer: int, part: torch.Tensor) -> None:
             part.lerp_(source[layer].to(part, non_blocking=soon), share.to(part))
 
-        return self.places.changed(call, inject)
+        return self.places.changed(context, inject)
 
-    def _computed_again(self, call: ModelCall, moment: _Moment) -> torch.Tensor:
-        if call.weights != moment.weights:
+    def _computed_again(self, context: ForwardContext, moment: _CachedStep) -> torch.Tensor:
+        if context.weights != moment.weights:
             raise SliderError(
                 "There is too little memory to keep the source, and it cannot be computed again because this model has "
                 "other LoRAs than the source's. Give both the same (from one LoRA node), or raise memory_limit."
             )
         capture = _Capture(self.places)
-        call.run((*self.cache.operations, capture), _moved(moment.inputs, call.device))
+        context.run((*self.cache.patches, capture), _moved(moment.inputs, context.device))
         _check_written(capture.key_values)
         assert capture.key_values is not None
         return capture.key_values
 
 
-class _Visits(StepSampler):
+class _TrajectoryReplay(StepSampler):
     """Calls the model once at every noise level of a trajectory, with the latent that lies there."""
 
     def __init__(self, trajectory: Trajectory):
         self.trajectory = trajectory
 
-    def steps(self, denoise: Denoise, sigmas: torch.Tensor, latent: torch.Tensor, on_step: OnStep) -> torch.Tensor:
+    def sample_loop(
+        self, denoise: Denoise, sigmas: torch.Tensor, latent: torch.Tensor, on_step: OnStep
+    ) -> torch.Tensor:
         for step, sigma in enumerate(sigmas[:-1]):
             x = self.trajectory.latents[step : step + 1].to(latent)
             on_step(step, denoise(x, sigma), x, len(sigmas) - 1)

@@ -10,10 +10,11 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from safetensors.torch import save_file
 
-from ..conditioning.span_strengths import Conditioning
 from ..errors import SliderError
-from ..patching.model_fingerprint import ModelIdentity
+from ..patching.model_fingerprint import ModelFingerprint
+from ..sampling.flow_matching import check_sigmas
 from ..tensor_file import read_tensors
+from ..types import Conditioning
 
 FORMAT = "edit-sliders trajectory 1"
 _TENSORS = {"latents": 4, "sigmas": 1, "text": 3, "pooled": 2, "model": 1}
@@ -37,7 +38,7 @@ class Trajectory:
     prompt: str
     nudging: float
     refinements: int
-    model: ModelIdentity
+    model: ModelFingerprint
 
     @property
     def steps(self) -> int:
@@ -130,20 +131,9 @@ def load_trajectory(path: str | Path) -> Trajectory:
         prompt, family = header["prompt"], header["family"]
     except (KeyError, ValueError) as error:
         raise SliderError(f"{name} does not tell how it was made ({error}). Invert anew.") from error
-    identity = ModelIdentity(family, tensors["model"])
+    identity = ModelFingerprint(family, tensors["model"])
     return Trajectory(latents, sigmas, text, pooled, prompt, nudging, refinements, identity)
 
 
 def _numbers(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() and bool(tensor.float().isfinite().all())
-
-
-def check_sigmas(sigmas: torch.Tensor) -> None:
-    """Raise SliderError unless these noise levels fall from at most 1 to 0, as those of flow matching do."""
-    falling = sigmas.ndim == 1 and len(sigmas) >= 2 and bool((sigmas.diff() < 0).all())
-    if not falling or not 0 < sigmas[0] <= 1 or sigmas[-1] != 0:
-        shown = ", ".join(f"{value:g}" for value in sigmas.flatten()[:4].tolist())
-        raise SliderError(
-            f"The noise levels (sigmas) begin with {shown}; expected at least two that fall from at most 1 to 0, as "
-            "those of a flow matching model do. Use a BasicScheduler with this model and denoise 1."
-        )

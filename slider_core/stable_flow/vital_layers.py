@@ -12,13 +12,13 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from ..conditioning.masks import checked_single_mask, token_shares
-from ..conditioning.schedule import check_part
+from ..conditioning.masks import mask_coverage, validate_single_mask
+from ..conditioning.schedule import check_schedule_range
 from ..errors import SliderError
 from ..families import Block, family_of
 from ..families.network import diffusion_model_of
-from ..int_ranges import parse_numbers
-from ..patching.forward_patches import Around, Forward, ModelCall, Operation, add_operation
+from ..int_ranges import parse_int_ranges
+from ..patching.forward_patches import Forward, ForwardContext, ForwardWrapper, ModelPatch, add_patch
 from ..sampling.deterministic_samplers import refuse_noise_adding_samplers
 
 _KEY = "edit_sliders.vital_layers"
@@ -26,31 +26,33 @@ _SAMPLED = _KEY + ".sampled"
 """Name in transformer_options of the shape of the latent that is sampled."""
 
 
-class KeyValuePlaces:
+class KVSlots:
     """Where some layers of a model compute K and V of the image's own tokens."""
 
     def __init__(self, model: ModelPatcher, layers: Sequence[int]):
-        self.family, self.blocks = family_of(model), chosen_blocks(model, layers)
+        self.family, self.blocks = family_of(model), select_blocks(model, layers)
         self.width = self.family.width(diffusion_model_of(model.model))
 
     def shape(self, latent: Sequence[int]) -> tuple[int, int, int]:
         """(layers, tokens, 2 * width) for a latent's shape."""
         return len(self.blocks), self.family.image_tokens(latent), 2 * self.width
 
-    def changed(self, call: ModelCall, change: Callable[[int, torch.Tensor], None]) -> Mapping[str, Around]:
+    def changed(
+        self, context: ForwardContext, change: Callable[[int, torch.Tensor], None]
+    ) -> Mapping[str, ForwardWrapper]:
         """Lets `change` write into them: (k-th of the layers, its K and V of shape (batch, tokens, 2 * width))."""
-        tokens, columns = self.family.image_tokens(call.latent), slice(self.width, 3 * self.width)
+        tokens, columns = self.family.image_tokens(context.latent), slice(self.width, 3 * self.width)
         changes = {}
         for layer, block in enumerate(self.blocks):
-            first = call.text_rows if block.text_first else 0
+            first = context.num_text_tokens if block.joint_sequence else 0
             changes[block.qkv] = _changed(layer, (slice(first, first + tokens), columns), change)
         return changes
 
 
-def _changed(layer: int, place: tuple[slice, slice], change: Callable[[int, torch.Tensor], None]) -> Around:
+def _changed(layer: int, place: tuple[slice, slice], change: Callable[[int, torch.Tensor], None]) -> ForwardWrapper:
     rows, columns = place
 
-    def around(forward: Forward) -> Forward:
+    def wrap(forward: Forward) -> Forward:
         def with_change(x: torch.Tensor) -> torch.Tensor:
             y = forward(x)
             change(layer, y[:, rows, columns])
@@ -58,31 +60,31 @@ def _changed(layer: int, place: tuple[slice, slice], change: Callable[[int, torc
 
         return with_change
 
-    return around
+    return wrap
 
 
-class InjectedShare:
+class InjectionWeight:
     """How much of K and V is injected: 0 = own, 1 = the source's; where, and in which part of the schedule.
 
     Raises SliderError for a part that ends before it starts, and for a mask that is none or several.
     """
 
     def __init__(self, strength: float, start: float, end: float, mask: torch.Tensor | None):
-        check_part(start, end)
+        check_schedule_range(start, end)
         self.strength, self.part = strength, (start, end)
-        self.mask = None if mask is None else checked_single_mask(mask)
+        self.mask = None if mask is None else validate_single_mask(mask)
 
-    def acts(self, call: ModelCall) -> bool:
+    def acts(self, context: ForwardContext) -> bool:
         """Whether anything is injected in this model call."""
-        return self.strength != 0 and call.within(*self.part)
+        return self.strength != 0 and context.within(*self.part)
 
-    def of_tokens(self, places: KeyValuePlaces, call: ModelCall) -> torch.Tensor:
+    def of_tokens(self, places: KVSlots, context: ForwardContext) -> torch.Tensor:
         """One for all tokens, (), or (tokens, 1)."""
         strength = torch.tensor(self.strength)
         if self.mask is not None:
-            _check_whole(call)
-            strength = strength * token_shares(self.mask, call.latent, places.family.image_grid(call.latent))
-        return strength.to(call.device)
+            _check_whole(context)
+            strength = strength * mask_coverage(self.mask, context.latent, places.family.image_grid(context.latent))
+        return strength.to(context.device)
 
     def applied(self, model: ModelPatcher) -> ModelPatcher:
         """The model, a clone of one's own, made to refuse samplers that add noise, and masks on areas."""
@@ -109,8 +111,8 @@ def _note_sampled(
     return executor(guider, sigmas, extra_args, callback, noise, *args, **more)
 
 
-def _check_whole(call: ModelCall) -> None:
-    sampled, covered = call.inputs.options.get(_SAMPLED, call.latent)[-2:], call.latent[-2:]
+def _check_whole(context: ForwardContext) -> None:
+    sampled, covered = context.inputs.options.get(_SAMPLED, context.latent)[-2:], context.latent[-2:]
     if tuple(sampled) != tuple(covered):
         raise SliderError(
             f"A conditioning covers {covered[1]} x {covered[0]} of a latent of {sampled[1]} x {sampled[0]}, where the "
@@ -119,31 +121,31 @@ def _check_whole(call: ModelCall) -> None:
         )
 
 
-class KeyValueInjection(Operation):
+class KeyValueInjection(ModelPatch):
     """Operation: in some layers, K and V of the image tokens of every image become those of the reference image.
 
     Text tokens, reference latents and all queries keep their own.
     chained: the first image has no reference, every other one the image before it.
     """
 
-    def __init__(self, places: KeyValuePlaces, reference: int, share: InjectedShare, chained: bool):
+    def __init__(self, places: KVSlots, reference: int, share: InjectionWeight, chained: bool):
         self.places, self.reference, self.share, self.chained = places, reference, share, chained
 
-    def around(self, call: ModelCall) -> Mapping[str, Around]:
-        if call.images < 2:
+    def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:
+        if context.images < 2:
             raise SliderError(
                 "The batch has one image; expected source and edits in one batch, from Stack Prompts and Same Noise. "
                 "For a source outside of the batch use Inject Remembered Source."
             )
-        if not self.reference < call.images:
+        if not self.reference < context.images:
             raise SliderError(
                 f"The reference is image {self.reference} of the batch (counted from 0), but the batch has "
-                f"{call.images} images. Choose another reference."
+                f"{context.images} images. Choose another reference."
             )
-        if not self.share.acts(call):
+        if not self.share.acts(context):
             return {}
-        images, reference, chained = call.images, self.reference, self.chained
-        share = self.share.of_tokens(self.places, call)
+        images, reference, chained = context.images, self.reference, self.chained
+        share = self.share.of_tokens(self.places, context)
 
         def inject(_: int, part: torch.Tensor) -> None:
             by_image = part.unflatten(0, (-1, images))
@@ -152,7 +154,7 @@ class KeyValueInjection(Operation):
             else:
                 by_image.lerp_(by_image[:, reference : reference + 1].clone(), share.to(part))
 
-        return self.places.changed(call, inject)
+        return self.places.changed(context, inject)
 
 
 def inject_key_values(
@@ -173,24 +175,24 @@ def inject_key_values(
     starts and a mask that is none or several; when sampling, for a batch of one, samplers that add noise, and a mask
     with a conditioning that has an area.
     """
-    share = InjectedShare(strength, start, end, mask)
-    places = KeyValuePlaces(model, layers)
-    return share.applied(add_operation(model, KeyValueInjection(places, reference, share, chained)))
+    share = InjectionWeight(strength, start, end, mask)
+    places = KVSlots(model, layers)
+    return share.applied(add_patch(model, KeyValueInjection(places, reference, share, chained)))
 
 
-class Bypass(Operation):
+class Bypass(ModelPatch):
     """Operation: some blocks pass their inputs on unchanged."""
 
     def __init__(self, blocks: Sequence[Block]):
         self.blocks = blocks
 
-    def around(self, call: ModelCall) -> Mapping[str, Around]:
+    def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:
         return {block.path: _passing(block) for block in self.blocks}
 
 
 def bypass(model: ModelPatcher, layers: Sequence[int]) -> ModelPatcher:
     """A clone of `model` without `layers`, to find out how vital they are."""
-    return add_operation(model, Bypass(chosen_blocks(model, layers)))
+    return add_patch(model, Bypass(select_blocks(model, layers)))
 
 
 LAYER_SETS = ("vital layers", "vital layers without layer 2", "all layers", "all but the vital layers")
@@ -198,7 +200,7 @@ LAYER_SETS = ("vital layers", "vital layers without layer 2", "all layers", "all
 
 def layer_set(model: ModelPatcher, name: str) -> list[int]:
     """The layers of one of LAYER_SETS for the model's family."""
-    vital, every = list(family_of(model).vital_layers), list(range(layer_count(model)))
+    vital, every = list(family_of(model).vital_layers), list(range(block_count(model)))
     sets = (
         vital,
         [layer for layer in vital if layer != 2],
@@ -208,20 +210,20 @@ def layer_set(model: ModelPatcher, name: str) -> list[int]:
     return sets[LAYER_SETS.index(name)]
 
 
-def layer_count(model: ModelPatcher) -> int:
+def block_count(model: ModelPatcher) -> int:
     """Number of the model's layers."""
     return len(family_of(model).blocks(diffusion_model_of(model.model)))
 
 
-def parse_layers(text: str) -> list[int]:
+def parse_block_indices(text: str) -> list[int]:
     """Layers such as '0, 1, 17-18'. Raises SliderError naming what is neither a number nor a range."""
-    layers = parse_numbers(text, "layer", "0, 1, 17-18")
+    layers = parse_int_ranges(text, "layer", "0, 1, 17-18")
     if not layers:
         raise SliderError("No layer is listed; expected numbers and ranges such as '0, 1, 17-18'.")
     return layers
 
 
-def chosen_blocks(model: ModelPatcher, layers: Sequence[int]) -> list[Block]:
+def select_blocks(model: ModelPatcher, layers: Sequence[int]) -> list[Block]:
     """The blocks of some layers, each once. Raises SliderError for a layer that the model does not have."""
     blocks = family_of(model).blocks(diffusion_model_of(model.model))
     absent = [layer for layer in layers if not 0 <= layer < len(blocks)]
@@ -230,5 +232,5 @@ def chosen_blocks(model: ModelPatcher, layers: Sequence[int]) -> list[Block]:
     return [blocks[layer] for layer in dict.fromkeys(layers)]
 
 
-def _passing(block: Block) -> Around:
-    return lambda forward: block.passes
+def _passing(block: Block) -> ForwardWrapper:
+    return lambda forward: block.identity_forward

@@ -16,10 +16,10 @@ from comfy.clip_vision import ClipVisionModel
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
 
-from ..conditioning.span_strengths import Conditioning
 from ..errors import SliderError
-from ..patching.model_fingerprint import identity_of
-from .vital_layers import bypass, layer_count
+from ..patching.model_fingerprint import fingerprint_of
+from ..types import Conditioning
+from .vital_layers import block_count, bypass
 
 FORMAT = "edit-sliders layer scores 1"
 
@@ -128,7 +128,7 @@ def scores_of(
         **more_settings,
     }
     file = folder / f"{name}_{_digest(settings)}.json"
-    scores, layers = _resumed(file, settings), range(layer_count(model))
+    scores, layers = _resumed(file, settings), range(block_count(model))
     pictures = [(words, seed) for words in prompts for seed in seeds]
     rendered = 0
 
@@ -175,7 +175,7 @@ def _same_sample(known: list[float] | None, features: torch.Tensor) -> bool:
 
 
 def _fingerprint(model: ModelPatcher) -> str:
-    identity = identity_of(model)
+    identity = fingerprint_of(model)
     return f"{identity.family} {_digest(identity.values.float().tolist())}"
 
 

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 import torch
 from comfy.conds import CONDRegular
 
-from ..conditioning.span_strengths import Conditioning
 from ..errors import SliderError
 from ..families import family_of_encoders
-from .encode import TRAINING_LENGTH
-from .token_spans import encoders
+from ..types import Conditioning
+from .encode import T5_TRAINING_TOKENS
+from .token_spans import tokenizers
 
 if TYPE_CHECKING:
     from comfy.sd import CLIP
 
 
-def prompts_of(lines: str) -> list[str]:
+def split_prompts(lines: str) -> list[str]:
     """One prompt per line. Raises SliderError when there is none."""
     prompts = [line.strip() for line in lines.splitlines() if line.strip()]
     if not prompts:
@@ -26,13 +26,13 @@ def prompts_of(lines: str) -> list[str]:
     return prompts
 
 
-def stack_prompts(clip: CLIP, prompts: Sequence[str], guidances: Sequence[float]) -> Conditioning:
+def batch_prompts(clip: CLIP, prompts: Sequence[str], guidances: Sequence[float]) -> Conditioning:
     """One conditioning with a prompt for each image of the batch, and a guidance of its own for each.
 
     cond: (prompts, rows, width), pooled_output: (prompts, width); texts are padded to 512 rows, or to the longest.
     Raises SliderError for text encoders of another family, and for prompts that do not become equally long.
     """
-    encoder = family_of_encoders(set(encoders(clip))).text_rows
+    encoder = family_of_encoders(set(tokenizers(clip))).context_encoder
 
     def encode(prompt: str, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = clip.tokenize(prompt, tokenizer_options={f"{encoder}_min_length": rows})
@@ -45,7 +45,7 @@ def stack_prompts(clip: CLIP, prompts: Sequence[str], guidances: Sequence[float]
         [[cond, options]] = scheduled
         return cond, options["pooled_output"]
 
-    encoded = [encode(prompt, TRAINING_LENGTH) for prompt in prompts]
+    encoded = [encode(prompt, T5_TRAINING_TOKENS) for prompt in prompts]
     longest = max(cond.shape[1] for cond, _ in encoded)
     encoded = [e if e[0].shape[1] == longest else encode(prompt, longest) for e, prompt in zip(encoded, prompts)]
     conds, pooled = zip(*encoded)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import SliderError
-from .encode import SPLITTERS, words_of
-from .token_spans import Range, TokenizedPrompt, encoders, tokenize
+from .encode import SPLITTERS, visible_text_range
+from .token_spans import Range, TokenizedPrompt, tokenize, tokenizers
 
 if TYPE_CHECKING:
     from comfy.sd import CLIP
@@ -32,7 +32,7 @@ def phrase_tokens(clip: CLIP, text: str, mode: str) -> list[PhraseTokens]:
 
 def _tokens(tokenized: TokenizedPrompt, spelled: dict[str, list[str]], characters: Range) -> PhraseTokens:
     try:
-        words = words_of(tokenized, characters)
+        words = visible_text_range(tokenized, characters)
         rows = {name: tokenized.token_indices(name, words) for name in spelled}
     except SliderError as error:
         return PhraseTokens({}, str(error))
@@ -40,7 +40,7 @@ def _tokens(tokenized: TokenizedPrompt, spelled: dict[str, list[str]], character
 
 
 def _spelled(clip: CLIP, encoder: str, prompt: str) -> list[str]:
-    tokenizer = encoders(clip)[encoder]
+    tokenizer = tokenizers(clip)[encoder]
     batches = tokenizer.tokenize_with_weights(prompt, tokenizer_options=clip.tokenizer_options)
     rows = [row[0] for batch in batches for row in batch]
     return [tokenizer.tokenizer.convert_ids_to_tokens(row) if isinstance(row, int) else "embedding" for row in rows]

@@ -73,7 +73,7 @@ class TokenizedPrompt:
         return max(len(rows) - last - 2, 0)
 
 
-def encoders(clip: CLIP) -> dict[str, SDTokenizer]:
+def tokenizers(clip: CLIP) -> dict[str, SDTokenizer]:
     """The tokenizers of a CLIP by ComfyUI's attribute name, such as 't5xxl'."""
     return {name: t for name, t in vars(clip.tokenizer).items() if isinstance(t, SDTokenizer)}
 
@@ -91,7 +91,7 @@ def tokenize(clip: CLIP, prompt: str, **options: Any) -> TokenizedPrompt:
     at = tuple(i for s in segments for i in s.at)
     tokens = {
         name: _token_ranges(tokenizer, prompt, segments, options)
-        for name, tokenizer in encoders(clip).items()
+        for name, tokenizer in tokenizers(clip).items()
         if tokenizer.tokenizer.is_fast and not tokenizer.disable_weights
     }
     return TokenizedPrompt(prompt, visible, at, tokens)

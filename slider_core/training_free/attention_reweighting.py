@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..conditioning.span_strengths import DEFAULT_CHANNEL, row_strengths
+from ..conditioning.span_strengths import DEFAULT_CHANNEL, token_strengths
 from ..errors import SliderError
 from ..families import family_of
-from ..patching.forward_patches import AttentionPatch, ModelCall, Operation, add_operation
+from ..patching.forward_patches import AttentionPatch, ForwardContext, ModelPatch, add_patch
 
 
-class AttentionWeights(Operation):
+class AttentionReweighting(ModelPatch):
     """Operation: attention of image tokens to every text token times its strength, in every block, then normalised."""
 
-    image_by_image = True
+    batch_independent = True
 
     def __init__(self, channel: str):
         self.channel = channel
 
-    def attention_patches(self, call: ModelCall) -> Sequence[AttentionPatch]:
-        strengths = row_strengths(call, self.channel)
+    def attention_patches(self, context: ForwardContext) -> Sequence[AttentionPatch]:
+        strengths = token_strengths(context, self.channel)
         if strengths is None:
             return ()
         if (strengths < 0).any():
@@ -34,13 +34,13 @@ class AttentionWeights(Operation):
         return (_weighted(strengths.log()),)
 
 
-def apply_attention_weights(model: ModelPatcher, channel: str = DEFAULT_CHANNEL) -> ModelPatcher:
+def apply_attention_reweighting(model: ModelPatcher, channel: str = DEFAULT_CHANNEL) -> ModelPatcher:
     """A clone of `model` that obeys the span strengths of its conds by attention, without an adapter.
 
     Costs a mask of (image + text tokens) squared, and the faster attention kernels that take none.
     """
     family_of(model)
-    return add_operation(model, AttentionWeights(channel))
+    return add_patch(model, AttentionReweighting(channel))
 
 
 def _weighted(bias: torch.Tensor) -> AttentionPatch:

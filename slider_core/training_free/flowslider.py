@@ -17,16 +17,14 @@ from typing import Any
 import torch
 from comfy.model_management import intermediate_device, intermediate_dtype
 from comfy.model_patcher import ModelPatcher
-from comfy.samplers import CFGGuider, Sampler, calc_cond_batch, calculate_sigmas, cfg_function
+from comfy.samplers import CFGGuider, Sampler, calc_cond_batch, cfg_function
 
 from ..conditioning.per_image_cond import check_batch
-from ..conditioning.schedule import check_part
-from ..conditioning.span_strengths import Conditioning
-from ..errors import SliderError
-from ..patching.forward_patches import in_part
-from ..stable_flow.inversion import OnStep, check_flow_matching, check_picture
-from ..stable_flow.trajectory import check_sigmas
-from ..strength import Strength
+from ..conditioning.schedule import check_schedule_range
+from ..patching.forward_patches import in_schedule_range
+from ..sampling.flow_matching import check_flow_matching, check_image_latent, check_sigmas
+from ..strength import Strengths
+from ..types import Conditioning, OnStep
 
 
 def steer(
@@ -35,7 +33,7 @@ def steer(
     target: Conditioning,
     latent: torch.Tensor,
     noise: torch.Tensor,
-    strength: Strength,
+    strength: Strengths,
     sigmas: torch.Tensor,
     seed: int | None = None,
     mask: torch.Tensor | None = None,
@@ -45,16 +43,16 @@ def steer(
     """Edit pictures from the source prompt to the target prompt: (images, channels, height, width).
 
     latent: (1 or images, channels, height, width), the source as an autoencoder gives it; noise: of the same shape.
-    strength: one, or one per image. sigmas: falling noise levels, see noise_levels. mask: what moves is multiplied by
-    it, as a sampler's noise mask. end: share of the schedule, 0 to 1, after which the strength is 0. Costs three
+    strength: one, or one per image. sigmas: falling, see scheduler_sigmas. mask: multiplies what moves, as a
+    sampler's noise mask. end: share of the schedule, 0 to 1, after which the strength is 0. Costs three
     evaluations of the model per step, and two after `end`.
     Raises SliderError for a model or noise levels that are not those of flow matching, a latent that is no picture, and
     a batch that the strengths do not fit.
     """
-    check_part(0.0, end)
+    check_schedule_range(0.0, end)
     check_flow_matching(model)
     check_sigmas(sigmas)
-    check_picture(model, latent)
+    check_image_latent(model, latent)
     images = len(strength) if len(latent) == 1 else len(latent)
     check_batch(len(strength), images)
     latent, noise = (one.expand(images, -1, -1, -1) for one in (latent, noise))
@@ -63,23 +61,6 @@ def steer(
     sampler = FidelitySteering(strength, end)
     samples = guider.sample(noise, latent, sampler, sigmas, mask, callback=on_step, disable_pbar=True, seed=seed)
     return samples.to(intermediate_device(), intermediate_dtype())
-
-
-def noise_levels(model: ModelPatcher, scheduler: str, steps: int, start: float = 0.0) -> torch.Tensor:
-    """The noise levels of a scheduler from this share of the schedule on, 0 to 1, falling to 0.
-
-    Raises SliderError when no step is left.
-    """
-    sampling = model.get_model_object("model_sampling")
-    sigmas = calculate_sigmas(sampling, scheduler, steps)
-    if start > 0:
-        sigmas = sigmas[sigmas <= sampling.percent_to_sigma(start)]
-    if len(sigmas) < 2:
-        raise SliderError(
-            f"start {start:g} leaves none of the {steps} step(s) of {scheduler!r}; expected at least one. Give it more "
-            "steps or an earlier start."
-        )
-    return sigmas
 
 
 STAYING, MOVING, AIMING = "source prompt, source", "source prompt, edit", "target prompt, edit"
@@ -109,7 +90,7 @@ class RolesGuider(CFGGuider):
 class FidelitySteering(Sampler):
     """The Euler steps, for RolesGuider."""
 
-    def __init__(self, strength: Strength, end: float = 1.0):
+    def __init__(self, strength: Strengths, end: float = 1.0):
         self.strength, self.end = strength, end
 
     def sample(
@@ -130,7 +111,7 @@ class FidelitySteering(Sampler):
             z_src = (1 - sigma) * latent_image + sigma * noise
             z_tar = z + z_src - latent_image
             [staying] = guider.velocities(z_src, sigma, (STAYING,), options)
-            if in_part(sigma, guider.percent_to_sigma, 0.0, self.end):
+            if in_schedule_range(sigma, guider.percent_to_sigma, 0.0, self.end):
                 moving, aiming = guider.velocities(z_tar, sigma, (MOVING, AIMING), options)
                 velocity = moving - staying + strength * (aiming - moving)
             else:

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..conditioning.masks import checked_mask
+from ..conditioning.masks import validate_mask
 from ..conditioning.per_image_cond import PerImageCond
-from ..conditioning.schedule import check_part, divided_in_time
-from ..conditioning.span_strengths import Conditioning, Span, check_chosen, check_count
+from ..conditioning.schedule import check_schedule_range, split_by_schedule
+from ..conditioning.span_strengths import Span, check_chosen, check_count
 from ..errors import SliderError
 from ..patching.forward_patches import COND_PREFIX
-from ..strength import Strength, batch_length, read_strength
-from ..text.encode import SPLITTERS, encode, encode_sub_instructions
+from ..strength import Strengths, batch_length, read_strength
+from ..text.encode import SPLITTERS, encode, encode_instructions
 from ..text.instructions import without
+from ..types import Conditioning
 
 if TYPE_CHECKING:
     from comfy.sd import CLIP
@@ -57,7 +58,7 @@ class PromptDifferences:
         Raises SliderError as set_strengths does, for a mask that is none or whose number does not fit, for a part that
         is none and for a chosen sub-instruction that is not there.
         """
-        check_part(start, end)
+        check_schedule_range(start, end)
         strengths = {name: read_strength(value, name) for name, value in values.items()}
         check_count(self.spans, strengths)
         check_chosen(self.spans, chosen)
@@ -72,7 +73,7 @@ class PromptDifferences:
         outside = [everywhere if here else own for own, here in zip(absent, placed)]
         if all(bool((own == other).all()) for own, other in zip(absent, outside)):
             return inside
-        return divided_in_time(inside, self._weighing(outside), start, end)
+        return split_by_schedule(inside, self._weighing(outside), start, end)
 
     def _weighing(self, absent: Sequence[torch.Tensor]) -> Conditioning:
         """The entries where the k-th instruction is absent by the k-th of `absent`: (1 or images, height, width)."""
@@ -87,15 +88,15 @@ class PromptDifferences:
 
 
 def encode_differences(clip: CLIP, text: str, mode: str, pad_to: int | None) -> PromptDifferences:
-    """Encode the sub-instructions of `text` for PromptDifferences; arguments and errors as encode_sub_instructions."""
-    whole, prompt, spans = encode_sub_instructions(clip, text, mode, pad_to)
+    """Encode the sub-instructions of `text` for PromptDifferences; arguments and errors as encode_instructions."""
+    whole, prompt, spans = encode_instructions(clip, text, mode, pad_to)
     _, ranges = SPLITTERS[mode](text)
     return PromptDifferences(prompt, spans, whole, [encode(clip, without(prompt, r), pad_to) for r in ranges])
 
 
 def _place(mask: torch.Tensor, images: int) -> torch.Tensor:
     """The mask as (1 or images, height, width), of one pixel where it is the same everywhere."""
-    masks = checked_mask(mask).cpu()
+    masks = validate_mask(mask).cpu()
     if len(masks) not in (1, images):
         raise SliderError(
             f"There are {len(masks)} masks, but {images} strength(s); expected one mask, or one per strength of a list."
@@ -104,7 +105,7 @@ def _place(mask: torch.Tensor, images: int) -> torch.Tensor:
     return pixel if (masks == pixel).all() else masks
 
 
-def _absence(strength: Strength, images: int, place: torch.Tensor) -> torch.Tensor:
+def _absence(strength: Strengths, images: int, place: torch.Tensor) -> torch.Tensor:
     """1 - strength where the place is, of shape (images, height, width)."""
     values = torch.tensor(strength, dtype=torch.float64).expand(images)
     return (1 - values[:, None, None] * place).float()

@@ -10,29 +10,29 @@ from collections.abc import Mapping
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..conditioning.span_strengths import DEFAULT_CHANNEL, padding_row, row_scales
+from ..conditioning.span_strengths import DEFAULT_CHANNEL, padding_token, token_scales
 from ..families import family_of
 from ..families.network import diffusion_model_of
-from ..patching.forward_patches import Around, Forward, ModelCall, Operation, add_operation
+from ..patching.forward_patches import Forward, ForwardContext, ForwardWrapper, ModelPatch, add_patch
 
 
-class TokenInterpolation(Operation):
+class TokenInterpolation(ModelPatch):
     """Operation: at the input of every attention, s * y + (1 - s) * y_pad for the vector y of a token of strength s.
 
     Done behind the linears that make Q, K and V of it, which is the same: they keep sums whose shares add up to 1. So
     the MLP that shares its linear with them in single blocks is left alone.
     """
 
-    image_by_image = True
+    batch_independent = True
 
     def __init__(self, paths: list[str], width: int, channel: str):
         self.paths, self.width, self.channel = paths, width, channel
 
-    def around(self, call: ModelCall) -> Mapping[str, Around]:
-        scales = row_scales(call, self.channel)
+    def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:
+        scales = token_scales(context, self.channel)
         if scales is None:
             return {}
-        change = _towards(padding_row(call, self.channel), scales[:, :, None], 3 * self.width)
+        change = _towards(padding_token(context, self.channel), scales[:, :, None], 3 * self.width)
         return dict.fromkeys(self.paths, change)
 
 
@@ -42,13 +42,13 @@ def apply_token_interpolation(model: ModelPatcher, channel: str = DEFAULT_CHANNE
     When sampling, raises SliderError for a prompt without padding.
     """
     family, inner = family_of(model), diffusion_model_of(model.model)
-    return add_operation(model, TokenInterpolation(family.text_qkv(inner), family.width(inner), channel))
+    return add_patch(model, TokenInterpolation(family.text_qkv(inner), family.width(inner), channel))
 
 
-def _towards(row: int, scales: torch.Tensor, columns: int) -> Around:
+def _towards(row: int, scales: torch.Tensor, columns: int) -> ForwardWrapper:
     """Moves the first rows of an output towards one of them, by scales of shape (batch, rows, 1)."""
 
-    def around(forward: Forward) -> Forward:
+    def wrap(forward: Forward) -> Forward:
         def moved(x: torch.Tensor) -> torch.Tensor:
             y = forward(x)
             text = y[:, : scales.shape[1], :columns]
@@ -57,4 +57,4 @@ def _towards(row: int, scales: torch.Tensor, columns: int) -> Around:
 
         return moved
 
-    return around
+    return wrap

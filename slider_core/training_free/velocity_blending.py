@@ -15,10 +15,10 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..conditioning.per_image_cond import check_batch
-from ..conditioning.schedule import check_part
+from ..conditioning.schedule import check_schedule_range
 from ..errors import SliderError
-from ..patching.forward_patches import in_part
-from ..strength import Strength
+from ..patching.forward_patches import in_schedule_range
+from ..strength import Strengths
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class VelocityBlending:
     """What ComfyUI calls behind classifier-free guidance, to change the predicted picture. See blend_velocity."""
 
     source: torch.Tensor
-    strength: Strength
+    strength: Strengths
     keep_below: float
     part: tuple[float, float]
     mask: torch.Tensor | None
@@ -35,7 +35,7 @@ class VelocityBlending:
         denoised, model = args["denoised"], args["model"]
         _check_source(self.source, denoised)
         check_batch(len(self.strength), denoised.shape[0])
-        if not in_part(args["sigma"][0], model.model_sampling.percent_to_sigma, *self.part):
+        if not in_schedule_range(args["sigma"][0], model.model_sampling.percent_to_sigma, *self.part):
             return denoised
         source = model.process_latent_in(self.source).to(denoised)
         share = torch.tensor(self.strength).view(-1, *[1] * (denoised.ndim - 1)).to(denoised)
@@ -49,7 +49,7 @@ class VelocityBlending:
 def blend_velocity(
     model: ModelPatcher,
     source: torch.Tensor,
-    strength: Strength,
+    strength: Strengths,
     keep_below: float = 0.0,
     start: float = 0.0,
     end: float = 1.0,
@@ -63,7 +63,7 @@ def blend_velocity(
     multiplied by. Raises SliderError for an empty source and a part that ends before it starts; when sampling, for a
     source of another size than what is sampled and a batch that source or strengths do not fit.
     """
-    check_part(start, end)
+    check_schedule_range(start, end)
     if not source.any():
         raise SliderError("The source latent is empty; expected the picture that is edited, from VAEEncode.")
     patched = model.clone()

@@ -15,7 +15,7 @@ ROWS = 24
 
 
 def stacked_text(guidances: tuple[float, ...] = (3.5, 3.5, 3.5), rows: int = ROWS, edits_only: bool = False) -> list:
-    """Source and two edits as one conditioning, as stack_prompts makes it."""
+    """Source and two edits as one conditioning, as batch_prompts makes it."""
     text, pooled = noise(3, ROWS, 64, seed=1)[:, :rows], noise(3, 768, seed=2)
     first = 1 if edits_only else 0
     per_picture = {"guidance": None, "model_conds": {"guidance": CONDRegular(torch.tensor(guidances[first:]))}}

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from slider_core.atomic_write import write_whole
+from slider_core.atomic_write import atomic_write
 
 from ..draws import generator
 from .autoencoder import Autoencoder, as_pixels
@@ -70,7 +70,7 @@ def _file(file: Path, autoencoder: Autoencoder, number: int) -> Samples:
         seeds = TRAINING_SEEDS[number * _SCENES_IN_A_FILE : (number + 1) * _SCENES_IN_A_FILE]
         made = samples_of(autoencoder, [task for seed in seeds for task in _tasks(seed)])
         tensors = {"sources": made.sources, "targets": made.targets, "objects": made.objects}
-        write_whole(file, save(tensors, {"instructions": json.dumps(made.instructions)}))
+        atomic_write(file, save(tensors, {"instructions": json.dumps(made.instructions)}))
     with safe_open(file, "pt") as opened:
         sources, targets, objects = (opened.get_tensor(name) for name in ("sources", "targets", "objects"))
         return Samples(sources, targets, objects, list(map(tuple, json.loads(opened.metadata()["instructions"]))))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from slider_core.atomic_write import write_whole
+from slider_core.atomic_write import atomic_write
 
 from ..checkpoints import Checkpoints
 
@@ -59,7 +59,7 @@ def learn(
         if (step + 1) % 100 == 0:
             mean = sum(losses) / len(losses)
             curve.append({"step": step + 1, "loss": mean})
-            write_whole(folder / "curve.jsonl", "".join(json.dumps(point) + "\n" for point in curve).encode())
+            atomic_write(folder / "curve.jsonl", "".join(json.dumps(point) + "\n" for point in curve).encode())
             speed = (time.monotonic() - started) / (step + 1 - first)
             _LOG.info("step %d of %d: loss %.5f, %.2f s a step", step + 1, steps, mean, speed)
             losses.clear()

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from slider_core.atomic_write import write_whole
+from slider_core.atomic_write import atomic_write
 
 from ..base_model import BaseModel
 from ..checkpoints import Checkpoints
@@ -53,7 +53,7 @@ def write(work: Path, models: Path) -> list[Path]:
     }
     for name, made in tensors.items():
         (models / name).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(models / name, save({key: value.half().contiguous() for key, value in made().items()}))
+        atomic_write(models / name, save({key: value.half().contiguous() for key, value in made().items()}))
     return [models / name for name in tensors]
 
 

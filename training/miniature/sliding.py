@@ -18,14 +18,16 @@ from slider_core.adapters.adapter_file import read_adapter
 from slider_core.adapters.gstlora import apply_gstlora
 from slider_core.adapters.stlora import apply_stlora
 from slider_core.adapters.strength_projector import apply_projector, read_projector, set_projector_strength
-from slider_core.conditioning.span_strengths import Conditioning, set_strengths
-from slider_core.text.encode import encode_sub_instructions
-from slider_core.training_free.attention_reweighting import apply_attention_weights
-from slider_core.training_free.flowslider import noise_levels, steer
+from slider_core.conditioning.span_strengths import set_strengths
+from slider_core.sampling.flow_matching import scheduler_sigmas
+from slider_core.text.encode import encode_instructions
+from slider_core.training_free.attention_reweighting import apply_attention_reweighting
+from slider_core.training_free.flowslider import steer
 from slider_core.training_free.prompt_difference import encode_differences
 from slider_core.training_free.text_modulation import apply_text_modulation
 from slider_core.training_free.token_interpolation import apply_token_interpolation
 from slider_core.training_free.velocity_blending import blend_velocity
+from slider_core.types import Conditioning
 
 from ..draws import generator
 from ..objectives import NEUTRAL
@@ -73,7 +75,7 @@ class Miniature:
         """The instructions joined, each a span; none gives the empty prompt."""
         if not instructions:
             return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(""))
-        return encode_sub_instructions(self.clip, "\n".join(instructions), "one per line", None)[0]
+        return encode_instructions(self.clip, "\n".join(instructions), "one per line", None)[0]
 
     @torch.inference_mode()
     def latent(self, source: Scene) -> Tensor:
@@ -95,7 +97,7 @@ class Miniature:
             return self._decoded(_sampled(model, positive, positive, noise, 1.0))
         negative = self.beside(slid.negative, latent)
         if slid.steered:
-            sigmas = noise_levels(slid.model, "simple", STEPS)
+            sigmas = scheduler_sigmas(slid.model, "simple", STEPS)
             return self._decoded(steer(slid.model, negative, positive, latent, noise[:1], tuple(slid.steered), sigmas))
         assert slid.cfg is not None
         each = [_sampled(slid.model, positive, negative, noise[:1], cfg) for cfg in slid.cfg]
@@ -131,7 +133,7 @@ def text_modulation(it: Miniature, edits: Sequence[Edit], moved: int, strengths:
 
 def attention_to_text(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
     from_none = [max(strength, 0.0) for strength in strengths]
-    return Slid(apply_attention_weights(it.model), _only_one_moves(it, edits, moved, from_none))
+    return Slid(apply_attention_reweighting(it.model), _only_one_moves(it, edits, moved, from_none))
 
 
 def token_interpolation(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slider_core.atomic_write import write_whole
+from slider_core.atomic_write import atomic_write
 from slider_core.errors import SliderError
 from slider_core.figures.plots import stacks_plot
 from slider_core.metrics.smoothness import kl_to_uniform
@@ -44,7 +44,7 @@ def write_report(config: PrepareConfig, stacks: Path, edits: Sequence[Edit], giv
         "of other configs": len({file.stem for file in files} - {edit.name for edit in edits}),
         "not made": failed,
     }
-    write_whole(config.output / "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
+    atomic_write(config.output / "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
     if records:
         as_picture(_plot(records, config.filter)[0]).save(config.output / "report.png")
     return _text(report, stacks, config)

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from slider_core.atomic_write import write_whole
+from slider_core.atomic_write import atomic_write
 from slider_core.metrics.smoothness import triangle_deficits
 
 from ..errors import TrainingError
@@ -48,12 +48,12 @@ class StackFiles:
         content = io.BytesIO()
         stacked(pictures).save(content, "PNG")
         self.record.unlink(missing_ok=True)
-        write_whole(self.picture, content.getvalue())
+        atomic_write(self.picture, content.getvalue())
         self.write_record(record)
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         whole = {"image_name": self.picture.name, **record}
-        write_whole(self.record, json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False).encode())
+        atomic_write(self.record, json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False).encode())
 
 
 def measured(pictures: Sequence[Image.Image], distance: Distance) -> dict[str, Any]:
