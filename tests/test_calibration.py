@@ -12,7 +12,7 @@ from support.comfy_server import PromptRefused
 from support.graphs import Graph
 from support.outcomes import far, latents, near
 from test_miniature_sliders import ADAPTERS, it  # noqa: F401
-from test_slider_measures import flat, grays, pictures, strengths
+from test_sweep_metrics import flat, grays, pictures, strengths
 
 from slider_core.errors import SliderError
 from slider_core.metrics.calibration import BACK, Calibration, calibrate, parse_calibration

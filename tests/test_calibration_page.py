@@ -10,7 +10,7 @@ from support.browser import ComfyPage
 from support.graphs import Graph
 from support.slider_page import bring_into_sight
 from test_calibration import BAD, CURVE
-from test_slider_measures import grays, pictures, strengths
+from test_sweep_metrics import grays, pictures, strengths
 
 from slider_core.metrics.calibration import parse_calibration
 

@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.graphs import Graph
-from test_slider_measures import pictures, strengths
+from test_sweep_metrics import pictures, strengths
 from torchvision.models import alexnet
 
 from slider_core.errors import SliderError

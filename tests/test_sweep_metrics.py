@@ -11,7 +11,7 @@ import torch
 from support.comfy_server import PromptRefused
 from support.graphs import Graph, Link
 from support.tiny_models import recipe, tiny_clip_l, tiny_t5
-from test_layer_views import vision
+from test_layer_analysis import vision
 
 from slider_core.errors import SliderError
 from slider_core.metrics.clip_direction import clip_measures
