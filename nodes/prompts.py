@@ -45,7 +45,7 @@ class EncodeSubInstructions(io.ComfyNode):
     @classmethod
     def execute(cls, clip: CLIP, text: str, mode: str, pad_to_512: bool) -> io.NodeOutput:
         conditioning, prompt, spans = encode_instructions(clip, text, mode, T5_TRAINING_TOKENS if pad_to_512 else None)
-        shown = "\n".join(f"{k}  {span.text}  [{len(span.rows)} tokens]" for k, span in enumerate(spans, 1))
+        shown = "\n".join(f"{k}  {span.text}  [{len(span.tokens)} tokens]" for k, span in enumerate(spans, 1))
         return io.NodeOutput(conditioning, prompt, ui=ui.PreviewText(shown))
 
 

@@ -76,7 +76,7 @@ def test_without_modulation_words_pass_the_block_unchanged(golden_model):
         before.remove()
         after.remove()
     same = (seen[0] == seen[1]).all(dim=-1)[0].nonzero().flatten().tolist()
-    assert same == list(SPANS[0].rows)
+    assert same == list(SPANS[0].tokens)
 
 
 def test_modulation_is_scaled_in_proportion(golden_model):
@@ -158,7 +158,7 @@ def test_tokens_become_padding_at_every_attention(golden_model):
     model = apply_token_interpolation(golden_model)
     assert len(golden_model.model.diffusion_model.single_blocks) > 0
     for first, second in ((0.0, 1.0), (0.3, 1.0), (0.3, 1.6), (-0.5, 0.2)):
-        strengths = dict.fromkeys(SPANS[0].rows, first) | dict.fromkeys(SPANS[1].rows, second)
+        strengths = dict.fromkeys(SPANS[0].tokens, first) | dict.fromkeys(SPANS[1].tokens, second)
         strengths[4] = 1 - (1 - first) * (1 - second)  # in both
         with interpolated_by_hand(golden_model, strengths):
             want = velocity_of(golden_model, X, SIGMA, text())
@@ -169,7 +169,7 @@ def test_padding_is_that_of_the_prompt_itself(golden_model):
     """Not that of what was appended to it, as ConditioningConcat does."""
     [[own, options]] = text(0.0)
     longer = [[torch.cat([own, noise(1, 5, 64, seed=8)], 1), options]]
-    with interpolated_by_hand(golden_model, dict.fromkeys(SPANS[0].rows, 0.0)):
+    with interpolated_by_hand(golden_model, dict.fromkeys(SPANS[0].tokens, 0.0)):
         want = velocity_of(golden_model, X, SIGMA, [[longer[0][0], {**options, "model_conds": {}}]])
     assert near(velocity_of(apply_token_interpolation(golden_model), X, SIGMA, longer), want)
 

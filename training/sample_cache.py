@@ -131,7 +131,7 @@ class SampleCache:
                 options = {f"{self.encoder}_min_length": self.base.text_rows}
                 conditioning = clip.encode_from_tokens_scheduled(clip.tokenize("", tokenizer_options=options))
         [[states, more]] = conditioning
-        rows = {f"rows.{k}": torch.tensor(span.rows, dtype=torch.int32) for k, span in enumerate(spans)}
+        rows = {f"rows.{k}": torch.tensor(span.tokens, dtype=torch.int32) for k, span in enumerate(spans)}
         return {"states": states.to("cpu", self.dtype), "pooled": more["pooled_output"].to("cpu", self.dtype), **rows}
 
     def _tell_of_changes(self, what: str, now: Mapping[str, str]) -> None:

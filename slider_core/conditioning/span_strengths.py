@@ -28,10 +28,10 @@ _KEY = "edit_sliders"
 
 @dataclass(frozen=True)
 class Span:
-    """A phrase and the rows of the model's text that it became."""
+    """A phrase of the prompt, and the indices of its tokens among the model's text tokens."""
 
     text: str
-    rows: tuple[int, ...]
+    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def spans_at(options: Mapping[str, Any], strength: float) -> dict[str, PerImageC
 
 def _scale(text: SpannedText, strengths: Sequence[Strengths | None]) -> torch.Tensor:
     """Scale of every row, shape (images, rows): product of the suppressions of its spans, 0 outside all."""
-    known = [(list(span.rows), strength) for span, strength in zip(text.spans, strengths) if strength is not None]
+    known = [(list(span.tokens), strength) for span, strength in zip(text.spans, strengths) if strength is not None]
     images = max((len(strength) for _, strength in known), default=1)
     scale = torch.zeros(images, text.length)
     scale[:, sorted({row for rows, _ in known for row in rows})] = 1.0
