@@ -26,12 +26,12 @@ import in_training  # noqa: F401  # isort: skip
 from slider_core.metrics.calibration import calibrate
 from slider_core.metrics.image_distance import ImageDistances, pixel_distances
 from slider_core.metrics.smoothness import delta_smooth
-from training.draws import generator
 from training.miniature.edits import HELD_OUT_SEEDS, Edit, fits
-from training.miniature.examining import held_out_tasks
-from training.miniature.measuring import edit_reached, measured
-from training.miniature.sliding import METHODS, Miniature
-from training.miniature.world import Scene, scene
+from training.miniature.evaluate import held_out_tasks
+from training.miniature.read_attributes import edit_reached, measured
+from training.miniature.slider_methods import METHODS, Miniature
+from training.miniature.synthetic_scenes import Scene, scene
+from training.rng import generator
 
 ROOT = Path(__file__).resolve().parents[1]
 EVEN = tuple(k / 8 for k in range(9))

@@ -3,7 +3,8 @@
     python run.py benchmark --only slider_quality [--scenes N]
 
 The model is tiny (3 million parameters, 64x64 pictures of two objects): it tells how methods differ, not how they fare
-with FLUX.1. What pictures show is read back from their pixels (training/miniature/measuring.py); 1 is the full edit.
+with FLUX.1. What images show is read back from their pixels (training/miniature/read_attributes.py); 1 is the full
+edit.
 
 One instruction, strengths -0.5 to 1.5:
     reached         how much of the edit is there at 0, 0.5, 1 and 1.5, medians
@@ -33,9 +34,9 @@ from slider_core.errors import SliderError
 from slider_core.figures.plots import curves_plot
 from slider_core.metrics.smoothness import delta_smooth, first_order
 from training.examples import as_picture
-from training.miniature.examining import held_out_tasks
-from training.miniature.measuring import drift, edit_reached, measured
-from training.miniature.sliding import METHODS, Miniature
+from training.miniature.evaluate import held_out_tasks
+from training.miniature.read_attributes import drift, edit_reached, measured
+from training.miniature.slider_methods import METHODS, Miniature
 
 ROOT = Path(__file__).resolve().parents[1]
 STRENGTHS = [k / 8 for k in range(-4, 13)]

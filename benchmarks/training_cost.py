@@ -60,9 +60,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import T5Config, T5EncoderModel
 
-from training.base_model import BaseModel, Text
 from training.config import Config
 from training.examples import Picture
+from training.frozen_model import BaseModel, Text
 from training.run import Run
 from training.sample_cache import Progress, Prompt, SampleCache
 

@@ -19,9 +19,9 @@ from slider_core.metrics.calibration import BACK, Calibration, calibrate, parse_
 from slider_core.metrics.image_distance import distances_of_features, pixel_distances
 from slider_core.metrics.smoothness import delta_smooth
 from slider_core.metrics.sweep_metrics import source_of
-from training.miniature.examining import held_out_tasks
-from training.miniature.measuring import edit_reached, measured
-from training.miniature.sliding import METHODS
+from training.miniature.evaluate import held_out_tasks
+from training.miniature.read_attributes import edit_reached, measured
+from training.miniature.slider_methods import METHODS
 
 NINE = [k / 8 for k in range(9)]
 SCENES = 4

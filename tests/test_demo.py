@@ -12,9 +12,9 @@ from PIL import Image
 from support.browser import ComfyPage, write_settings
 
 from slider_core.figures.contact_sheet import CAPTION_HEIGHT, GAP
-from training.miniature.examining import held_out_tasks
-from training.miniature.measuring import edit_reached, measured
-from training.miniature.world import picture_of
+from training.miniature.evaluate import held_out_tasks
+from training.miniature.read_attributes import edit_reached, measured
+from training.miniature.synthetic_scenes import picture_of
 
 sys.path.append(str(REPO / "demo"))
 

@@ -9,10 +9,10 @@ import torch
 from conftest import REPO
 from safetensors.torch import load_file
 
-from training.base_model import BaseModel
+from training.frozen_model import BaseModel
 from training.miniature import model, transformer
 from training.miniature.autoencoder import Autoencoder
-from training.miniature.examining import held_out_tasks
+from training.miniature.evaluate import held_out_tasks
 from training.miniature.latent_bank import samples_of
 from training.miniature.text_encoders import TextEncoders
 

@@ -15,10 +15,10 @@ from support.comfy_server import ComfyServer
 
 from slider_core.conditioning.mask_and_schedule import where_and_when
 from training.miniature.edits import Edit
-from training.miniature.examining import held_out_tasks
-from training.miniature.measuring import edit_reached, measured
-from training.miniature.sliding import METHODS, Miniature
-from training.miniature.world import SIDE, Looks, Scene, coverage, drawn, picture_of
+from training.miniature.evaluate import held_out_tasks
+from training.miniature.read_attributes import edit_reached, measured
+from training.miniature.slider_methods import METHODS, Miniature
+from training.miniature.synthetic_scenes import SIDE, Looks, Scene, coverage, drawn, picture_of
 
 sys.path.append(str(REPO / "demo"))
 

@@ -15,18 +15,18 @@ from conftest import REPO
 from PIL import Image
 
 from training.config import Config, read_config
-from training.draws import generator
+from training.edit_strips import read_stacks
 from training.examples import read_examples
-from training.miniature.adapter_lessons import FIRST_SEED, write_lessons
 from training.miniature.autoencoder import Autoencoder, as_pixels
+from training.miniature.dataset import FIRST_SEED, write_lessons
 from training.miniature.edits import HELD_OUT_SEEDS, apply, edits
-from training.miniature.examining import examined, held_out_tasks, rendered
+from training.miniature.evaluate import examined, held_out_tasks, rendered
 from training.miniature.latent_bank import samples_of, training_samples
-from training.miniature.learning import learn
+from training.miniature.synthetic_scenes import coverage, drawn, picture_of, scene
 from training.miniature.text_encoders import ENCODER_OPTIONS, T5Reader, TextEncoders, random_clip_l
+from training.miniature.train_loop import learn
 from training.miniature.transformer import Lessons, untrained
-from training.miniature.world import coverage, drawn, picture_of, scene
-from training.stacks import read_stacks
+from training.rng import generator
 
 CONFIGS = sorted((REPO / "training" / "miniature" / "configs").glob("*.yaml"))
 

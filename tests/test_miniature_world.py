@@ -12,7 +12,6 @@ import torch
 from comfy.text_encoders.flux import FluxTokenizer
 
 from slider_core.text.instructions import JOINT
-from training.draws import generator
 from training.errors import TrainingError
 from training.miniature.edits import (
     FACTORS,
@@ -29,7 +28,7 @@ from training.miniature.edits import (
     legible,
     task,
 )
-from training.miniature.measuring import (
+from training.miniature.read_attributes import (
     COLOUR_TOLERANCE,
     SIZE_TOLERANCE,
     as_wanted,
@@ -39,7 +38,7 @@ from training.miniature.measuring import (
     edit_reached,
     measured,
 )
-from training.miniature.world import (
+from training.miniature.synthetic_scenes import (
     APART,
     COLOUR_OF,
     COLOURS,
@@ -57,6 +56,7 @@ from training.miniature.world import (
     picture_of,
     scene,
 )
+from training.rng import generator
 
 TASKS = [task(seed) for seed in range(200)]
 SCENE = Scene(

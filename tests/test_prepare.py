@@ -28,16 +28,16 @@ from conftest import REPO
 from PIL import Image
 from support.graphs import Graph
 
+from training.data_preparation.config import read_prepare_config
+from training.data_preparation.distances import distance_named, pixel_distance
+from training.data_preparation.edits import read_edits
+from training.data_preparation.graphs import filled, graphs_for
+from training.data_preparation.prepare import prepare
+from training.data_preparation.rendering_server import RenderingServer
+from training.data_preparation.strip_files import StackFiles, measured
+from training.data_preparation.work_queue import Shared
+from training.edit_strips import COLUMNS, read_record, read_stacks
 from training.errors import TrainingError
-from training.preparing.config import read_prepare_config
-from training.preparing.distances import distance_named, pixel_distance
-from training.preparing.edits import read_edits
-from training.preparing.graphs import filled, graphs_for
-from training.preparing.prepare import prepare
-from training.preparing.rendering_server import RenderingServer
-from training.preparing.sharing import Shared
-from training.preparing.writing import StackFiles, measured
-from training.stacks import COLUMNS, read_record, read_stacks
 
 OPENER = build_opener(ProxyHandler({}))
 DEAD = "http://127.0.0.1:9"

@@ -11,8 +11,8 @@ from conftest import GOLDEN
 
 from slider_core.errors import SliderError
 from slider_core.metrics.smoothness import delta_smooth, even_strengths, first_order, kl_to_uniform, triangle_deficits
-from training.preparing.writing import measured
-from training.stacks import MOST_KL, refusal, valid_ends
+from training.data_preparation.strip_files import measured
+from training.edit_strips import MOST_KL, refusal, valid_ends
 
 METRICS = json.loads((GOLDEN / "metrics.json").read_text())
 SEQUENCES = METRICS["sequences"]

@@ -10,8 +10,8 @@ from support.training_run import CONFIG, write_config
 
 from training.__main__ import main
 from training.config import PAPERS, read_config
+from training.data_preparation.config import read_prepare_config
 from training.errors import TrainingError
-from training.preparing.config import read_prepare_config
 
 EXAMPLES = sorted((REPO / "training" / "configs").glob("*.yaml"))
 

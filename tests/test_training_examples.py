@@ -12,10 +12,10 @@ from PIL import Image
 from support.training_run import INSTRUCTIONS, write_config, write_pictures, write_stacks
 
 from training.config import read_config
-from training.draws import example_of
 from training.errors import TrainingError
 from training.examples import Picture, read_examples, resized
-from training.held_out import HeldOut, curve, sheet
+from training.rng import example_of
+from training.validation import HeldOut, curve, sheet
 
 
 @pytest.fixture

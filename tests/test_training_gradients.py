@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from slider_core.families.flux import Flux
-from training.base_model import BaseModel, Text
 from training.config import Objective as Settings
+from training.frozen_model import BaseModel, Text
 from training.objectives import Batch, FlowMatching, Sample, Suppression
 from training.trainable import TrainableLora, TrainableProjector
 

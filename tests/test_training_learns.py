@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from support.tiny_models import write_tiny_models
 from support.training_run import INSTRUCTIONS, write_config, write_pictures, write_stacks
 
-from training.batches import micro_batches
+from training.collate import micro_batches
 from training.config import read_config
 from training.objectives import Batch
 from training.run import Run

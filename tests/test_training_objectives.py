@@ -11,9 +11,9 @@ import torch
 from conftest import GOLDEN
 from safetensors.torch import load_file
 
-from training.base_model import BaseModel, Text
 from training.config import Objective as Settings
 from training.examples import Example, Picture, Target
+from training.frozen_model import BaseModel, Text
 from training.objectives import NEUTRAL, Batch, FlowMatching, Suppression
 
 CASES = [c for c in json.loads((GOLDEN / "manifest.json").read_text())["cases"] if c["kind"] == "base_forward"]

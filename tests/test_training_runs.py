@@ -26,13 +26,13 @@ from slider_core.adapters.adapter_file import read_adapter
 from slider_core.adapters.strength_projector import read_projector
 from training import checkpoints, sample_cache
 from training.__main__ import main
-from training.adapter_writing import export, read_metadata, write_adapter
-from training.base_model import BaseModel
+from training.callbacks import Watching, read_log
 from training.config import read_config
 from training.errors import TrainingError
+from training.export import export, read_metadata, write_adapter
+from training.frozen_model import BaseModel
 from training.run import Run
 from training.trainable import TrainableLora, TrainableProjector
-from training.watching import Watching, read_log
 
 
 @pytest.fixture(scope="module")
@@ -377,8 +377,8 @@ def test_adapters_are_evaluated(files, place, capsys):
     assert "does not fit the model" in capsys.readouterr().err
 
 
-def test_the_try_out_has_all_it_needs(tmp_path, capsys):
-    assert main(["tryout", str(tmp_path), "--comfyui", str(COMFYUI)]) == 0
+def test_the_quickstart_has_all_it_needs(tmp_path, capsys):
+    assert main(["quickstart", str(tmp_path), "--comfyui", str(COMFYUI)]) == 0
     command = capsys.readouterr().out.split()
     assert command[:4] == ["python", "-m", "training", "train"]
     assert main(["train", command[-1], "--dry-run"]) == 0

@@ -26,11 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluate = commands.add_parser("evaluate", help="render the held-out examples of a config with an adapter")
     evaluate.add_argument("config", type=Path)
     evaluate.add_argument("--adapter", type=Path, help="a file; without it, what the config has trained")
-    tryout = commands.add_parser(
-        "tryout", help="make a model of random weights, pictures and a config to try things out"
+    quickstart = commands.add_parser(
+        "quickstart", help="make a model of random weights, pictures and a config to try things out"
     )
-    tryout.add_argument("folder", type=Path)
-    tryout.add_argument("--comfyui", type=Path)
+    quickstart.add_argument("folder", type=Path)
+    quickstart.add_argument("--comfyui", type=Path)
     prepare = commands.add_parser("prepare", help="render edits at several strengths, as data for a projector")
     prepare.add_argument("config", type=Path)
     inspect = commands.add_parser("inspect", help="say what an adapter file is")
@@ -40,7 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.add_argument("file", type=Path)
     export.add_argument("folder", type=Path)
     export.add_argument("--comfyui", type=Path)
-    chosen = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if list(given[:1]) == ["tryout"]:
+        parser.error("'tryout' is now 'quickstart'")
+    chosen = parser.parse_args(given)
     logging.basicConfig(format="%(message)s")
     logging.getLogger(__package__).setLevel(logging.INFO)  # ComfyUI's own says much at that level
     try:
@@ -58,9 +61,9 @@ def _train(chosen: argparse.Namespace) -> int:
     use_comfyui(config.base.comfyui, config.base.cpu, config.base.models)
     from accelerate import Accelerator, InitProcessGroupKwargs
 
+    from .callbacks import Watching
     from .dry_run import dry_run
     from .run import Run
-    from .watching import Watching
 
     if chosen.dry_run:
         print(dry_run(config, Accelerator(cpu=config.base.cpu), _say_progress))
@@ -90,24 +93,24 @@ def _evaluate(chosen: argparse.Namespace) -> int:
     use_comfyui(config.base.comfyui, config.base.cpu, config.base.models)
     from accelerate import Accelerator
 
-    from .evaluating import evaluate
+    from .evaluate import evaluate
 
     folder, summary = evaluate(config, chosen.adapter, Accelerator(cpu=config.base.cpu), _say_progress)
     print(f"{summary}\n{folder}")
     return 0
 
 
-def _tryout(chosen: argparse.Namespace) -> int:
+def _quickstart(chosen: argparse.Namespace) -> int:
     use_comfyui(chosen.comfyui, cpu=True)
-    from .tryout import write_tryout
+    from .quickstart import write_quickstart
 
-    print(f"python -m training train {write_tryout(chosen.folder)}")
+    print(f"python -m training train {write_quickstart(chosen.folder)}")
     return 0
 
 
 def _prepare(chosen: argparse.Namespace) -> int:
-    from .preparing.config import read_prepare_config
-    from .preparing.prepare import prepare
+    from .data_preparation.config import read_prepare_config
+    from .data_preparation.prepare import prepare
 
     try:
         print(prepare(read_prepare_config(chosen.config)))
@@ -123,7 +126,7 @@ def _inspect(chosen: argparse.Namespace) -> int:
     from slider_core.adapters.strength_projector import read_projector
     from slider_core.errors import SliderError
 
-    from .adapter_writing import read_metadata
+    from .export import read_metadata
 
     metadata = read_metadata(chosen.file)
     try:
@@ -140,7 +143,7 @@ def _inspect(chosen: argparse.Namespace) -> int:
 
 def _export(chosen: argparse.Namespace) -> int:
     use_comfyui(chosen.comfyui, cpu=True)
-    from .adapter_writing import export
+    from .export import export
 
     for file in export(chosen.file, chosen.folder):
         print(file)
@@ -156,7 +159,7 @@ _COMMANDS = {
     "train": _train,
     "prepare": _prepare,
     "evaluate": _evaluate,
-    "tryout": _tryout,
+    "quickstart": _quickstart,
     "inspect": _inspect,
     "export": _export,
 }

@@ -18,9 +18,9 @@ from PIL import Image, ImageOps
 from slider_core.atomic_write import atomic_write
 
 from .config import Combinations, Config, Data, HuggingFace, Pairs, Stacks
-from .draws import generator
+from .edit_strips import read_stacks
 from .errors import TrainingError
-from .stacks import read_stacks
+from .rng import generator
 
 _LOG = logging.getLogger(__name__)
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}

@@ -10,10 +10,10 @@ import torch
 
 from slider_core.patching.forward_patches import ForwardWrapper
 
-from .base_model import BaseModel, Text
 from .config import Objective as Settings
-from .draws import example_of, generator
 from .examples import Example, Picture
+from .frozen_model import BaseModel, Text
+from .rng import example_of, generator
 from .sample_cache import Prompt
 from .trainable import TrainableLora, TrainableProjector
 

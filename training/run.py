@@ -16,20 +16,20 @@ from accelerate import Accelerator
 
 from slider_core.adapters.strength_projector import ProjectorBundle
 
-from .adapter_writing import SIGN, write_adapter
-from .base_model import BaseModel
-from .batches import micro_batches
+from .callbacks import Watching
 from .checkpoints import Checkpoints
+from .collate import micro_batches
 from .comfyui import model_file
 from .config import Config
 from .errors import TrainingError
 from .examples import Example, Examples, Picture, read_examples
-from .held_out import Slider
+from .export import SIGN, write_adapter
+from .frozen_model import BaseModel
 from .objectives import FlowMatching, Objective, Sample, Suppression
-from .optimising import average, optimiser, schedule
+from .optimizer import average, optimiser, schedule
 from .sample_cache import Progress, Prompt, SampleCache
 from .trainable import Tensors, TrainableLora, TrainableProjector
-from .watching import Watching
+from .validation import Slider
 
 PACK_VERSION = "0.1.0"
 _KINDS = {"stlora": "STLoRA", "gstlora": "GSTLoRA", "projector": "GSTLoRA"}

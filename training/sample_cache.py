@@ -24,11 +24,11 @@ from slider_core.conditioning.span_strengths import Span
 from slider_core.errors import SliderError
 from slider_core.text.encode import encode_instructions
 
-from .base_model import Text
 from .comfyui import model_file
 from .config import Base
 from .errors import TrainingError
 from .examples import Picture, of_pixels, resized
+from .frozen_model import Text
 
 LINES = "one per line"
 _PROBED = 1 << 20

@@ -17,7 +17,7 @@ from slider_core.adapters.strength_projector import StrengthProjector, modulatio
 from slider_core.patching.forward_patches import ForwardWrapper
 from slider_core.patching.lora_branch import LoraBranches, LoraWeights
 
-from .base_model import BaseModel
+from .frozen_model import BaseModel
 
 _EXTENDED = 768
 _LAYERS = 4

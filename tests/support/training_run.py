@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from PIL import Image, ImageDraw
 
-from training.stacks import COLUMNS, stacked
+from training.edit_strips import COLUMNS, stacked
 
 REPO = Path(__file__).resolve().parents[2]
 ENCODER_OPTIONS = {

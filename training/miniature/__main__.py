@@ -60,7 +60,7 @@ _PARTS = {
 
 def _run(chosen: argparse.Namespace) -> int:
     from . import model
-    from .adapter_lessons import write_lessons
+    from .dataset import write_lessons
     from .layer_scores import layer_scores
 
     if chosen.command == "lessons":

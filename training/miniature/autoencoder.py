@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import l1_loss, mse_loss, pixel_unshuffle
 
-from ..draws import generator
+from ..rng import generator
 from .edits import STRENGTHS, apply, edits
-from .learning import learn
-from .world import SIDE, Scene, centre_of, drawn, scene
+from .synthetic_scenes import SIDE, Scene, centre_of, drawn, scene
+from .train_loop import learn
 
 CHANNELS = 16
 STEPS = 3000

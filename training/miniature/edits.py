@@ -11,9 +11,9 @@ import torch
 
 from slider_core.text.instructions import JOINT
 
-from ..draws import generator
 from ..errors import TrainingError
-from .world import (
+from ..rng import generator
+from .synthetic_scenes import (
     COLOUR_OF,
     COLOURS,
     GROWTH,

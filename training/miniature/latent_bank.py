@@ -16,10 +16,10 @@ from torch.nn.functional import max_pool2d
 
 from slider_core.atomic_write import atomic_write
 
-from ..draws import generator
+from ..rng import generator
 from .autoencoder import Autoencoder, as_pixels
 from .edits import MOST_AT_ONCE, TRAINING_SEEDS, Edit, apply, edits
-from .world import OBJECTS, Scene, coverage, scene
+from .synthetic_scenes import OBJECTS, Scene, coverage, scene
 
 TASKS_OF_A_SCENE = 4
 _SCENES_IN_A_FILE = 250

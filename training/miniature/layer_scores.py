@@ -8,8 +8,8 @@ import torch
 
 from slider_core.stable_flow.vitality_search import LayerScores, latent_features, scores_of
 
-from .examining import held_out_tasks
-from .sliding import GUIDANCE, STEPS, Miniature
+from .evaluate import held_out_tasks
+from .slider_methods import GUIDANCE, STEPS, Miniature
 
 SEED = 0
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from slider_core.atomic_write import atomic_write
 
-from ..base_model import BaseModel
 from ..checkpoints import Checkpoints
 from ..errors import TrainingError
+from ..frozen_model import BaseModel
 from . import autoencoder, text_encoders, transformer
 from .autoencoder import Autoencoder
-from .examining import Examined, examined, held_out_tasks, rendered
+from .evaluate import Examined, examined, held_out_tasks, rendered
 from .latent_bank import training_samples
 from .text_encoders import T5Reader, TextEncoders, random_clip_l
 from .transformer import Lessons, untrained

@@ -18,11 +18,11 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 
 from slider_core.text.instructions import JOINT
 
-from ..base_model import Text
-from ..draws import generator
+from ..frozen_model import Text
+from ..rng import generator
 from .edits import MOST_AT_ONCE, Edit, edits
-from .learning import learn
-from .world import COLOURS, TONES, scene
+from .synthetic_scenes import COLOURS, TONES, scene
+from .train_loop import learn
 
 T5: dict[str, Any] = {"d_model": 64, "d_ff": 256, "d_kv": 32, "num_heads": 4, "num_layers": 3}
 CLIP_L: dict[str, Any] = {

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from slider_core.text.instructions import JOINT
 
-from ..base_model import BaseModel, Text
-from ..draws import generator
+from ..frozen_model import BaseModel, Text
 from ..objectives import NEUTRAL
+from ..rng import generator
 from .latent_bank import Samples
-from .learning import learn
 from .text_encoders import CLIP_L, T5, TextEncoders
+from .train_loop import learn
 
 FLUX: dict[str, Any] = {
     "image_model": "flux",

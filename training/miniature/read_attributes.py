@@ -12,7 +12,7 @@ from typing import get_args
 import numpy as np
 
 from .edits import Edit
-from .world import (
+from .synthetic_scenes import (
     APART,
     GROWTH,
     OBJECTS,

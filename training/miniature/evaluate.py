@@ -14,13 +14,13 @@ from torch import Tensor
 
 from slider_core.text.instructions import JOINT
 
-from ..base_model import BaseModel
-from ..draws import generator
+from ..frozen_model import BaseModel
+from ..rng import generator
 from .autoencoder import Autoencoder, as_pixels
 from .edits import HELD_OUT_SEEDS, Edit, apply, edits
-from .measuring import as_wanted, deviations, measured
+from .read_attributes import as_wanted, deviations, measured
+from .synthetic_scenes import Scene, scene
 from .text_encoders import TextEncoders
-from .world import Scene, scene
 
 STEPS = 8
 GUIDANCE = 3.5

@@ -18,7 +18,7 @@ from slider_core.figures.plots import curves_plot
 
 from .config import Config
 from .examples import as_picture
-from .held_out import Renderer
+from .validation import Renderer
 
 if TYPE_CHECKING:
     from .run import Run

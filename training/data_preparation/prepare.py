@@ -18,17 +18,17 @@ from tqdm import tqdm
 from slider_core.errors import SliderError
 from slider_core.figures.plots import check_plots
 
+from ..edit_strips import INNER
 from ..errors import TrainingError
 from ..examples import resized
-from ..stacks import INNER
 from .config import PrepareConfig
 from .distances import distance_named
 from .edits import Edit, read_edits
 from .graphs import filled, graphs_for
 from .rendering_server import RenderingFailed, RenderingServer, ServerGone
 from .report import write_report
-from .sharing import Shared
-from .writing import StackFiles, measured
+from .strip_files import StackFiles, measured
+from .work_queue import Shared
 
 RENDERINGS = INNER + 1
 """Of one stack: the full edit, then the strengths k / 6."""

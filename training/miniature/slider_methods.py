@@ -29,13 +29,13 @@ from slider_core.training_free.token_interpolation import apply_token_interpolat
 from slider_core.training_free.velocity_blending import blend_velocity
 from slider_core.types import Conditioning
 
-from ..draws import generator
 from ..objectives import NEUTRAL
+from ..rng import generator
 from .autoencoder import as_pixels
 from .edits import Edit
 from .model import CLIP_L, DECODER, ENCODER, T5, TRANSFORMER
+from .synthetic_scenes import Scene
 from .text_encoders import ENCODER_OPTIONS
-from .world import Scene
 
 ROWS = 32
 STEPS = 8

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
-from ..stacks import MOST_KL
+from ..edit_strips import MOST_KL
 from ..strict_config import Section, from_here, read_strictly
 
 

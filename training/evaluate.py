@@ -13,9 +13,9 @@ from slider_core.errors import SliderError
 
 from .config import Config
 from .errors import TrainingError
-from .held_out import Curve, Renderer, Slider
 from .run import Run
 from .sample_cache import Progress
+from .validation import Curve, Renderer, Slider
 
 
 def evaluate(config: Config, file: Path | None, accelerator: Accelerator, on_progress: Progress) -> tuple[Path, str]:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .base_model import BaseModel, Text
-from .draws import generator
+from .frozen_model import BaseModel, Text
 from .objectives import Batch, Sample
+from .rng import generator
 from .sample_cache import SampleCache
 
 

@@ -14,8 +14,8 @@ from slider_core.errors import SliderError
 from slider_core.figures.plots import stacks_plot
 from slider_core.metrics.smoothness import kl_to_uniform
 
+from ..edit_strips import THRESHOLDS, read_record, refusal
 from ..examples import as_picture
-from ..stacks import THRESHOLDS, read_record, refusal
 from .config import Filter, PrepareConfig
 from .edits import Edit
 

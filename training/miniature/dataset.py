@@ -11,10 +11,10 @@ import torch
 
 from slider_core.text.instructions import JOINT
 
-from ..draws import generator
-from ..stacks import INNER, stacked
+from ..edit_strips import INNER, stacked
+from ..rng import generator
 from .edits import MOST_AT_ONCE, TRAINING_SEEDS, apply, edits
-from .world import picture_of, scene
+from .synthetic_scenes import picture_of, scene
 
 SCENES = 400
 STACKS = 600

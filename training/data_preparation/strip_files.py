@@ -15,8 +15,8 @@ from PIL import Image
 from slider_core.atomic_write import atomic_write
 from slider_core.metrics.smoothness import triangle_deficits
 
+from ..edit_strips import COLUMNS, read_record, stacked
 from ..errors import TrainingError
-from ..stacks import COLUMNS, read_record, stacked
 from .distances import Distance
 
 

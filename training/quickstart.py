@@ -63,12 +63,12 @@ _T5 = {
 _COLOURS = ("crimson", "gold", "seagreen", "royalblue", "orchid", "slategray", "black", "linen")
 
 
-def write_tryout(folder: Path, pictures: int = 40) -> Path:
-    """Write models/, pictures/ and the config tryout.yaml into `folder`; returns the config."""
+def write_quickstart(folder: Path, pictures: int = 40) -> Path:
+    """Write models/, pictures/ and the config quickstart.yaml into `folder`; returns the config."""
     parts = {
-        "diffusion_models/tryout-flux": _module(comfy.ldm.flux.model.Flux, **_FLUX),
-        "text_encoders/tryout-clip-l": _module(comfy.clip_model.CLIPTextModel, _CLIP_L),
-        "text_encoders/tryout-t5": _module(comfy.text_encoders.t5.T5, _T5),
+        "diffusion_models/quickstart-flux": _module(comfy.ldm.flux.model.Flux, **_FLUX),
+        "text_encoders/quickstart-clip-l": _module(comfy.clip_model.CLIPTextModel, _CLIP_L),
+        "text_encoders/quickstart-t5": _module(comfy.text_encoders.t5.T5, _T5),
         "vae_approx/taef1_encoder": comfy.taesd.taesd.Encoder(latent_channels=16),
         "vae_approx/taef1_decoder": comfy.taesd.taesd.Decoder(latent_channels=16),
     }
@@ -79,8 +79,8 @@ def write_tryout(folder: Path, pictures: int = 40) -> Path:
     (folder / "pictures").mkdir(exist_ok=True)
     for k in range(pictures):
         _picture(k).save(folder / "pictures" / f"{k:03}.png")
-    config = folder / "tryout.yaml"
-    example = Path(__file__).parent / "configs" / "tryout.yaml"
+    config = folder / "quickstart.yaml"
+    example = Path(__file__).parent / "configs" / "quickstart.yaml"
     config.write_text(example.read_text(encoding="utf-8"), encoding="utf-8")
     return config
 
