@@ -39,7 +39,7 @@ from slider_core.adapters.strength_projector import apply_projector, read_projec
 from slider_core.conditioning.span_strengths import Span, attach_spans, set_strengths
 from slider_core.sampling.flow_matching import scheduler_sigmas
 from slider_core.training_free.attention_reweighting import apply_attention_reweighting
-from slider_core.training_free.flowslider import steer
+from slider_core.training_free.flowslider import sample_flowslider
 from slider_core.training_free.prompt_difference import PromptDifferences
 from slider_core.training_free.text_modulation import apply_text_modulation
 from slider_core.training_free.token_interpolation import apply_token_interpolation
@@ -86,9 +86,9 @@ class _Bench:
             model, self.noise, steps, 1.0, "euler", "simple", text, text, self.latent, disable_pbar=True, seed=0
         )
 
-    def steer(self, model: Model, steps: int) -> None:
+    def flowslider(self, model: Model, steps: int) -> None:
         sigmas = scheduler_sigmas(model, "simple", steps)
-        steer(model, self.text, self.text, self.noise, self.noise, (0.5,), sigmas, seed=0)
+        sample_flowslider(model, self.text, self.text, self.noise, self.noise, (0.5,), sigmas, seed=0)
 
     def variants(self, bare: Model) -> dict[str, Callable[[], Callable[[int], None]]]:
         """What to sample, by name, on this model: each gives a function of the number of steps."""
@@ -112,11 +112,11 @@ class _Bench:
             "attention to text": lambda: (apply_attention_reweighting(bare), self.slid(0.5)),
             "token interpolation": lambda: (apply_token_interpolation(bare), self.slid(0.5)),
             "velocity blending": lambda: (blend_velocity(bare, self.noise, (0.5,)), self.text),
-            "prompt difference, 1 active": lambda: (bare, differences.at({"1": 0.5, **_REST})),
-            "prompt difference, 2 active": lambda: (bare, differences.at({"1": 0.5, **_REST, "2": 0.2})),
+            "prompt difference, 1 active": lambda: (bare, differences.with_strengths({"1": 0.5, **_REST})),
+            "prompt difference, 2 active": lambda: (bare, differences.with_strengths({"1": 0.5, **_REST, "2": 0.2})),
         }
         runs = {name: partial(self._sampling, variant) for name, variant in variants.items()}
-        return {**runs, "fidelity and steering": lambda: partial(self.steer, bare)}
+        return {**runs, "fidelity and steering": lambda: partial(self.flowslider, bare)}
 
     def _sampling(self, variant: Callable[[], tuple[Model, list]]) -> Callable[[int], None]:
         return partial(self.sample, *variant())

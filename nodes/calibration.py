@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..slider_core.figures.plots import check_plots, curves_plot
 from ..slider_core.metrics.calibration import calibrate, parse_calibration
 from ..slider_core.metrics.sweep_metrics import check_sweep, source_of
-from ..slider_core.strength import Strengths, read_strength
+from ..slider_core.strength import Strengths, validate_strengths
 from .common.sockets import CATEGORY, StrengthsSocket, check_strengths, strength_input
 from .common.sweep_distances import SEEN, distance_inputs, sweep_distances
 
@@ -98,6 +98,6 @@ class CalibratedStrength(io.ComfyNode):
 
     @classmethod
     def execute(cls, position: object, curve: str, on: bool) -> io.NodeOutput:
-        positions, used = read_strength(position, "position"), parse_calibration(curve) if on else None
+        positions, used = validate_strengths(position, "position"), parse_calibration(curve) if on else None
         strengths = used.strength(positions) if used else positions
         return io.NodeOutput(strengths, strengths[0], ui={"curve": [curve], "points": [used.drawn() if used else []]})

@@ -8,8 +8,8 @@ from comfy_api.latest import io
 
 from ..slider_core.conditioning.schedule import check_schedule_range
 from ..slider_core.sampling.flow_matching import scheduler_sigmas
-from ..slider_core.strength import read_strength
-from ..slider_core.training_free.flowslider import steer
+from ..slider_core.strength import validate_strengths
+from ..slider_core.training_free.flowslider import sample_flowslider
 from ..slider_core.types import Conditioning
 from .common.latents import noise_for
 from .common.progress import previews
@@ -84,9 +84,9 @@ class FidelitySteering(OneStrength, io.ComfyNode):
         end: float = 1.0,
     ) -> io.NodeOutput:
         check_schedule_range(start, end)
-        values, samples = read_strength(strength, "strength"), latent["samples"]
+        values, samples = validate_strengths(strength, "strength"), latent["samples"]
         sigmas, noise = scheduler_sigmas(model, scheduler, steps, start), noise_for(model, latent, seed)
         on_step = previews(model, len(sigmas) - 1)
         mask = latent.get("noise_mask")
-        edited = steer(model, source, target, samples, noise, values, sigmas, seed, mask, end, on_step)
+        edited = sample_flowslider(model, source, target, samples, noise, values, sigmas, seed, mask, end, on_step)
         return io.NodeOutput({"samples": edited})

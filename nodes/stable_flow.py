@@ -8,7 +8,7 @@ from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ..slider_core.stable_flow.vital_layers import inject_key_values
-from ..slider_core.sweep import latent_for_sweep
+from ..slider_core.sweep import repeat_latent
 from ..slider_core.text.batched_prompts import batch_prompts, split_prompts
 from .common.layer_inputs import chosen_layers, injection_mask_input, layer_inputs, part_inputs, preservation_input
 from .common.sockets import CATEGORY
@@ -79,7 +79,7 @@ class SameNoise(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent: dict, images: int) -> io.NodeOutput:
-        return io.NodeOutput(latent_for_sweep(latent, images))
+        return io.NodeOutput(repeat_latent(latent, images))
 
 
 class InjectVitalLayers(io.ComfyNode):

@@ -12,7 +12,7 @@ from ..slider_core.adapters.strength_projector import (
     read_projector,
     set_projector_strength,
 )
-from ..slider_core.strength import clamp, read_strength
+from ..slider_core.strength import clamp_strengths, validate_strengths
 from ..slider_core.types import Conditioning
 from .common.files import fingerprint, names, path_of
 from .common.sockets import CATEGORY, OneStrength, ProjectorSocket, strength_input
@@ -126,8 +126,8 @@ class ProjectorStrength(OneStrength, io.ComfyNode):
         if mode == DROP:
             shown = "strength dropped: the LoRA acts alone"
             return io.NodeOutput(drop_projector_strength(conditioning, projector), ui=ui.PreviewText(shown))
-        given = read_strength(strength, "strength")
-        used = clamp(given) if mode == CLAMP else given
+        given = validate_strengths(strength, "strength")
+        used = clamp_strengths(given) if mode == CLAMP else given
         shown = f"strength {', '.join(f'{s:g}' for s in used)}"
         outside = [f"{before:g}" for before, after in zip(given, used) if before != after]
         if outside:

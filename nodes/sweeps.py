@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..slider_core.patching.batch_splitting import split_batches
 from ..slider_core.strength import Strengths
-from ..slider_core.sweep import grid, latent_for_sweep, parse_list, spaced
+from ..slider_core.sweep import linspace, parse_strengths, repeat_latent, strength_grid
 from .common.sockets import CATEGORY, StrengthsSocket
 
 
@@ -37,7 +37,7 @@ class StrengthRange(io.ComfyNode):
 
     @classmethod
     def execute(cls, first: float, last: float, count: int) -> io.NodeOutput:
-        return io.NodeOutput(spaced(first, last, count))
+        return io.NodeOutput(linspace(first, last, count))
 
 
 class StrengthList(io.ComfyNode):
@@ -59,7 +59,7 @@ class StrengthList(io.ComfyNode):
 
     @classmethod
     def execute(cls, values: str) -> io.NodeOutput:
-        return io.NodeOutput(parse_list(values))
+        return io.NodeOutput(parse_strengths(values))
 
 
 class StrengthGrid(io.ComfyNode):
@@ -87,7 +87,7 @@ class StrengthGrid(io.ComfyNode):
 
     @classmethod
     def execute(cls, down: Strengths, across: Strengths) -> io.NodeOutput:
-        return io.NodeOutput(*grid(down, across), len(across))
+        return io.NodeOutput(*strength_grid(down, across), len(across))
 
 
 class ImagesAtOnce(io.ComfyNode):
@@ -141,4 +141,4 @@ class LatentForSweep(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent: dict, strengths: Strengths) -> io.NodeOutput:
-        return io.NodeOutput(latent_for_sweep(latent, len(strengths)))
+        return io.NodeOutput(repeat_latent(latent, len(strengths)))

@@ -10,7 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from comfy_api.latest import io
 
-from ..slider_core.strength import read_strength
+from ..slider_core.strength import validate_strengths
 from ..slider_core.text.encode import T5_TRAINING_TOKENS
 from ..slider_core.training_free.attention_reweighting import apply_attention_reweighting
 from ..slider_core.training_free.prompt_difference import PromptDifferences, encode_differences
@@ -115,7 +115,7 @@ class VelocityBlending(OneStrength, io.ComfyNode):
         end: float,
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        values = read_strength(strength, "strength")
+        values = validate_strengths(strength, "strength")
         return io.NodeOutput(blend_velocity(model, latent["samples"], values, keep_below, start, end, mask))
 
 
@@ -175,7 +175,7 @@ class PromptDifference(io.ComfyNode):
         differences = _encoded(clip, text, mode, T5_TRAINING_TOKENS if pad_to_512 else None)
         values = {name: strengths.get(name, 1.0) for name in STRENGTHS}
         chosen = parse_instruction_numbers(sub_instructions)
-        return io.NodeOutput(differences.at(values, mask, start, end, chosen), differences.prompt)
+        return io.NodeOutput(differences.with_strengths(values, mask, start, end, chosen), differences.prompt)
 
 
 def _encoded(clip: CLIP, *how: Any) -> PromptDifferences:

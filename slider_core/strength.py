@@ -8,17 +8,17 @@ import torch
 
 from .errors import SliderError
 
-LIMIT = 100
+MAX_STRENGTH = 100
 """Beyond it, up or down, a strength is taken for a mistake."""
 
 Strengths = tuple[float, ...]
 """One value for the whole batch, or one value per image."""
 
 
-def read_strength(value: object, name: str) -> Strengths:
+def validate_strengths(value: object, name: str) -> Strengths:
     """Validate a number, or a list, tuple or 1-d tensor of numbers, as it comes from a widget or a link.
 
-    Raises SliderError naming `name` when it is empty, not numeric, not within LIMIT or not one-dimensional.
+    Raises SliderError naming `name` when it is empty, not numeric, not within MAX_STRENGTH or not one-dimensional.
     """
     if isinstance(value, torch.Tensor):
         value = value.tolist()
@@ -28,13 +28,15 @@ def read_strength(value: object, name: str) -> Strengths:
     for item in values:
         if isinstance(item, bool) or not isinstance(item, (int, float)):
             raise SliderError(f"{name} is {item!r}; expected a number such as 0.5, or a list of numbers.")
-        if not -LIMIT <= item <= LIMIT:
+        if not -MAX_STRENGTH <= item <= MAX_STRENGTH:
             shown = str(item) if isinstance(item, float) else "a number of many digits"
-            raise SliderError(f"{name} is {shown}; expected a number from {-LIMIT} to {LIMIT}, such as 0.5.")
+            raise SliderError(
+                f"{name} is {shown}; expected a number from {-MAX_STRENGTH} to {MAX_STRENGTH}, such as 0.5."
+            )
     return tuple(float(item) for item in values)
 
 
-def batch_length(strengths: Mapping[str, Strengths]) -> int:
+def batch_size(strengths: Mapping[str, Strengths]) -> int:
     """Number of images that lists of strengths ask for; 1 when all of them are single numbers.
 
     Raises SliderError when two lists disagree.
@@ -46,7 +48,7 @@ def batch_length(strengths: Mapping[str, Strengths]) -> int:
     return next(iter(lists.values()), 1)
 
 
-def clamp(strength: Strengths) -> Strengths:
+def clamp_strengths(strength: Strengths) -> Strengths:
     """The strengths, each moved into 0..1."""
     return tuple(min(max(value, 0.0), 1.0) for value in strength)
 

@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 
 from .errors import SliderError
-from .strength import Strengths, read_strength
+from .strength import Strengths, validate_strengths
 
 
-def spaced(first: float, last: float, count: int) -> Strengths:
+def linspace(first: float, last: float, count: int) -> Strengths:
     """`count` evenly spaced strengths from `first` to `last`, rounded to 6 decimals so that 0 and 1 are exact."""
-    [start], [end] = read_strength(first, "first"), read_strength(last, "last")
+    [start], [end] = validate_strengths(first, "first"), validate_strengths(last, "last")
     return tuple(np.linspace(start, end, count).round(6).tolist())
 
 
-def parse_list(text: str) -> Strengths:
+def parse_strengths(text: str) -> Strengths:
     """Strengths separated by commas, semicolons or white space. Raises SliderError naming what is no number."""
     values = []
     for item in text.replace(",", " ").replace(";", " ").split():
@@ -24,15 +24,15 @@ def parse_list(text: str) -> Strengths:
             values.append(float(item))
         except ValueError:
             raise SliderError(f"{item!r} is no number; expected strengths such as '0, 0.5, 1'.") from None
-    return read_strength(values, "The list of strengths")
+    return validate_strengths(values, "The list of strengths")
 
 
-def grid(down: Strengths, across: Strengths) -> tuple[Strengths, Strengths]:
+def strength_grid(down: Strengths, across: Strengths) -> tuple[Strengths, Strengths]:
     """Every combination of two lists, row by row: two lists of len(down) * len(across) strengths each."""
     return tuple(one for one in down for _ in across), across * len(down)
 
 
-def latent_for_sweep(latent: dict[str, Any], count: int) -> dict[str, Any]:
+def repeat_latent(latent: dict[str, Any], count: int) -> dict[str, Any]:
     """Repeat one latent image (samples of shape (1, ...)) `count` times, all with the first image's noise.
 
     A batch that already has `count` images only gets the same noise for all. A noise mask of one image is left for

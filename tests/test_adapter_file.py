@@ -81,7 +81,7 @@ NAMES = {
 def test_names(peft, tmp_path, names):
     path = saved(tmp_path, renamed(peft, NAMES[names]))
     assert same(deltas(GSTLORA), deltas(path))
-    assert read_adapter(path).kind == "GSTLoRA"
+    assert read_adapter(path).adapter_type == "GSTLoRA"
 
 
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "lora_unet_"])
@@ -130,8 +130,8 @@ def test_header_alpha(peft, tmp_path, declared, factor):
 
 def test_recognised(golden_model):
     st, gst = read_adapter(STLORA), read_adapter(GSTLORA)
-    assert (st.kind, st.ranks, st.family.name) == ("STLoRA", [4], "FLUX.1")
-    assert (gst.kind, gst.ranks, gst.family.name) == ("GSTLoRA", [4], "FLUX.1")
+    assert (st.adapter_type, st.ranks, st.family.name) == ("STLoRA", [4], "FLUX.1")
+    assert (gst.adapter_type, gst.ranks, gst.family.name) == ("GSTLoRA", [4], "FLUX.1")
     text = st.describe()
     for part in ("STLoRA", "FLUX.1", "rank: 4", "double_blocks 0-2", "txt_attn.qkv (q, k, v)", "txt_mlp.2"):
         assert part in text

@@ -14,7 +14,7 @@ from support.stable_flow import LATENT, edit_text, photo, sigmas_of, source_text
 
 from slider_core.errors import SliderError
 from slider_core.sampling.flow_matching import scheduler_sigmas
-from slider_core.training_free.flowslider import steer
+from slider_core.training_free.flowslider import sample_flowslider
 from slider_core.training_free.velocity_blending import blend_velocity
 
 STEPS, SEED = 3, 5
@@ -28,7 +28,7 @@ def noise_of(seed: int = SEED, images: int = 1) -> torch.Tensor:
 def steered(model, strength: tuple[float, ...] = (0.6,), source=SOURCE, target=TARGET, start=0.0, **more):
     sigmas = scheduler_sigmas(model, "simple", STEPS, start)
     arguments = {"latent": photo(model), "noise": noise_of(), **more}
-    return steer(model, source, target, strength=strength, sigmas=sigmas, **arguments)
+    return sample_flowslider(model, source, target, strength=strength, sigmas=sigmas, **arguments)
 
 
 def by_hand(
@@ -121,8 +121,8 @@ def test_a_blended_model_moves_by_its_own_velocities(golden_model):
     """What leads back to the blended source is the same for both prompts: half of the steering is left."""
     half = blend_velocity(golden_model, -photo(golden_model), (0.5,))
     sigmas = scheduler_sigmas(golden_model, "simple", 1)
-    found = steer(half, SOURCE, TARGET, photo(golden_model), noise_of(), (0.6,), sigmas)
-    full = steer(golden_model, SOURCE, TARGET, photo(golden_model), noise_of(), (0.3,), sigmas)
+    found = sample_flowslider(half, SOURCE, TARGET, photo(golden_model), noise_of(), (0.6,), sigmas)
+    full = sample_flowslider(golden_model, SOURCE, TARGET, photo(golden_model), noise_of(), (0.3,), sigmas)
     assert near(found, full)
 
 

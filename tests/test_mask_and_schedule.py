@@ -406,7 +406,7 @@ def test_weights_of_prompts_are_refused():
     whole = at(1.0)
     differences = PromptDifferences("first", [Span("first", (2, 3, 4))], whole, [whole])
     with pytest.raises(SliderError, match="Prompt Difference"):
-        where_and_when(differences.at({"strength_1": 0.5}), torch.zeros(8, 8))
+        where_and_when(differences.with_strengths({"strength_1": 0.5}), torch.zeros(8, 8))
 
 
 def test_what_is_refused(golden_model, bundle):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from comfy.text_encoders.flux import FluxTokenizer
 
-from slider_core.text.instructions import JOINT
+from slider_core.text.instructions import SEPARATOR
 from training.errors import TrainingError
 from training.miniature.edits import (
     FACTORS,
@@ -255,7 +255,7 @@ def test_words():
     tokenizer = FluxTokenizer()
     for _, asked in TASKS:
         for edit in asked:
-            assert JOINT not in edit.instruction
+            assert SEPARATOR not in edit.instruction
             assert meanings.setdefault(edit.instruction, (edit.attribute, edit.full)) == (edit.attribute, edit.full)
     for words in meanings:
         tokens = tokenizer.tokenize_with_weights(words)

@@ -15,7 +15,7 @@ from support.outcomes import far, latents, near
 
 from slider_core.conditioning.span_strengths import Span
 from slider_core.errors import SliderError
-from slider_core.text.instructions import join_lines, read_marks, without
+from slider_core.text.instructions import join_lines, read_marks, remove_instruction
 from slider_core.training_free.prompt_difference import WEIGHED, PromptDifferences
 
 SIGMA, X = 0.7, noise(1, 16, 8, 8, seed=9)
@@ -31,7 +31,7 @@ DIFFERENCES = PromptDifferences("first and second", SPANS, WHOLE, WITHOUT)
 
 
 def at(*strengths: object, **place) -> list:
-    return DIFFERENCES.at({f"strength_{k}": s for k, s in enumerate(strengths, 1)}, **place)
+    return DIFFERENCES.with_strengths({f"strength_{k}": s for k, s in enumerate(strengths, 1)}, **place)
 
 
 def by_hand(model, *strengths: object) -> torch.Tensor:
@@ -166,12 +166,12 @@ def test_refused():
 def test_prompts_without_a_part():
     lines = "make it red", "add a hat and a scarf", "blur it"
     prompt, ranges = join_lines("\n".join(lines))
-    found = [without(prompt, part) for part in ranges]
+    found = [remove_instruction(prompt, part) for part in ranges]
     assert found == [" and ".join(lines[:k] + lines[k + 1 :]) for k in range(3)]
     prompt, [only] = join_lines("make it red")
-    assert without(prompt, only) == ""
+    assert remove_instruction(prompt, only) == ""
     prompt, ranges = read_marks("A portrait of [[an old woman]] with [[golden hair]] and a hat")
-    assert [without(prompt, part) for part in ranges] == [
+    assert [remove_instruction(prompt, part) for part in ranges] == [
         "A portrait of  with golden hair and a hat",
         "A portrait of an old woman with a hat",
     ]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from slider_core.conditioning.span_strengths import Span, attach_spans, set_strengths
 from slider_core.errors import SliderError
-from slider_core.strength import batch_length, read_strength, suppression
-from slider_core.sweep import latent_for_sweep, parse_list, spaced
+from slider_core.strength import batch_size, suppression, validate_strengths
+from slider_core.sweep import linspace, parse_strengths, repeat_latent
 from slider_core.text.instructions import join_lines, read_marks
 from slider_core.text.prompt_syntax import parse_prompt
 
@@ -75,7 +75,7 @@ def test_prompts_are_parsed_as_comfyui_does(prompt):
 
 @pytest.mark.parametrize("value", [0.5, 1, (0.0, 1.5), [2], torch.tensor([0.5, 1.0]), torch.tensor(0.25)])
 def test_strengths(value):
-    assert all(isinstance(v, float) for v in read_strength(value, "s"))
+    assert all(isinstance(v, float) for v in validate_strengths(value, "s"))
 
 
 @pytest.mark.parametrize(
@@ -84,24 +84,24 @@ def test_strengths(value):
 )
 def test_wrong_strengths(value):
     with pytest.raises(SliderError, match=r"^strength_3 is"):
-        read_strength(value, "strength_3")
+        validate_strengths(value, "strength_3")
 
 
 def test_lists():
-    assert batch_length({"a": (1.0,), "b": (0.0, 1.0)}) == 2
+    assert batch_size({"a": (1.0,), "b": (0.0, 1.0)}) == 2
     with pytest.raises(SliderError, match=r"a has 3, b has 2"):
-        batch_length({"a": (1.0,) * 3, "b": (0.0, 1.0)})
-    assert spaced(0, 1.5, 4) == (0.0, 0.5, 1.0, 1.5)
-    assert spaced(0.3, 0.9, 1) == (0.3,)
-    assert 1.0 in spaced(0.0, 1.5, 16)
-    assert parse_list("0,0.5;1\n-2") == (0.0, 0.5, 1.0, -2.0)
+        batch_size({"a": (1.0,) * 3, "b": (0.0, 1.0)})
+    assert linspace(0, 1.5, 4) == (0.0, 0.5, 1.0, 1.5)
+    assert linspace(0.3, 0.9, 1) == (0.3,)
+    assert 1.0 in linspace(0.0, 1.5, 16)
+    assert parse_strengths("0,0.5;1\n-2") == (0.0, 0.5, 1.0, -2.0)
     for bad, message in {
         "": "empty list",
         "0, half": "'half' is no number",
         "nan": "is nan; expected a number from",
     }.items():
         with pytest.raises(SliderError, match=message):
-            parse_list(bad)
+            parse_strengths(bad)
     assert torch.equal(suppression((0.3, 1.0), 2), torch.tensor([0.7, 0.0]))
 
 
@@ -136,11 +136,11 @@ def test_strengths_do_not_change_the_conditioning_they_are_set_on():
     assert second[0][1]["model_conds"]["other"] == 1
 
 
-def test_latent_for_sweep():
+def test_repeat_latent():
     latent = {"samples": torch.ones(1, 16, 4, 4), "noise_mask": torch.ones(1, 4, 4)}
-    swept = latent_for_sweep(latent, 3)
+    swept = repeat_latent(latent, 3)
     assert swept["samples"].shape == (3, 16, 4, 4)
     assert swept["batch_index"] == [0, 0, 0]
-    assert latent_for_sweep({**latent, "batch_index": [5]}, 2)["batch_index"] == [5, 5]
+    assert repeat_latent({**latent, "batch_index": [5]}, 2)["batch_index"] == [5, 5]
     with pytest.raises(SliderError, match="2 images"):
-        latent_for_sweep({"samples": torch.ones(2, 16, 4, 4)}, 3)
+        repeat_latent({"samples": torch.ones(2, 16, 4, 4)}, 3)

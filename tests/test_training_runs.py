@@ -337,7 +337,7 @@ def files(place, accelerator):
 def test_files_tell_what_they_are(files, capsys):
     for method, kind in (("stlora", "STLoRA"), ("gstlora", "GSTLoRA")):
         adapter = read_adapter(files[method])
-        assert adapter.kind == kind
+        assert adapter.adapter_type == kind
         assert adapter.ranks == [4]
         metadata = read_metadata(files[method])
         assert (metadata["method"], metadata["steps"], metadata["rank"]) == (method, 5, 4)

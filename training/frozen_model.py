@@ -68,7 +68,7 @@ class BaseModel:
 
     def to_device(self, images: int, tokens: int) -> None:
         """Load it for batches of `images` with `tokens` each; what does not fit beside them stays on the CPU."""
-        width = self.family.width(self.network)
+        width = self.family.hidden_size(self.network)
         kept = 2 * len(self.family.blocks(self.network)) * tokens * width * self.dtype.itemsize
         needed = images * (kept + tokens * width * _ACTIVATION_BYTES)
         comfy.model_management.load_models_gpu([self.patcher], memory_required=needed)

@@ -34,8 +34,8 @@ class TrainableLora(torch.nn.Module):
     def __init__(self, base: BaseModel, kind: str, rank: int, seed: int):
         super().__init__()
         self.kind, self.rank, self.family = kind, rank, base.family
-        targets = base.family.targets()
-        width = base.family.width(base.network)
+        targets = base.family.lora_targets()
+        width = base.family.hidden_size(base.network)
         self.layers: dict[str, list[str]] = {}
         lora_weights: dict[str, list[LoraWeights]] = {}
         for layer in base.family.adapter_targets(kind, base.network):
@@ -63,7 +63,7 @@ class TrainableLora(torch.nn.Module):
     def adapter(self, name: str) -> Adapter:
         """The adapter as the nodes would read it from a file."""
         tensors = self.tensors()
-        targets = self.family.targets()
+        targets = self.family.lora_targets()
         lora_weights: dict[str, list[LoraWeights]] = {}
         for module, layers in self.layers.items():
             lora_weights[module] = [
@@ -92,7 +92,7 @@ class TrainableProjector(torch.nn.Module):
     def __init__(self, base: BaseModel, seed: int):
         super().__init__()
         pooled_width = base.family.pooled_width(base.network)
-        width = 2 * base.family.width(base.network)
+        width = 2 * base.family.hidden_size(base.network)
         self.paths = base.family.text_modulations(base.network)
         sizes = [(_EXTENDED, 2), (width, _EXTENDED + pooled_width), *[(width, width)] * (_LAYERS - 1)]
         names = ["pe_extender", *(f"projector.{2 * k}" for k in range(_LAYERS))]

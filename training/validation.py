@@ -84,7 +84,7 @@ class Renderer:
     def render(self, slider: Slider, example: Example) -> HeldOut:
         """The source and its edit at the strengths of the settings; two instructions of an STLoRA span a grid."""
         latent = self.cache.latent(example.source)
-        selective = isinstance(slider, Adapter) and slider.kind == "STLoRA"
+        selective = isinstance(slider, Adapter) and slider.adapter_type == "STLoRA"
         sliders = 2 if selective and len(example.instructions) == 2 else 1
         strengths = list(product(self.settings.strengths, repeat=sliders))
         noise = comfy.sample.prepare_noise(latent, self.settings.seed)
@@ -108,7 +108,7 @@ class Renderer:
         conditioning: Conditioning = [[found.text.states.float(), options]]
         if isinstance(slider, ProjectorBundle):
             return apply_projector(self.model, slider), set_projector_strength(conditioning, slider, row[0])
-        if slider.kind == "GSTLoRA":
+        if slider.adapter_type == "GSTLoRA":
             return apply_gstlora(self.model, slider, row[0]), conditioning
         spans = [Span(text, rows) for text, rows in zip(example.instructions, found.rows)]
         conditioning = attach_spans(conditioning, found.text.states.shape[1], spans)

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ...slider_core.conditioning.span_strengths import DEFAULT_CHANNEL
 from ...slider_core.errors import SliderError
 from ...slider_core.int_ranges import parse_int_ranges
-from ...slider_core.strength import read_strength
+from ...slider_core.strength import validate_strengths
 from ...slider_core.text.encode import SPLITTERS
 
 CATEGORY = "edit sliders"
@@ -96,7 +96,7 @@ def check_strengths(values: Mapping[str, object]) -> bool | str:
     """For validate_inputs: True, or what is wrong with a strength typed in or sent over the API."""
     try:
         for name, value in values.items():
-            read_strength(value, name)
+            validate_strengths(value, name)
     except SliderError as error:
         return str(error)
     return True

@@ -52,7 +52,7 @@ class Adapter:
     """
 
     name: str
-    kind: str
+    adapter_type: str
     family: Family
     lora_weights: Mapping[str, list[LoraWeights]]
 
@@ -77,7 +77,7 @@ class Adapter:
                 f"{self.name} changes {len(missing)} layers that this {family.name} model does not have, such as "
                 f"{missing[0]}; expected an adapter trained for this model. Choose the base model it was trained on."
             )
-        width = family.width(diffusion_model)
+        width = family.hidden_size(diffusion_model)
         for name, parts in self.lora_weights.items():
             linear = modules[name]
             for f in parts:
@@ -98,10 +98,10 @@ class Adapter:
             parts[f"{stack}.{layer}" if stack else layer].update(
                 None if f.size is None else f.offset for f in lora_weights
             )
-        acts = "on the words you choose" if self.kind == "STLoRA" else "on the whole instruction"
+        acts = "on the words you choose" if self.adapter_type == "STLoRA" else "on the whole instruction"
         scales = sorted({round(f.scale, 6) for fs in self.lora_weights.values() for f in fs})
         lines = [
-            f"{self.name}: {self.kind}, acts {acts}",
+            f"{self.name}: {self.adapter_type}, acts {acts}",
             f"base: {self.family.name}, {len(self.lora_weights)} layers",
             f"rank: {_listed(self.ranks)}; alpha / rank: {_listed(scales)}",
         ]
@@ -156,7 +156,7 @@ def _split_key(key: str, file: str) -> tuple[str, str]:
 def _recognise(modules: list[str], file: str) -> tuple[Family, dict[str, LinearSlice]]:
     unknown: list[str] = []
     for family in FAMILIES:
-        names = family.targets()
+        names = family.lora_targets()
         flat = {name.replace(".", "_"): target for name, target in names.items()}
         found = {module: _lookup(module, names, flat) for module in modules}
         unknown = [module for module, target in found.items() if target is None]

@@ -11,7 +11,7 @@ from ..conditioning.outside_strength import strength_elsewhere
 from ..errors import SliderError
 from ..families import family_of
 from ..patching.forward_patches import BATCH_SLICE, BatchSlice, ForwardContext, ForwardWrapper, ModelPatch, add_patch
-from ..strength import read_strength, suppression
+from ..strength import suppression, validate_strengths
 from .adapter_file import Adapter
 
 
@@ -25,7 +25,7 @@ class GSTLoRAPatch(ModelPatch):
     batch_independent = True
 
     def __init__(self, adapter: Adapter, strength: object, load_device: torch.device):
-        values = read_strength(strength, "strength")
+        values = validate_strengths(strength, "strength")
         self.alpha = suppression(values, len(values))
         self.lora_branches = adapter.lora_branches.patcher(load_device)
 
@@ -53,7 +53,7 @@ def apply_gstlora(model: ModelPatcher, adapter: Adapter, strength: object) -> Mo
     Raises SliderError for a bad strength, an STLoRA file, or an adapter that does not fit the model.
     """
     family = family_of(model)
-    if adapter.kind != "GSTLoRA":
+    if adapter.adapter_type != "GSTLoRA":
         raise SliderError(
             f"{adapter.name} is an STLoRA (text stream only, trained to act on single words); expected a GSTLoRA file "
             "such as pytorch_lora_weights.safetensors. Use 'Apply STLoRA' for it."

@@ -36,7 +36,7 @@ def apply_stlora(model: ModelPatcher, adapter: Adapter, channel: str = DEFAULT_C
     Raises SliderError when the adapter is no STLoRA or does not fit the model.
     """
     family = family_of(model)
-    if adapter.kind != "STLoRA":
+    if adapter.adapter_type != "STLoRA":
         raise SliderError(
             f"{adapter.name} is a GSTLoRA (it also changes layers without prompt tokens), so it cannot act on single "
             "words; expected an STLoRA file such as selective_lora.pt. Use 'Apply GSTLoRA' for it."

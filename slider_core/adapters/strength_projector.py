@@ -34,7 +34,7 @@ from ..patching.forward_patches import (
     add_patch,
     patches_of,
 )
-from ..strength import Strengths, read_strength
+from ..strength import Strengths, validate_strengths
 from ..tensor_file import TensorFile, read_tensors
 from ..types import Conditioning
 from .adapter_file import Adapter, adapter_from_tensors
@@ -223,7 +223,7 @@ def apply_projector(model: ModelPatcher, bundle: ProjectorBundle) -> ModelPatche
     """
     family = family_of(model)
     diffusion_model = diffusion_model_of(model.model)
-    width, projector = family.width(diffusion_model), bundle.projector
+    width, projector = family.hidden_size(diffusion_model), bundle.projector
     if projector.width != width:
         raise SliderError(
             f"{projector.name} is for a model of hidden size {projector.width}, this {family.name} has {width}. "
@@ -244,7 +244,7 @@ def set_projector_strength(conditioning: Conditioning, bundle: ProjectorBundle, 
     them. Strength 0 is the projector's own zero, which is not the bare model.
     Raises SliderError for a bad strength or a pooled vector that the projector cannot read.
     """
-    values = read_strength(strength, "strength")
+    values = validate_strengths(strength, "strength")
     out = []
     for cond, options in conditioning:
         pooled = _pooled(bundle.projector, options)

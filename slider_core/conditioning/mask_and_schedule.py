@@ -18,7 +18,7 @@ from comfy.utils import common_upscale, repeat_to_batch_size
 from ..adapters.strength_projector import offsets_at
 from ..errors import SliderError
 from ..patching.forward_patches import COND_PREFIX
-from ..strength import read_strength
+from ..strength import validate_strengths
 from ..training_free.prompt_difference import WEIGHED
 from ..types import CondEntry
 from .masks import validate_mask
@@ -47,7 +47,7 @@ def where_and_when(
     Costs one more model evaluation per step and entry, none where the mask is all ones or all zeros.
     Raises SliderError for a mask or schedule that is none, and for entries that cannot be divided.
     """
-    [strength] = read_strength([elsewhere], "elsewhere")
+    [strength] = validate_strengths([elsewhere], "elsewhere")
     if any(WEIGHED in options for _, options in conditioning):
         raise SliderError(
             "The strengths of 'Prompt Difference' are weights of its prompts, which 'Where and When' does not change; "

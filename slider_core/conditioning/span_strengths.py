@@ -14,7 +14,7 @@ import torch
 
 from ..errors import SliderError
 from ..patching.forward_patches import COND_PREFIX, ForwardContext
-from ..strength import Strengths, batch_length, read_strength, suppression
+from ..strength import Strengths, batch_size, suppression, validate_strengths
 from ..types import Conditioning
 from .outside_strength import PADDING, SPANS, elsewhere_of, refuse_later, strength_elsewhere
 from .per_image_cond import PerImageCond
@@ -88,14 +88,14 @@ def set_strengths(
     Raises SliderError for values that are no strengths, lists of different length, a strength other than 1 without a
     span, and spans without a value.
     """
-    strengths = {name: read_strength(value, name) for name, value in values.items()}
+    strengths = {name: validate_strengths(value, name) for name, value in values.items()}
     return [[cond, _with_strengths(options, strengths, channel)] for cond, options in conditioning]
 
 
 def _with_strengths(options: dict[str, Any], strengths: Mapping[str, Strengths], channel: str) -> dict[str, Any]:
     text = _spans_of(options)
     check_count(text.spans, strengths)
-    batch_length(strengths)
+    batch_size(strengths)
     _refuse_placed(text, "strengths")
     own = tuple(strengths.values())[: len(text.spans)]
     return _with_text(options, replace(text, strengths={**text.strengths, channel: own}))

@@ -56,7 +56,7 @@ class Family(ABC):
         """Whether this is ComfyUI's implementation of the family."""
 
     @abstractmethod
-    def targets(self) -> dict[str, LinearSlice]:
+    def lora_targets(self) -> dict[str, LinearSlice]:
         """Every module name that adapter files use for this family, with dots, to the target in ComfyUI's model."""
 
     @abstractmethod
@@ -68,7 +68,7 @@ class Family(ABC):
         """What its CLIP has as `tokenizer`, without any model loaded."""
 
     @abstractmethod
-    def width(self, diffusion_model: Any) -> int:
+    def hidden_size(self, diffusion_model: Any) -> int:
         """Hidden size of a loaded model."""
 
     @abstractmethod
@@ -105,7 +105,7 @@ class Family(ABC):
 
     @abstractmethod
     def adapter_targets(self, kind: str, diffusion_model: Any) -> list[str]:
-        """The layers that an adapter of this kind ('STLoRA', 'GSTLoRA') is trained on, by names of `targets`."""
+        """The layers that an adapter of this kind ('STLoRA', 'GSTLoRA') is trained on, by names of `lora_targets`."""
 
     @abstractmethod
     def inplace_modified_inputs(self, diffusion_model: Any) -> list[str]:

@@ -46,7 +46,7 @@ class Flux(Family):
     def matches(self, diffusion_model: object) -> bool:
         return isinstance(diffusion_model, FluxModel) and not diffusion_model.params.global_modulation
 
-    def targets(self) -> dict[str, LinearSlice]:
+    def lora_targets(self) -> dict[str, LinearSlice]:
         return _targets()
 
     def acts_on_text_only(self, module: str) -> bool:
@@ -55,7 +55,7 @@ class Flux(Family):
     def tokenizer(self, embedding_directories: Sequence[str]) -> FluxTokenizer:
         return FluxTokenizer(embedding_directory=list(embedding_directories))
 
-    def width(self, diffusion_model: Any) -> int:
+    def hidden_size(self, diffusion_model: Any) -> int:
         return diffusion_model.hidden_size
 
     def pooled_width(self, diffusion_model: Any) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from ..errors import SliderError
-from ..strength import Strengths, read_strength
+from ..strength import Strengths, validate_strengths
 from .image_distance import ImageDistances
 from .sweep_metrics import check_sweep
 
@@ -50,7 +50,7 @@ class Calibration:
         inside = asked.clip(self.positions[0], self.positions[-1])
         begin, full = curve([0.0, 1.0])
         found = curve(inside) + (asked - inside) * (full - begin)
-        return read_strength(found.round(6).tolist(), "The calibrated strength")
+        return validate_strengths(found.round(6).tolist(), "The calibrated strength")
 
     def drawn(self) -> list[tuple[float, float]]:
         """Positions and strengths to draw the curve by, its own points among them."""
@@ -187,7 +187,7 @@ def _rising(values: object, name: str) -> Strengths:
     """Two numbers or more, each above the last. Raises SliderError."""
     if not isinstance(values, list) or len(values) < 2:
         raise SliderError(f"The curve's {name} are {values!r}; expected a list of two numbers or more.")
-    numbers = read_strength(values, f"The curve's {name}")
+    numbers = validate_strengths(values, f"The curve's {name}")
     if any(b <= a for a, b in pairwise(numbers)):
         raise SliderError(f"The curve's {name} are {values!r}; expected each to be above the one before.")
     return numbers

@@ -31,7 +31,7 @@ class KVSlots:
 
     def __init__(self, model: ModelPatcher, layers: Sequence[int]):
         self.family, self.blocks = family_of(model), select_blocks(model, layers)
-        self.width = self.family.width(diffusion_model_of(model.model))
+        self.width = self.family.hidden_size(diffusion_model_of(model.model))
 
     def shape(self, latent: Sequence[int]) -> tuple[int, int, int]:
         """(layers, tokens, 2 * width) for a latent's shape."""

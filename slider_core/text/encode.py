@@ -10,7 +10,7 @@ from ..errors import SliderError
 from ..families import Family, family_of_encoders
 from ..types import Conditioning
 from .instructions import join_lines, read_marks
-from .token_spans import Range, TokenizedPrompt, find_phrase, tokenize, tokenizers
+from .token_spans import CharRange, TokenizedPrompt, find_phrase, tokenize, tokenizers
 
 if TYPE_CHECKING:
     from comfy.sd import CLIP
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 T5_TRAINING_TOKENS = 512
 """T5 rows in SliderEdit's training and in its code; ComfyUI pads to 256."""
 
-SPLITTERS: dict[str, Callable[[str], tuple[str, list[Range]]]] = {
+SPLITTERS: dict[str, Callable[[str], tuple[str, list[CharRange]]]] = {
     "one per line": join_lines,
     "[[marked]] phrases": read_marks,
 }
@@ -35,11 +35,11 @@ def encode_instructions(clip: CLIP, text: str, mode: str, pad_to: int | None) ->
     family = family_of_encoders(set(tokenizers(clip)))
     tokenized = tokenize(clip, prompt, **_padded(family, pad_to))
     spans = [_span(tokenized, family.context_encoder, r) for r in ranges]
-    conditioning = encode(clip, prompt, pad_to)
+    conditioning = encode_prompt(clip, prompt, pad_to)
     return _attached(conditioning, tokenized, family.context_encoder, spans), prompt, spans
 
 
-def encode(clip: CLIP, prompt: str, pad_to: int | None) -> Conditioning:
+def encode_prompt(clip: CLIP, prompt: str, pad_to: int | None) -> Conditioning:
     """Encode a prompt, padded as in encode_instructions."""
     options = _padded(family_of_encoders(set(tokenizers(clip))), pad_to)
     return clip.encode_from_tokens_scheduled(clip.tokenize(prompt, tokenizer_options=options))
@@ -76,7 +76,7 @@ def _rows(conditioning: Conditioning) -> int:
     return known.length if known else cond.shape[1]
 
 
-def visible_text_range(tokenized: TokenizedPrompt, characters: Range) -> Range:
+def visible_text_range(tokenized: TokenizedPrompt, characters: CharRange) -> CharRange:
     """Where a sub-instruction stands in `visible`, given its raw characters. Raises SliderError if it has no words."""
     visible = tokenized.visible_range(*characters)
     if not tokenized.visible[visible.start : visible.end].strip():
@@ -85,7 +85,7 @@ def visible_text_range(tokenized: TokenizedPrompt, characters: Range) -> Range:
     return visible
 
 
-def _span(tokenized: TokenizedPrompt, encoder: str, characters: Range) -> Span:
+def _span(tokenized: TokenizedPrompt, encoder: str, characters: CharRange) -> Span:
     words = visible_text_range(tokenized, characters)
     text = tokenized.visible[words.start : words.end].strip()
     return Span(text, tokenized.token_indices(encoder, words))

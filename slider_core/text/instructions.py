@@ -6,15 +6,15 @@ import re
 import unicodedata
 
 from ..errors import SliderError
-from .token_spans import Range
+from .token_spans import CharRange
 
-JOINT = " and "
+SEPARATOR = " and "
 """How SliderEdit joins instructions in training (section 'SliderEdit')."""
 
 _MARK = re.compile(r"\\?(\[\[|\]\])")
 
 
-def join_lines(text: str) -> tuple[str, list[Range]]:
+def join_lines(text: str) -> tuple[str, list[CharRange]]:
     """One sub-instruction per line, joined with ' and '. Returns the prompt and each line's raw character range.
 
     Lines without anything visible are skipped. Raises SliderError when nothing is left.
@@ -24,39 +24,39 @@ def join_lines(text: str) -> tuple[str, list[Range]]:
         raise SliderError("The prompt is empty; expected one sub-instruction per line, such as 'make her smile'.")
     spans, start = [], 0
     for line in lines:
-        spans.append(Range(start, start + len(line)))
-        start += len(line) + len(JOINT)
-    return JOINT.join(lines), spans
+        spans.append(CharRange(start, start + len(line)))
+        start += len(line) + len(SEPARATOR)
+    return SEPARATOR.join(lines), spans
 
 
-def without(prompt: str, part: Range) -> str:
+def remove_instruction(prompt: str, part: CharRange) -> str:
     """The prompt without a sub-instruction, given its raw characters, and without the ' and ' that joined it."""
     before, after = prompt[: part.start], prompt[part.end :]
-    if after.startswith(JOINT):
-        return before + after[len(JOINT) :]
-    return before.removesuffix(JOINT) + after
+    if after.startswith(SEPARATOR):
+        return before + after[len(SEPARATOR) :]
+    return before.removesuffix(SEPARATOR) + after
 
 
-def read_marks(text: str) -> tuple[str, list[Range]]:
+def read_marks(text: str) -> tuple[str, list[CharRange]]:
     """A free prompt in which [[double brackets]] mark the phrases. Returns the prompt without marks and the ranges.
 
     Marks may be nested; ranges come in the order in which the marks open. `\\[[` and `\\]]` are literal.
     Raises SliderError when a mark is not closed, not opened or empty, or when there is none.
     """
     prompt, position = "", 0
-    spans: list[Range] = []
+    spans: list[CharRange] = []
     still_open: list[int] = []
     for match in _MARK.finditer(text):
         prompt += text[position : match.start()]
         position = match.end()
         if match[0] == "[[":
             still_open.append(len(spans))
-            spans.append(Range(len(prompt), len(prompt)))
+            spans.append(CharRange(len(prompt), len(prompt)))
         elif match[0] == "]]":
             if not still_open:
                 raise SliderError(f"']]' after {prompt[-30:]!r} closes nothing; expected '[[' before the phrase.")
             opened = still_open.pop()
-            spans[opened] = Range(spans[opened].start, len(prompt))
+            spans[opened] = CharRange(spans[opened].start, len(prompt))
             if not prompt[spans[opened].start :].strip():
                 raise SliderError("'[[]]' marks nothing; expected words between the brackets.")
         else:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import SliderError
 from .encode import SPLITTERS, visible_text_range
-from .token_spans import Range, TokenizedPrompt, tokenize, tokenizers
+from .token_spans import CharRange, TokenizedPrompt, tokenize, tokenizers
 
 if TYPE_CHECKING:
     from comfy.sd import CLIP
@@ -30,7 +30,7 @@ def phrase_tokens(clip: CLIP, text: str, mode: str) -> list[PhraseTokens]:
     return [_tokens(tokenized, spelled, characters) for characters in ranges]
 
 
-def _tokens(tokenized: TokenizedPrompt, spelled: dict[str, list[str]], characters: Range) -> PhraseTokens:
+def _tokens(tokenized: TokenizedPrompt, spelled: dict[str, list[str]], characters: CharRange) -> PhraseTokens:
     try:
         words = visible_text_range(tokenized, characters)
         rows = {name: tokenized.token_indices(name, words) for name in spelled}

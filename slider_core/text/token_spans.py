@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from comfy.sd import CLIP
 
 
-class Range(NamedTuple):
+class CharRange(NamedTuple):
     """Half-open range of characters."""
 
     start: int
@@ -46,13 +46,13 @@ class TokenizedPrompt:
     prompt: str
     visible: str
     at: tuple[int, ...]
-    tokens: dict[str, tuple[Range | None, ...]]
+    tokens: dict[str, tuple[CharRange | None, ...]]
 
-    def visible_range(self, start: int, end: int) -> Range:
-        """Range of `visible` that lies within characters start..end of the raw prompt."""
-        return Range(bisect_left(self.at, start), bisect_left(self.at, end))
+    def visible_range(self, start: int, end: int) -> CharRange:
+        """CharRange of `visible` that lies within characters start..end of the raw prompt."""
+        return CharRange(bisect_left(self.at, start), bisect_left(self.at, end))
 
-    def token_indices(self, encoder: str, span: Range) -> tuple[int, ...]:
+    def token_indices(self, encoder: str, span: CharRange) -> tuple[int, ...]:
         """Rows of `encoder` whose tokens overlap the visible `span`: they cover it, plus the rest of its end pieces.
 
         Raises SliderError when there are none.
@@ -97,7 +97,7 @@ def tokenize(clip: CLIP, prompt: str, **options: Any) -> TokenizedPrompt:
     return TokenizedPrompt(prompt, visible, at, tokens)
 
 
-def find_phrase(text: str, phrase: str, occurrence: int = 1) -> list[Range]:
+def find_phrase(text: str, phrase: str, occurrence: int = 1) -> list[CharRange]:
     """Where `phrase` stands in the visible `text`: its occurrence-th place counted from 1, or all places for 0.
 
     Runs of white space match each other and unicode forms are equalised; letter case counts. Places at word
@@ -121,7 +121,7 @@ def find_phrase(text: str, phrase: str, occurrence: int = 1) -> list[Range]:
 
 def _token_ranges(
     tokenizer: SDTokenizer, prompt: str, segments: list[Segment], options: dict[str, Any]
-) -> tuple[Range | None, ...]:
+) -> tuple[CharRange | None, ...]:
     ours = [(w, *token) for w, group in enumerate(_token_groups(tokenizer, segments), 1) for token in group]
     batches = tokenizer.tokenize_with_weights(prompt, return_word_ids=True, tokenizer_options=options)
     rows = [row for batch in batches for row in batch]
@@ -139,7 +139,9 @@ def _token_ranges(
     return tuple(next(ranges)[3] if row[2] != 0 else None for row in rows)
 
 
-def _token_groups(tokenizer: SDTokenizer, segments: list[Segment]) -> Iterator[list[tuple[int | None, float, Range]]]:
+def _token_groups(
+    tokenizer: SDTokenizer, segments: list[Segment]
+) -> Iterator[list[tuple[int | None, float, CharRange]]]:
     """ComfyUI's groups of (token id or None for an embedding vector, weight, visible range), in its order."""
     offset = 0
     mark = tokenizer.embedding_identifier
@@ -163,7 +165,7 @@ def _words(text: str, mark: str) -> list[tuple[int, int]]:
     return [(a, b) for a, b in pairwise(cuts) if a < b]
 
 
-def _split_places(word: str, places: list[int], rest: str) -> tuple[list[int], Range]:
+def _split_places(word: str, places: list[int], rest: str) -> tuple[list[int], CharRange]:
     """Places of the text `rest` left over after an embedding's name (its spaces are remade), and the name's range."""
     left: list[int] = []
     k = len(word)
@@ -174,15 +176,15 @@ def _split_places(word: str, places: list[int], rest: str) -> tuple[list[int], R
                 k -= 1
         left.append(places[min(k, len(places) - 1)])
     name_end = k if rest.strip() else len(word.rstrip())
-    return left[::-1], Range(places[0], places[name_end - 1] + 1)
+    return left[::-1], CharRange(places[0], places[name_end - 1] + 1)
 
 
-def _pieces(tokenizer: SDTokenizer, word: str, places: list[int]) -> list[tuple[int, Range]]:
+def _pieces(tokenizer: SDTokenizer, word: str, places: list[int]) -> list[tuple[int, CharRange]]:
     encoded = tokenizer.tokenizer(word, return_offsets_mapping=True)
     end = -1 if tokenizer.tokenizer_adds_end_token else None
     ids = encoded["input_ids"][tokenizer.tokens_start : end]
     offsets = encoded["offset_mapping"][tokenizer.tokens_start : end]
-    return list(zip(ids, [Range(places[a], places[b - 1] + 1) for a, b in _tidy_offsets(word, offsets)]))
+    return list(zip(ids, [CharRange(places[a], places[b - 1] + 1) for a, b in _tidy_offsets(word, offsets)]))
 
 
 def _tidy_offsets(word: str, offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -216,7 +218,7 @@ def _tidy_offsets(word: str, offsets: list[tuple[int, int]]) -> list[tuple[int, 
     return tidy
 
 
-def _search(text: str, phrase: str) -> list[Range]:
+def _search(text: str, phrase: str) -> list[CharRange]:
     plain, clusters = _normalise(text)
     wanted, _ = _normalise(phrase)
     words = [re.escape(word) for word in wanted.split()]
@@ -224,20 +226,20 @@ def _search(text: str, phrase: str) -> list[Range]:
         return []
     pattern = r"\s+".join(words)
     found = list(re.finditer(rf"(?<!\w){pattern}(?!\w)", plain)) or list(re.finditer(pattern, plain))
-    return [Range(clusters[m.start()].start, clusters[m.end() - 1].end) for m in found]
+    return [CharRange(clusters[m.start()].start, clusters[m.end() - 1].end) for m in found]
 
 
-def _normalise(text: str) -> tuple[str, list[Range]]:
+def _normalise(text: str) -> tuple[str, list[CharRange]]:
     """NFKC per base character with its combining marks, and for each resulting character the source range."""
     out: list[str] = []
-    source: list[Range] = []
+    source: list[CharRange] = []
     start = 0
     for end in range(1, len(text) + 1):
         if end < len(text) and unicodedata.combining(text[end]):
             continue
         for char in unicodedata.normalize("NFKC", text[start:end]):
             out.append(char)
-            source.append(Range(start, end))
+            source.append(CharRange(start, end))
         start = end
     return "".join(out), source
 

@@ -27,7 +27,7 @@ from ..strength import Strengths
 from ..types import Conditioning, OnStep
 
 
-def steer(
+def sample_flowslider(
     model: ModelPatcher,
     source: Conditioning,
     target: Conditioning,
@@ -58,7 +58,7 @@ def steer(
     latent, noise = (one.expand(images, -1, -1, -1) for one in (latent, noise))
     guider = RolesGuider(model)
     guider.inner_set_conds({STAYING: source, MOVING: source, AIMING: target})
-    sampler = FidelitySteering(strength, end)
+    sampler = FlowSliderSampler(strength, end)
     samples = guider.sample(noise, latent, sampler, sigmas, mask, callback=on_step, disable_pbar=True, seed=seed)
     return samples.to(intermediate_device(), intermediate_dtype())
 
@@ -87,7 +87,7 @@ class RolesGuider(CFGGuider):
         return [(x - one) / sigma for one in denoised]
 
 
-class FidelitySteering(Sampler):
+class FlowSliderSampler(Sampler):
     """The Euler steps, for RolesGuider."""
 
     def __init__(self, strength: Strengths, end: float = 1.0):

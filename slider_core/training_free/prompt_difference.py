@@ -19,9 +19,9 @@ from ..conditioning.schedule import check_schedule_range, split_by_schedule
 from ..conditioning.span_strengths import Span, check_chosen, check_count
 from ..errors import SliderError
 from ..patching.forward_patches import COND_PREFIX
-from ..strength import Strengths, batch_length, read_strength
-from ..text.encode import SPLITTERS, encode, encode_instructions
-from ..text.instructions import without
+from ..strength import Strengths, batch_size, validate_strengths
+from ..text.encode import SPLITTERS, encode_instructions, encode_prompt
+from ..text.instructions import remove_instruction
 from ..types import Conditioning
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class PromptDifferences:
     whole: Conditioning
     without: list[Conditioning]
 
-    def at(
+    def with_strengths(
         self,
         values: Mapping[str, object],
         mask: torch.Tensor | None = None,
@@ -59,10 +59,10 @@ class PromptDifferences:
         is none and for a chosen sub-instruction that is not there.
         """
         check_schedule_range(start, end)
-        strengths = {name: read_strength(value, name) for name, value in values.items()}
+        strengths = {name: validate_strengths(value, name) for name, value in values.items()}
         check_count(self.spans, strengths)
         check_chosen(self.spans, chosen)
-        images, everywhere = batch_length(strengths), torch.ones(1, 1, 1)
+        images, everywhere = batch_size(strengths), torch.ones(1, 1, 1)
         place = everywhere if mask is None else _place(mask, images)
         placed = [not chosen or k in chosen for k in range(1, len(self.spans) + 1)]
         absent = [
@@ -91,7 +91,9 @@ def encode_differences(clip: CLIP, text: str, mode: str, pad_to: int | None) -> 
     """Encode the sub-instructions of `text` for PromptDifferences; arguments and errors as encode_instructions."""
     whole, prompt, spans = encode_instructions(clip, text, mode, pad_to)
     _, ranges = SPLITTERS[mode](text)
-    return PromptDifferences(prompt, spans, whole, [encode(clip, without(prompt, r), pad_to) for r in ranges])
+    return PromptDifferences(
+        prompt, spans, whole, [encode_prompt(clip, remove_instruction(prompt, r), pad_to) for r in ranges]
+    )
 
 
 def _place(mask: torch.Tensor, images: int) -> torch.Tensor:

@@ -42,7 +42,7 @@ def apply_token_interpolation(model: ModelPatcher, channel: str = DEFAULT_CHANNE
     When sampling, raises SliderError for a prompt without padding.
     """
     family, inner = family_of(model), diffusion_model_of(model.model)
-    return add_patch(model, TokenInterpolation(family.text_qkv(inner), family.width(inner), channel))
+    return add_patch(model, TokenInterpolation(family.text_qkv(inner), family.hidden_size(inner), channel))
 
 
 def _towards(row: int, scales: torch.Tensor, columns: int) -> ForwardWrapper:

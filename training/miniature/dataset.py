@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from slider_core.text.instructions import JOINT
+from slider_core.text.instructions import SEPARATOR
 
 from ..edit_strips import INNER, stacked
 from ..rng import generator
@@ -53,7 +53,7 @@ def _write_stacks(folder: Path, count: int) -> None:
         row.save(folder / f"{k:04}.png")
         record = {
             "image_name": f"{k:04}.png",
-            "edit_instruction": JOINT.join(edit.instruction for edit in asked),
+            "edit_instruction": SEPARATOR.join(edit.instruction for edit in asked),
             "category": "attribute_change",
             "lpips_kontext_edit": 1.0,
             "lpips_edit_inversion": 0.0,

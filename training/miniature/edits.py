@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from slider_core.text.instructions import JOINT
+from slider_core.text.instructions import SEPARATOR
 
 from ..errors import TrainingError
 from ..rng import generator
@@ -96,7 +96,7 @@ class Task(NamedTuple):
 
     @property
     def prompt(self) -> str:
-        return JOINT.join(edit.instruction for edit in self.edits)
+        return SEPARATOR.join(edit.instruction for edit in self.edits)
 
 
 def task(seed: int) -> Task:

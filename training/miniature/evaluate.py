@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slider_core.text.instructions import JOINT
+from slider_core.text.instructions import SEPARATOR
 
 from ..frozen_model import BaseModel
 from ..rng import generator
@@ -84,7 +84,7 @@ def _sampled(
     base: BaseModel, encoders: TextEncoders, autoencoder: Autoencoder, tasks: Tasks, sigmas: Tensor, number: int
 ) -> Tensor:
     sources = autoencoder.encoded(torch.stack([as_pixels(source) for source, _ in tasks]))
-    text = encoders.encoded([JOINT.join(edit.instruction for edit in asked) for _, asked in tasks], ROWS)
+    text = encoders.encoded([SEPARATOR.join(edit.instruction for edit in asked) for _, asked in tasks], ROWS)
     latent = torch.randn(sources.shape, generator=generator("examination", number))
     for now, after in pairwise(sigmas):
         velocity = base.velocity(latent, now.expand(len(tasks)), text, GUIDANCE, [sources])

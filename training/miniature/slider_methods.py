@@ -22,7 +22,7 @@ from slider_core.conditioning.span_strengths import set_strengths
 from slider_core.sampling.flow_matching import scheduler_sigmas
 from slider_core.text.encode import encode_instructions
 from slider_core.training_free.attention_reweighting import apply_attention_reweighting
-from slider_core.training_free.flowslider import steer
+from slider_core.training_free.flowslider import sample_flowslider
 from slider_core.training_free.prompt_difference import encode_differences
 from slider_core.training_free.text_modulation import apply_text_modulation
 from slider_core.training_free.token_interpolation import apply_token_interpolation
@@ -98,7 +98,9 @@ class Miniature:
         negative = self.beside(slid.negative, latent)
         if slid.steered:
             sigmas = scheduler_sigmas(slid.model, "simple", STEPS)
-            return self._decoded(steer(slid.model, negative, positive, latent, noise[:1], tuple(slid.steered), sigmas))
+            return self._decoded(
+                sample_flowslider(slid.model, negative, positive, latent, noise[:1], tuple(slid.steered), sigmas)
+            )
         assert slid.cfg is not None
         each = [_sampled(slid.model, positive, negative, noise[:1], cfg) for cfg in slid.cfg]
         return self._decoded(torch.cat(each))
@@ -150,7 +152,7 @@ def fidelity_steering(it: Miniature, edits: Sequence[Edit], moved: int, strength
 
 def prompt_difference(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
     differences = encode_differences(it.clip, "\n".join(_told(edits)), "one per line", None)
-    return Slid(it.model, differences.at(_values(edits, moved, strengths)))
+    return Slid(it.model, differences.with_strengths(_values(edits, moved, strengths)))
 
 
 def guidance_scale(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from slider_core.text.instructions import JOINT
+from slider_core.text.instructions import SEPARATOR
 
 from ..frozen_model import Text
 from ..rng import generator
@@ -82,7 +82,7 @@ class T5Reader(torch.nn.Module):
         for k in range(batch):
             count = 1 + int(torch.randint(MOST_AT_ONCE, (), generator=chance))
             read = [self._read(edit) for edit in edits(chance, scene(chance), count)]
-            joint = (self._tokens(JOINT), _NOTHING)
+            joint = (self._tokens(SEPARATOR), _NOTHING)
             parts = [part for one in read for part in (joint, one)][1:]
             ids = [token for part, _ in parts for token in part] + [self.tokenizer.eos_token_id]
             tells = [meaning for part, meaning in parts for _ in part]

@@ -12,7 +12,7 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from slider_core.text.instructions import JOINT
+from slider_core.text.instructions import SEPARATOR
 
 from ..frozen_model import BaseModel, Text
 from ..objectives import NEUTRAL
@@ -95,7 +95,7 @@ class Lessons:
         rows = list(_ROWS)[int(torch.multinomial(torch.tensor(list(_ROWS.values())), 1, generator=chance))]
         if torch.rand((), generator=chance) < 0.5:
             prompts[0], targets[0] = _NO_EDITS[step % 2], sources[0]
-        text = self.encoders.encoded([JOINT.join(prompt) for prompt in prompts], rows)
+        text = self.encoders.encoded([SEPARATOR.join(prompt) for prompt in prompts], rows)
         shuffled = torch.where(torch.rand(_BATCH, 1, generator=chance) < 0.5, text.pooled.roll(1, 0), text.pooled)
         even = torch.rand(_BATCH, generator=chance)
         sigma = _SHIFT * even / (1 + (_SHIFT - 1) * even)
