@@ -6,7 +6,7 @@ import torch
 from comfy.clip_vision import ClipVisionModel
 from comfy_api.latest import io
 
-from ..slider_core.figures.plots import check_plots, curves_plot
+from ..slider_core.figures.plots import check_matplotlib, curves_plot
 from ..slider_core.metrics.calibration import calibrate, parse_calibration
 from ..slider_core.metrics.sweep_metrics import check_sweep, source_of
 from ..slider_core.strength import Strengths, validate_strengths
@@ -54,7 +54,7 @@ class Calibrate(io.ComfyNode):
         distance: str = SEEN,
         latent: dict | None = None,
     ) -> io.NodeOutput:
-        check_plots()
+        check_matplotlib()
         check_sweep(strengths, len(images))
         distances = sweep_distances(images, clip_vision, distance, latent, source_of(strengths))
         found = calibrate(strengths, distances)

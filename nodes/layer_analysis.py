@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from node_helpers import conditioning_set_values
 
 from ..slider_core.errors import SliderError
-from ..slider_core.figures.plots import attention_plot, check_plots, layer_plot
+from ..slider_core.figures.plots import attention_plot, check_matplotlib, layer_plot
 from ..slider_core.stable_flow.attention_maps import measure_attention
 from ..slider_core.stable_flow.vital_layers import block_count
 from ..slider_core.stable_flow.vitality_search import check_count, latent_features, picture_features, scores_of
@@ -114,7 +114,7 @@ class FindVitalLayers(io.ComfyNode):
         clip_vision: ClipVisionModel | None = None,
         reference: dict | None = None,
     ) -> io.NodeOutput:
-        check_plots()
+        check_matplotlib()
         if choose == MOST_VITAL:
             check_count(count, block_count(model))
         features, compared_by = latent_features, "the latent itself"
@@ -206,7 +206,7 @@ class ViewAttention(io.ComfyNode):
         layers: str,
         list: str,
     ) -> io.NodeOutput:
-        check_plots()
+        check_matplotlib()
         vital, point = chosen_layers(model, layers, list), (across, down)
         empty, noise = fitting_latent(model, latent), noise_for(model, latent, seed)
         attention, samples = measure_attention(

@@ -8,7 +8,7 @@ from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ..slider_core.errors import SliderError
-from ..slider_core.figures.plots import check_plots, curves_plot
+from ..slider_core.figures.plots import check_matplotlib, curves_plot
 from ..slider_core.metrics.clip_direction import clip_measures
 from ..slider_core.metrics.image_distance import share_outside
 from ..slider_core.metrics.sweep_metrics import check_sweep, measure, source_of
@@ -76,7 +76,7 @@ class MeasureSweep(io.ComfyNode):
         distance: str = SEEN,
         latent: dict | None = None,
     ) -> io.NodeOutput:
-        check_plots()
+        check_matplotlib()
         check_sweep(strengths, len(images))
         if clip is not None and (clip_vision is None or not source_words.strip() or not edit_words.strip()):
             raise SliderError(

@@ -10,9 +10,9 @@ import pytest
 from conftest import GOLDEN
 
 from slider_core.errors import SliderError
-from slider_core.metrics.smoothness import delta_smooth, even_strengths, first_order, kl_to_uniform, triangle_deficits
+from slider_core.metrics.smoothness import delta_smooth, first_order, kl_to_uniform, triangle_deficits
 from training.data_preparation.strip_files import measured
-from training.edit_strips import MOST_KL, refusal, valid_ends
+from training.edit_strips import MOST_KL, even_strengths, refusal, valid_ends
 
 METRICS = json.loads((GOLDEN / "metrics.json").read_text())
 SEQUENCES = METRICS["sequences"]

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from slider_core.errors import SliderError
-from slider_core.metrics.smoothness import even_strengths, kl_to_uniform
+from slider_core.metrics.smoothness import kl_to_uniform, total_change
 
 from .errors import TrainingError
 
@@ -74,6 +75,15 @@ def refusal(record: Mapping[str, Any], most_kl: float, category_thresholds: bool
     ):
         return "edit too weak or too badly reconstructed"
     return ""
+
+
+def even_strengths(adjacent: Sequence[float]) -> list[float]:
+    """Strengths 0 to 1 of the images of a sequence, one more than distances: cumulative distance over the total.
+
+    Raises SliderError when nothing changes.
+    """
+    total = total_change(adjacent)
+    return [length / total for length in accumulate(adjacent, initial=0.0)]
 
 
 def valid_ends(category: str, edit: float, reconstruction: float) -> bool:

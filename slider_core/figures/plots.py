@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from ..stable_flow.attention_maps import PointAttention
     from ..stable_flow.vitality_search import LayerScores
 
-VITAL, OTHER = "#d1495b", "#8d99ae"
+RED, GRAY = "#d1495b", "#8d99ae"
 _DPI = 100
 
 
 def layer_plot(scores: LayerScores, vital: Sequence[int]) -> torch.Tensor:
     """Similarity of the pictures without each layer, as in Stable Flow's figure 4; vital layers marked."""
     layers = sorted(scores.similarities)
-    figure = _figure(11, 5)
+    figure = new_figure(11, 5)
     axes = figure.subplots()
-    axes.plot(layers, [scores.similarity(layer) for layer in layers], color=OTHER, linewidth=1, zorder=1)
-    for chosen, colour, name in ((False, OTHER, "other layers"), (True, VITAL, "vital layers")):
+    axes.plot(layers, [scores.similarity(layer) for layer in layers], color=GRAY, linewidth=1, zorder=1)
+    for chosen, colour, name in ((False, GRAY, "other layers"), (True, RED, "vital layers")):
         shown = [layer for layer in layers if (layer in vital) == chosen]
         axes.scatter(shown, [scores.similarity(layer) for layer in shown], color=colour, label=name, zorder=2)
     pictures = max(len(values) for values in scores.similarities.values())
@@ -36,7 +36,7 @@ def layer_plot(scores: LayerScores, vital: Sequence[int]) -> torch.Tensor:
     )
     axes.legend()
     axes.grid(alpha=0.3)
-    return _image(figure)
+    return figure_image(figure)
 
 
 def attention_plot(
@@ -44,12 +44,12 @@ def attention_plot(
 ) -> torch.Tensor:
     """A point's attention in vital and other layers, and the share of text in each; picture: (height, width, 3)."""
     others = [layer for layer in attention.text if layer not in vital]
-    figure = _figure(12, 8)
+    figure = new_figure(12, 8)
     panels = figure.subplot_mosaic([["picture", "vital", "other"], ["shares"] * 3], height_ratios=(2, 1))
     height, width = picture.shape[:2]
     panels["picture"].imshow(picture.clamp(0, 1).cpu().numpy())
     panels["picture"].set_title("the point")
-    panels["picture"].plot(point[0] * width, point[1] * height, "o", color=VITAL, markeredgecolor="white")
+    panels["picture"].plot(point[0] * width, point[1] * height, "o", color=RED, markeredgecolor="white")
     for name, layers in (("vital", vital), ("other", others)):
         if layers:
             panels[name].imshow(picture.mean(-1).cpu().numpy(), cmap="gray", extent=(0, width, height, 0))
@@ -59,57 +59,27 @@ def attention_plot(
             panels[name].set_title(f"{name} layers: {image:.0%} image, {text:.0%} text")
     for name in ("picture", "vital", "other"):
         panels[name].set_axis_off()
-    colours = [VITAL if layer in vital else OTHER for layer in attention.text]
+    colours = [RED if layer in vital else GRAY for layer in attention.text]
     panels["shares"].bar(list(attention.text), list(attention.text.values()), color=colours)
     panels["shares"].set(xlabel="layer (vital ones red)", ylabel="share of text", ylim=(0, 1))
-    return _image(figure)
+    return figure_image(figure)
 
 
 def curves_plot(
     across: Sequence[float], curves: Mapping[str, Sequence[float]], xlabel: str, ylabel: str
 ) -> torch.Tensor:
     """Lines over a common axis, the last of them on top."""
-    figure = _figure(9, 5)
+    figure = new_figure(9, 5)
     axes = figure.subplots()
     for name, values in curves.items():
         axes.plot(across, values, label=name, marker="o" if len(values) < 30 else "")
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.legend()
-    return _image(figure)
+    return figure_image(figure)
 
 
-def stacks_plot(
-    unevenness: Sequence[float],
-    most: float,
-    ends: Mapping[str, Sequence[tuple[float, float]]],
-    thresholds: Mapping[str, tuple[float, float]],
-) -> torch.Tensor:
-    """Of prepared edits: how unevenly they change, and for each category how far the edit and its reconstruction are.
-
-    most: of the unevenness. ends: (edit from source, reconstruction from edit) of each. thresholds: least of the first,
-    most of the second.
-    """
-    columns = min(len(ends) + 1, 4)
-    rows = -(-(len(ends) + 1) // columns)
-    figure = _figure(4 * columns, 4 * rows)
-    first, *others = figure.subplots(rows, columns, squeeze=False).flat
-    first.hist(unevenness, bins=30, color=OTHER)
-    first.axvline(most, color=VITAL, label="threshold")
-    first.set(xlabel="KL from even changes, nats", ylabel="stacks", title="evenness")
-    first.legend()
-    for axes, (category, points) in zip(others, sorted(ends.items())):
-        axes.scatter(*zip(*points), color=OTHER, s=12)
-        if category in thresholds:
-            axes.axvline(thresholds[category][0], color=VITAL)
-            axes.axhline(thresholds[category][1], color=VITAL)
-        axes.set(xlabel="edit from source", ylabel="reconstruction from edit", title=category)
-    for axes in others[len(ends) :]:
-        axes.set_axis_off()
-    return _image(figure)
-
-
-def check_plots() -> None:
+def check_matplotlib() -> None:
     """Raise SliderError where nothing can be drawn; to be called before long work."""
     if importlib.util.find_spec("matplotlib") is None:
         raise SliderError(
@@ -117,13 +87,15 @@ def check_plots() -> None:
         )
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib Figure of this size in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
 
 
-def _image(figure: Any) -> torch.Tensor:
+def figure_image(figure: Any) -> torch.Tensor:
+    """The figure as a ComfyUI IMAGE (1, height, width, 3), 100 pixels per inch."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)

@@ -14,7 +14,7 @@ def first_order(adjacent: Sequence[float]) -> float:
 
     Raises SliderError when nothing changes at all.
     """
-    total = _total(adjacent)
+    total = total_change(adjacent)
     return max(adjacent) / total
 
 
@@ -48,24 +48,13 @@ def kl_to_uniform(adjacent: Sequence[float]) -> float:
 
     Raises SliderError when nothing changes at all.
     """
-    total = _total(adjacent)
+    total = total_change(adjacent)
     shares = (distance / total for distance in adjacent if distance > 0)
     return sum(share * math.log(share * len(adjacent)) for share in shares)
 
 
-def even_strengths(adjacent: Sequence[float]) -> list[float]:
-    """Strengths 0 to 1 for a sequence's pictures, one more than distances, in proportion to what changes on the way.
-
-    Raises SliderError when nothing changes at all.
-    """
-    total, reached, strengths = _total(adjacent), 0.0, [0.0]
-    for distance in adjacent:
-        reached += distance
-        strengths.append(reached / total)
-    return strengths
-
-
-def _total(adjacent: Sequence[float]) -> float:
+def total_change(adjacent: Sequence[float]) -> float:
+    """Sum of the distances between neighbors. Raises SliderError when they are invalid or all zero."""
     if not adjacent or not all(math.isfinite(distance) and distance >= 0 for distance in adjacent):
         raise SliderError(f"{list(adjacent)} are no distances between pictures; expected at least one, none below 0.")
     if not sum(adjacent):

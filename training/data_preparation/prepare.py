@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from slider_core.errors import SliderError
-from slider_core.figures.plots import check_plots
+from slider_core.figures.plots import check_matplotlib
 
 from ..edit_strips import INNER
 from ..errors import TrainingError
@@ -43,7 +43,7 @@ def prepare(config: PrepareConfig) -> str:
     Raises TrainingError when something is missing, or when no server is left to go on.
     """
     try:
-        check_plots()
+        check_matplotlib()
     except SliderError as error:
         raise TrainingError(str(error)) from error
     preparation = _Preparation(config)

@@ -11,7 +11,7 @@ from typing import Any
 
 from slider_core.atomic_write import atomic_write
 from slider_core.errors import SliderError
-from slider_core.figures.plots import stacks_plot
+from slider_core.figures.plots import GRAY, RED, figure_image, new_figure
 from slider_core.metrics.smoothness import kl_to_uniform
 
 from ..edit_strips import THRESHOLDS, read_record, refusal
@@ -61,7 +61,37 @@ def _plot(records: Sequence[Mapping[str, Any]], chosen: Filter) -> Any:
         with contextlib.suppress(SliderError):  # nothing changes
             unevenness.append(kl_to_uniform(record["lpips_sequence"]))
         ends[record.get("category") or _NAMELESS].append((record["lpips_kontext_edit"], record["lpips_edit_inversion"]))
-    return stacks_plot(unevenness, chosen.most_kl, ends, THRESHOLDS if chosen.category_thresholds else {})
+    return _stacks_plot(unevenness, chosen.most_kl, ends, THRESHOLDS if chosen.category_thresholds else {})
+
+
+def _stacks_plot(
+    unevenness: Sequence[float],
+    most: float,
+    ends: Mapping[str, Sequence[tuple[float, float]]],
+    thresholds: Mapping[str, tuple[float, float]],
+) -> Any:
+    """Histogram of the KL divergences, and for each category a scatter plot of its two distances: (1, h, w, 3).
+
+    most: threshold of the KL divergence. ends: category -> (d(source, edit), d(edit, reconstruction)) of each strip.
+    thresholds: category -> (minimum of the first, maximum of the second).
+    """
+    columns = min(len(ends) + 1, 4)
+    rows = -(-(len(ends) + 1) // columns)
+    figure = new_figure(4 * columns, 4 * rows)
+    first, *others = figure.subplots(rows, columns, squeeze=False).flat
+    first.hist(unevenness, bins=30, color=GRAY)
+    first.axvline(most, color=RED, label="threshold")
+    first.set(xlabel="KL from even changes, nats", ylabel="stacks", title="evenness")
+    first.legend()
+    for axes, (category, points) in zip(others, sorted(ends.items())):
+        axes.scatter(*zip(*points), color=GRAY, s=12)
+        if category in thresholds:
+            axes.axvline(thresholds[category][0], color=RED)
+            axes.axhline(thresholds[category][1], color=RED)
+        axes.set(xlabel="edit from source", ylabel="reconstruction from edit", title=category)
+    for axes in others[len(ends) :]:
+        axes.set_axis_off()
+    return figure_image(figure)
 
 
 def _text(report: Mapping[str, Any], stacks: Path, config: PrepareConfig) -> str:
