@@ -140,20 +140,23 @@ class ComfyServer:
         return self._json("/object_info")
 
     def submit(self, graph: Graph, workflow: Mapping[str, Any] | None = None) -> str:
-        """Queue a graph in API format; the prompt's id. Raises PromptRefused if it does not validate.
+        """Queue a graph in API format; the prompt's id. Raises PromptRefused if any node of it does not validate.
+
+        ComfyUI itself refuses only graphs without a valid output; of others it skips the outputs that do not validate.
 
         workflow: the graph as the page keeps it, for nodes that save it.
         """
         extra = {"extra_pnginfo": {"workflow": workflow}} if workflow else {}
         try:
-            return self._json("/prompt", {"prompt": graph, "client_id": self._client_id, "extra_data": extra})[
-                "prompt_id"
-            ]
+            answer = self._json("/prompt", {"prompt": graph, "client_id": self._client_id, "extra_data": extra})
         except urllib.error.HTTPError as refusal:
             if refusal.code != 400:
                 raise
             answer = json.load(refusal)
             raise PromptRefused(answer["error"], answer["node_errors"]) from None
+        if answer["node_errors"]:
+            raise PromptRefused({"message": "Some outputs would be skipped.", "details": ""}, answer["node_errors"])
+        return answer["prompt_id"]
 
     def wait(self, prompt_id: str, timeout: float = 300) -> Result:
         """The result of a queued prompt. Raises TimeoutError after `timeout` seconds."""
