@@ -82,7 +82,7 @@ def test(python: Path, comfyui: Path, args: Sequence[str]) -> int:
         frontend = find_newer_frontend(python, cache)
         provide_page_types(python, cache / "setup.log")
     newer = {"EDITSLIDERS_NEWER_FRONTEND": str(frontend)}
-    sharing = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 2) // 2, 1)), "OMP_WAIT_POLICY": "PASSIVE"}
+    sharing = {"OMP_WAIT_POLICY": "PASSIVE"}
     pytest: list[str | Path] = [python, "-m", "pytest"]
     if args:
         return max(check(python, comfyui), step("tests", [*pytest, *args], comfyui, **newer))

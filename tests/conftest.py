@@ -30,8 +30,8 @@ from support.comfy_server import ComfyServer  # noqa: E402
 from support.pictures import QUALITY, alike  # noqa: E402
 from support.tiny_models import write_tiny_models  # noqa: E402
 
-torch.set_num_threads(1)  # what tests compute is so little that threads would only wait for each other
-os.environ["OMP_NUM_THREADS"] = "1"  # the same for servers and other processes
+# One thread unless OMP_NUM_THREADS asks for more, here and in the servers: threads cost more than they save in tests.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 comfy.cli_args.args.cpu = True
 comfy.cli_args.args.use_pytorch_cross_attention = True
 
