@@ -1,4 +1,4 @@
-"""Which models the demo draws with: the user's FLUX.1 Kontext and slider adapter if they are there, else miniatures."""
+"""The models of the demo: the user's FLUX.1 Kontext and slider adapter if both exist, else the miniature model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-FOLDERS = {
+FILES = {
     "model": (("diffusion_models", "unet"), ("*kontext*.safetensors",)),
     "clip_l": (("text_encoders", "clip"), ("clip_l*.safetensors",)),
     "t5xxl": (("text_encoders", "clip"), ("t5xxl*.safetensors",)),
@@ -19,7 +19,7 @@ FOLDERS = {
 
 @dataclass(frozen=True)
 class Models:
-    """File names as ComfyUI's loaders take them. The miniature's text encoders need a loader of their own."""
+    """File names as ComfyUI's loaders take them. The miniature's text encoders need a custom loader."""
 
     model: str
     clip_l: str
@@ -42,35 +42,35 @@ MINIATURE = Models(
 MINIATURE_FOLDER = Path(__file__).parent / "miniature"
 
 
-def users_models(models: Path) -> tuple[Models | None, list[str]]:
-    """The models in a ComfyUI's models folder, and what is missing there for the real demo."""
-    found, missing = {}, []
-    for kind, (folders, patterns) in FOLDERS.items():
+def find_user_models(models: Path) -> tuple[Models | None, list[str]]:
+    """The user's models in ComfyUI's models folder, or None and the missing files."""
+    names, missing = {}, []
+    for role, (folders, patterns) in FILES.items():
         files = [f for folder in folders for pattern in patterns for f in sorted((models / folder).rglob(pattern))]
         if files:
             folder = next(f for f in folders if (models / f) in files[0].parents)
-            found[kind] = str(files[0].relative_to(models / folder))
+            names[role] = str(files[0].relative_to(models / folder))
         else:
             missing.append(f"{' or '.join(folders)}/{patterns[0]}")
-    return (None if missing else Models(miniature=False, **found)), missing
+    return (None if missing else Models(miniature=False, **names)), missing
 
 
-def users_python(comfyui: Path) -> str:
-    """The python that the user's ComfyUI runs with, else this one."""
-    if chosen := os.environ.get("COMFYUI_PYTHON"):
-        return chosen
-    places = (
+def find_user_python(comfyui: Path) -> str:
+    """The Python of the user's ComfyUI: COMFYUI_PYTHON, else a virtual or embedded one near ComfyUI, else this one."""
+    if python := os.environ.get("COMFYUI_PYTHON"):
+        return python
+    candidates = (
         comfyui / "venv" / "bin" / "python",
         comfyui / ".venv" / "bin" / "python",
         comfyui / "venv" / "Scripts" / "python.exe",
         comfyui / ".venv" / "Scripts" / "python.exe",
         comfyui.parent / "python_embeded" / "python.exe",
     )
-    return next((str(place) for place in places if place.is_file()), sys.executable)
+    return next((str(path) for path in candidates if path.is_file()), sys.executable)
 
 
 def has_accelerator(python: str) -> bool:
-    """Whether the torch of that python sees a GPU."""
+    """Whether torch in this Python has a GPU."""
     code = "import torch; print(torch.cuda.is_available() or torch.backends.mps.is_available())"
-    answer = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
-    return answer.stdout.strip() == "True"
+    result = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    return result.stdout.strip() == "True"

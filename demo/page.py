@@ -1,4 +1,4 @@
-"""A page that shows what the demo has drawn."""
+"""The HTML page of the demo's images."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ img {{ max-width: 100% }}
 code {{ background: #eee; padding: .2em .4em }}
 </style>
 <h1>Edit Sliders</h1>
-<p>0 is the source, 1 the full edit; above 1 it is exaggerated. The same graph in the browser:
+<p>Strength 0 is the source image, 1 the full edit; above 1 the edit is exaggerated. The same graph in the browser:
 <code>python run.py demo --open</code></p>
 {sections}
 </html>
 """
 
 
-class Shown(NamedTuple):
-    """A picture beside the page, with its heading and what was asked."""
+class Figure(NamedTuple):
+    """An image in the page's folder, with its heading and caption."""
 
     heading: str
-    told: str
+    caption: str
     file: Path
 
 
-def write_page(file: Path, shown: Sequence[Shown]) -> Path:
+def write_page(file: Path, figures: Sequence[Figure]) -> Path:
     sections = (
-        f'<h2>{escape(one.heading)}</h2>\n<p>{escape(one.told)}</p>\n<img src="{escape(one.file.name)}" '
-        f'alt="{escape(one.told)}">'
-        for one in shown
+        f'<h2>{escape(figure.heading)}</h2>\n<p>{escape(figure.caption)}</p>\n<img src="{escape(figure.file.name)}" '
+        f'alt="{escape(figure.caption)}">'
+        for figure in figures
     )
     file.write_text(_PAGE.format(sections="\n".join(sections)), encoding="utf-8")
     return file

@@ -1,10 +1,10 @@
-"""Edits at many strengths, drawn by a real ComfyUI, and a page that shows them.
+"""Edits at many strengths, rendered by a real ComfyUI, and a page that shows them.
 
-With the FLUX.1 Kontext, text encoders, VAE and SliderEdit adapter of COMFYUI_PATH if they are all there: a photograph,
-one slider. Otherwise with a miniature edit model that was trained on pictures of a circle and a square: one slider, two
-sliders, their grid, a slider before and after calibration, and an edit without any adapter.
+If COMFYUI_PATH has FLUX.1 Kontext, its text encoders and VAE, and a SliderEdit adapter: a photograph, with one slider.
+Otherwise a miniature edit model that was trained on images of a circle and a square: one slider, two sliders as a grid,
+one of three sliders, a slider before and after calibration, a strength projector, and edits without an adapter.
 
-    python run.py demo            draw
+    python run.py demo            render the images and the page
     python run.py demo --open     start ComfyUI with the same graph, for the browser
 """
 
@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from graph import CALIBRATED, PICTURE, Graph, Strengths, calibrated_graph, edit_graph, parallel_graph, projector_graph
-from models import MINIATURE, MINIATURE_FOLDER, Models, has_accelerator, users_models, users_python
-from page import Shown, write_page
+from graph import CALIBRATED, IMAGE, Graph, Strengths, calibrated_graph, edit_graph, parallel_graph, projector_graph
+from models import MINIATURE, MINIATURE_FOLDER, Models, find_user_models, find_user_python, has_accelerator
+from page import Figure, write_page
 from PIL import Image
 from workflow import NAME, workflow
 
@@ -37,142 +37,145 @@ from slider_core.figures.contact_sheet import animated_webp, contact_sheet  # no
 PHOTO, SCENE = ROOT / "demo" / "photo.jpg", ROOT / "demo" / "scene.png"
 OUTPUT = ROOT / "demo" / "output"
 PHOTO_INSTRUCTION = "turn the cat into a golden statue with emerald eyes that shine in the evening sun"
-COLOUR, SIZE, GROUND = "make the circle red", "make the square bigger", "make the background dark"
+COLOR, SIZE, BACKGROUND = "make the circle red", "make the square bigger", "make the background dark"
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 FIVE = (0.0, 0.25, 0.5, 0.75, 1.0)
 NINE = tuple(k / 8 for k in range(9))
-MANY = tuple(k / 20 for k in range(21))
-SIDE = 192
+ANIMATION_STRENGTHS = tuple(k / 20 for k in range(21))
+MIN_SIZE = 192
 PACK = {"ComfyUI-EditSliders": ROOT}
 MODEL_FOLDERS = ("diffusion_models", "unet", "text_encoders", "clip", "vae", "vae_approx", "loras")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--open", action="store_true", help="keep ComfyUI running, with the graph in its workflows")
-    chosen = parser.parse_args()
+    parser.add_argument("--open", action="store_true", help="keep ComfyUI running, with the graph among its workflows")
+    args = parser.parse_args()
     comfyui = Path(os.environ["COMFYUI_PATH"])
-    found, missing = users_models(comfyui / "models")
-    if found is None:
-        print(f"No complete FLUX.1 Kontext in {comfyui / 'models'}: no {', '.join(missing)}.")
-        print("Drawing with the miniature model: 64x64 pictures of a circle and a square.")
+    user_models, missing = find_user_models(comfyui / "models")
+    if user_models is None:
+        print(f"FLUX.1 Kontext is incomplete in {comfyui / 'models'}; missing: {', '.join(missing)}.")
+        print("Using the miniature model instead: 64x64 images of a circle and a square.")
     with tempfile.TemporaryDirectory(prefix="edit-sliders-", ignore_cleanup_errors=True) as folder:
         base = Path(folder)
-        with _server(comfyui, base, found) as server:
-            for picture in (PHOTO, SCENE):
-                shutil.copy(picture, base / "input")
-            if chosen.open:
-                _stay_open(server, found or MINIATURE)
+        with _start_server(comfyui, base, user_models) as server:
+            for image in (PHOTO, SCENE):
+                shutil.copy(image, base / "input")
+            if args.open:
+                _serve(server, user_models or MINIATURE)
             else:
                 OUTPUT.mkdir(exist_ok=True)
-                shown = of_photograph(server, found, OUTPUT) if found else of_miniature(server, OUTPUT)
-                page = write_page(OUTPUT / "index.html", shown)
-                print(*(one.file for one in shown), page, sep="\n")
+                if user_models:
+                    figures = render_photograph(server, user_models, OUTPUT)
+                else:
+                    figures = render_miniature(server, OUTPUT)
+                page = write_page(OUTPUT / "index.html", figures)
+                print(*(figure.file for figure in figures), page, sep="\n")
 
 
-def of_photograph(server: ComfyServer, models: Models, output: Path) -> list[Shown]:
-    graphs = [edit_graph(models, PHOTO.name, [PHOTO_INSTRUCTION], [one]) for one in STRENGTHS]
-    pictures = [_draw(server, graph)[0][0] for graph in graphs]
-    return [Shown("One slider", PHOTO_INSTRUCTION, _strip(output / "one-slider.png", pictures, STRENGTHS))]
+def render_photograph(server: ComfyServer, models: Models, output: Path) -> list[Figure]:
+    graphs = [edit_graph(models, PHOTO.name, [PHOTO_INSTRUCTION], [strength]) for strength in STRENGTHS]
+    images = [_render(server, graph)[0][0] for graph in graphs]
+    return [Figure("One slider", PHOTO_INSTRUCTION, _strip(output / "one-slider.png", images, STRENGTHS))]
 
 
-def of_miniature(server: ComfyServer, output: Path) -> list[Shown]:
-    def drawn(instructions: Sequence[str], *strengths: Strengths) -> list[Image.Image]:
-        [pictures] = _draw(server, edit_graph(MINIATURE, SCENE.name, instructions, strengths))
-        return pictures
+def render_miniature(server: ComfyServer, output: Path) -> list[Figure]:
+    def render(instructions: Sequence[str], *strengths: Strengths) -> list[Image.Image]:
+        [images] = _render(server, edit_graph(MINIATURE, SCENE.name, instructions, strengths))
+        return images
 
-    one = drawn([SIZE], STRENGTHS)
+    one = render([SIZE], STRENGTHS)
     grid = list(product(FIVE, repeat=2))
-    two = drawn([COLOUR, SIZE], *zip(*grid))
-    three = drawn([COLOUR, SIZE, GROUND], 1.0, STRENGTHS, 1.0)
-    before, after = _draw(server, calibrated_graph(MINIATURE, SCENE.name, SIZE, NINE), PICTURE, CALIBRATED)
-    [projected] = _draw(server, projector_graph(MINIATURE, SCENE.name, COLOUR, FIVE))
-    [parallel] = _draw(server, parallel_graph(MINIATURE, SCENE.name, [COLOUR, GROUND]))
+    two = render([COLOR, SIZE], *zip(*grid))
+    three = render([COLOR, SIZE, BACKGROUND], 1.0, STRENGTHS, 1.0)
+    before, after = _render(server, calibrated_graph(MINIATURE, SCENE.name, SIZE, NINE), IMAGE, CALIBRATED)
+    [projected] = _render(server, projector_graph(MINIATURE, SCENE.name, COLOR, FIVE))
+    [parallel] = _render(server, parallel_graph(MINIATURE, SCENE.name, [COLOR, BACKGROUND]))
     sheet = contact_sheet(two, [f"{a:g} / {b:g}" for a, b in grid], len(FIVE))
-    captions = [f"{what} {one:g}" for what in ("strength", "calibrated") for one in FIVE]
+    captions = [f"{label} {value:g}" for label in ("strength", "calibrated") for value in FIVE]
     even = contact_sheet([*before[::2], *after[::2]], captions, len(FIVE))
     return [
-        Shown("One slider", SIZE, _strip(output / "one-slider.png", one, STRENGTHS)),
-        Shown("The same, moving", SIZE, _animation(output / "one-slider.webp", drawn([SIZE], MANY))),
-        Shown("Two sliders", f"{COLOUR} (down) and {SIZE} (across)", _saved(sheet, output / "two-sliders.png")),
-        Shown(
+        Figure("One slider", SIZE, _strip(output / "one-slider.png", one, STRENGTHS)),
+        Figure("The same, animated", SIZE, _animation(output / "one-slider.webp", render([SIZE], ANIMATION_STRENGTHS))),
+        Figure("Two sliders", f"{COLOR} (vertical) and {SIZE} (horizontal)", _save(sheet, output / "two-sliders.png")),
+        Figure(
             "One of three",
-            f"{SIZE} moves; {COLOUR} and {GROUND} stay at 1",
+            f"{SIZE} moves; {COLOR} and {BACKGROUND} stay at 1",
             _strip(output / "one-of-three.png", three, STRENGTHS),
         ),
-        Shown(
+        Figure(
             "Calibrated",
-            f"{SIZE}: above by its strength, below by the position on the curve that nine pictures gave",
-            _saved(even, output / "calibrated.png"),
+            f"{SIZE}: top row by strength, bottom row by position on the calibration curve of nine images",
+            _save(even, output / "calibrated.png"),
         ),
-        Shown(
+        Figure(
             "One slider for the whole instruction",
-            f"{COLOUR}, by a strength projector",
+            f"{COLOR}, with a strength projector",
             _strip(output / "projector.png", projected, FIVE),
         ),
-        Shown(
+        Figure(
             "Without an adapter",
-            "Stable Flow: the source and its edits in one batch, with the source's keys and values in the vital layers",
-            _saved(contact_sheet(parallel, ["source", COLOUR, GROUND], 3), output / "without-adapter.png"),
+            "Stable Flow: the source and its edits in one batch, with the source's K and V in the vital layers",
+            _save(contact_sheet(parallel, ["source", COLOR, BACKGROUND], 3), output / "without-adapter.png"),
         ),
     ]
 
 
 def server_with_miniature(comfyui: Path, base: Path) -> ComfyServer:
-    """A ComfyUI with the pack, the miniature model and what loads its text encoders."""
+    """A ComfyUI server with the pack, the miniature model and the loader of its text encoders."""
     packs = {**PACK, "small_text_encoders": ROOT / "demo" / "small_text_encoders"}
-    return ComfyServer(comfyui, base, packs, extra_model_paths=_in(MINIATURE_FOLDER))
+    return ComfyServer(comfyui, base, packs, extra_model_paths=_model_paths(MINIATURE_FOLDER))
 
 
-def _server(comfyui: Path, base: Path, found: Models | None) -> ComfyServer:
-    if found is None:
+def _start_server(comfyui: Path, base: Path, models: Models | None) -> ComfyServer:
+    if models is None:
         print("starting ComfyUI")
         return server_with_miniature(comfyui, base)
-    python = users_python(comfyui)
-    print(f"starting ComfyUI with {python}, {found.model} and {found.adapter}")
+    python = find_user_python(comfyui)
+    print(f"starting ComfyUI with {python}, {models.model} and {models.adapter}")
     cpu = not has_accelerator(python)
-    return ComfyServer(comfyui, base, PACK, python=python, cpu=cpu, extra_model_paths=_in(comfyui / "models"))
+    return ComfyServer(comfyui, base, PACK, python=python, cpu=cpu, extra_model_paths=_model_paths(comfyui / "models"))
 
 
-def _in(models: Path) -> dict[str, str]:
+def _model_paths(models: Path) -> dict[str, str]:
     return {name: str(models / name) for name in MODEL_FOLDERS}
 
 
-def _stay_open(server: ComfyServer, models: Models) -> None:
-    graph = workflow(models, SCENE.name, [COLOUR, SIZE]) if models.miniature else workflow(models, PHOTO.name, [])
+def _serve(server: ComfyServer, models: Models) -> None:
+    graph = workflow(models, SCENE.name, [COLOR, SIZE]) if models.miniature else workflow(models, PHOTO.name, [])
     server.put_workflow(NAME, graph)
-    print(f"\nOpen {server.url} and choose {NAME} in the workflows (key w). Ctrl-C ends it.", flush=True)
+    print(f"\nOpen {server.url} and choose {NAME} among the workflows (key w). Press Ctrl-C to stop.", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             time.sleep(1)
 
 
-def _draw(server: ComfyServer, graph: Graph, *shown: str) -> list[list[Image.Image]]:
-    """The pictures of some nodes; of PICTURE, if none is named."""
+def _render(server: ComfyServer, graph: Graph, *nodes: str) -> list[list[Image.Image]]:
+    """Run a graph; the images of each of `nodes`, which is IMAGE by default."""
     started = time.monotonic()
     result = server.run(graph, timeout=3600)
     if result.error:
         sys.exit(f"{result.error['node_type']}: {result.error['exception_message']}")
-    pictures = [list(map(_enlarged, result.images(node))) for node in shown or (PICTURE,)]
-    print(f"{sum(map(len, pictures))} pictures, {time.monotonic() - started:.1f} s")
-    return pictures
+    images = [list(map(_enlarge, result.images(node))) for node in nodes or (IMAGE,)]
+    print(f"{sum(map(len, images))} images, {time.monotonic() - started:.1f} s")
+    return images
 
 
-def _enlarged(picture: Image.Image) -> Image.Image:
-    return picture if picture.width >= SIDE else picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+def _enlarge(image: Image.Image) -> Image.Image:
+    return image if image.width >= MIN_SIZE else image.resize((MIN_SIZE, MIN_SIZE), Image.Resampling.BICUBIC)
 
 
-def _strip(file: Path, pictures: Sequence[Image.Image], strengths: Sequence[float]) -> Path:
-    return _saved(contact_sheet(pictures, [f"strength {one:g}" for one in strengths], len(pictures)), file)
+def _strip(file: Path, images: Sequence[Image.Image], strengths: Sequence[float]) -> Path:
+    return _save(contact_sheet(images, [f"strength {strength:g}" for strength in strengths], len(images)), file)
 
 
-def _saved(picture: Image.Image, file: Path) -> Path:
-    picture.save(file)
+def _save(image: Image.Image, file: Path) -> Path:
+    image.save(file)
     return file
 
 
-def _animation(file: Path, pictures: Sequence[Image.Image]) -> Path:
-    file.write_bytes(animated_webp(pictures, {}))
+def _animation(file: Path, images: Sequence[Image.Image]) -> Path:
+    file.write_bytes(animated_webp(images, {}))
     return file
 
 

@@ -1,4 +1,4 @@
-"""The demo's graph as a workflow for the browser: the template *slider_prompt* with the demo's models and picture."""
+"""The demo's graph as a workflow for the browser: the template *slider_prompt* with the demo's models and image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TEMPLATE = Path(__file__).resolve().parents[1] / "workflows" / "slider_prompt.j
 
 
 def workflow(models: Models, photo: str, instructions: Sequence[str]) -> dict[str, Any]:
-    """For `photo` of the input folder; without instructions those of the template."""
+    """The workflow for the image `photo` of the input folder; no instructions: those of the template."""
     graph = json.loads(_TEMPLATE.read_text(encoding="utf-8"))
     nodes = {node["type"]: node for node in graph["nodes"]}
     nodes["UNETLoader"]["widgets_values"][0] = models.model
@@ -29,25 +29,25 @@ def workflow(models: Models, photo: str, instructions: Sequence[str]) -> dict[st
     if models.miniature:
         prompt[2] = False
         nodes["KSampler"]["widgets_values"][2] = MINIATURE_STEPS
-        _use_small_text_encoders(nodes["DualCLIPLoader"], models)
-        _keep_size(graph, nodes)
+        _use_small_text_encoder_loader(nodes["DualCLIPLoader"], models)
+        _remove_scaling(graph, nodes)
     return graph
 
 
-def _use_small_text_encoders(loader: dict[str, Any], models: Models) -> None:
+def _use_small_text_encoder_loader(loader: dict[str, Any], models: Models) -> None:
     loader["type"] = "SmallTextEncoders"
     loader["properties"] = {"Node name for S&R": "SmallTextEncoders"}
     loader["inputs"] = []
     loader["widgets_values"] = [models.clip_l, models.t5xxl, 32]
 
 
-def _keep_size(graph: dict[str, Any], nodes: dict[str, dict[str, Any]]) -> None:
-    """Take the picture as it is: FluxKontextImageScale would make a million pixels of it."""
-    scale, picture = nodes["FluxKontextImageScale"], nodes["LoadImage"]
-    into, out_of = scale["inputs"][0]["link"], scale["outputs"][0]["links"]
+def _remove_scaling(graph: dict[str, Any], nodes: dict[str, dict[str, Any]]) -> None:
+    """Use the image at its own size: FluxKontextImageScale would scale it to about a million pixels."""
+    scale, image = nodes["FluxKontextImageScale"], nodes["LoadImage"]
+    input_link, output_links = scale["inputs"][0]["link"], scale["outputs"][0]["links"]
     graph["nodes"].remove(scale)
-    graph["links"] = [link for link in graph["links"] if link[0] != into]
+    graph["links"] = [link for link in graph["links"] if link[0] != input_link]
     for link in graph["links"]:
-        if link[0] in out_of:
-            link[1:3] = picture["id"], 0
-    picture["outputs"][0]["links"] = list(out_of)
+        if link[0] in output_links:
+            link[1:3] = image["id"], 0
+    image["outputs"][0]["links"] = list(output_links)

@@ -19,9 +19,9 @@ from training.miniature.synthetic_scenes import picture_of
 sys.path.append(str(REPO / "demo"))
 
 from graph import edit_graph
-from models import MINIATURE, users_models
+from models import MINIATURE, find_user_models
 from page import write_page
-from show import FIVE, MANY, SCENE, SIDE, STRENGTHS, of_miniature, server_with_miniature
+from show import ANIMATION_STRENGTHS, FIVE, MIN_SIZE, SCENE, STRENGTHS, render_miniature, server_with_miniature
 from workflow import NAME, workflow
 
 FILES = {
@@ -42,15 +42,15 @@ def models(tmp_path):
     return tmp_path
 
 
-def test_users_models(models):
-    found, missing = users_models(models)
+def test_user_models(models):
+    found, missing = find_user_models(models)
     assert missing == []
     assert found is not None
     assert not found.miniature
     assert found.model.replace("\\", "/") == FILES["unet"]
     assert (found.clip_l, found.t5xxl, found.vae, found.adapter) == tuple(list(FILES.values())[1:])
     (models / "vae" / "ae.safetensors").unlink()
-    found, missing = users_models(models)
+    found, missing = find_user_models(models)
     assert found is None
     assert missing == ["vae/ae.safetensors"]
 
@@ -62,7 +62,7 @@ def test_graph_for_the_users_models(server, models):
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             target.touch()
-    found, _ = users_models(models)
+    found, _ = find_user_models(models)
     result = server.run(edit_graph(found, "photo.png", ["make it red"], [0.5]))
     assert result.error["node_type"] in ("UNETLoader", "DualCLIPLoader", "VAELoader")
 
@@ -71,13 +71,13 @@ def test_its_pictures_and_its_page(tmp_path):
     """All that `run.py demo` draws without models of the user's."""
     with server_with_miniature(COMFYUI, tmp_path) as running:
         running.put_input(SCENE.name, Image.open(SCENE))
-        shown = of_miniature(running, tmp_path)
+        shown = render_miniature(running, tmp_path)
     page = write_page(tmp_path / "index.html", shown).read_text(encoding="utf-8")
     for one in shown:
         assert f'src="{one.file.name}"' in page
         Image.open(one.file).load()
     [moving] = [one.file for one in shown if one.file.suffix == ".webp"]
-    assert Image.open(moving).n_frames > len(MANY) / 2  # equal neighbours are one frame
+    assert Image.open(moving).n_frames > len(ANIMATION_STRENGTHS) / 2  # equal neighbours are one frame
     with Image.open(tmp_path / "one-slider.png") as strip:
         changes = [changed(strip, k) for k in range(len(STRENGTHS))]
     assert tuple(sorted(STRENGTHS)) == STRENGTHS
@@ -96,8 +96,8 @@ def off_the_line(changes: list[float]) -> float:
 
 def changed(sheet: Image.Image, k: int, row: int = 0) -> float:
     """How far the k-th picture of a row is from the scene, mean over the pixels."""
-    left, top = k * (SIDE + GAP), row * (SIDE + CAPTION_HEIGHT)
-    panel = sheet.convert("RGB").crop((left, top, left + SIDE, top + SIDE))
+    left, top = k * (MIN_SIZE + GAP), row * (MIN_SIZE + CAPTION_HEIGHT)
+    panel = sheet.convert("RGB").crop((left, top, left + MIN_SIZE, top + MIN_SIZE))
     scene = Image.open(SCENE).convert("RGB").resize(panel.size, Image.Resampling.BICUBIC)
     return float(np.abs(np.asarray(panel, float) - np.asarray(scene, float)).mean() / 255)
 

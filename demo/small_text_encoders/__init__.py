@@ -1,4 +1,4 @@
-"""A node that ComfyUI does not have: text encoders of FLUX.1's kinds, but of any size."""
+"""A node that loads text encoders of FLUX.1's architectures (CLIP-L and T5) of any size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ class LoadSmallTextEncoders(io.ComfyNode):
             inputs=[
                 io.Combo.Input("clip_l", options=files),
                 io.Combo.Input("t5xxl", options=files),
-                io.Int.Input("rows", default=32, min=1, max=512, tooltip="To how many T5 tokens prompts are padded."),
+                io.Int.Input(
+                    "rows",
+                    default=32,
+                    min=1,
+                    max=512,
+                    tooltip="Minimum number of T5 tokens; shorter prompts are padded.",
+                ),
             ],
             outputs=[io.Clip.Output()],
         )
@@ -65,7 +71,7 @@ def _t5_config(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 
 def _layers(names: Iterable[str], pattern: str) -> int:
-    return 1 + max(int(found[1]) for name in names if (found := re.match(pattern, name)))
+    return 1 + max(int(match[1]) for name in names if (match := re.match(pattern, name)))
 
 
 class SmallTextEncoders(ComfyExtension):
