@@ -75,7 +75,7 @@ class Miniature:
         """The instructions joined, each a span; none gives the empty prompt."""
         if not instructions:
             return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(""))
-        return encode_instructions(self.clip, "\n".join(instructions), "one per line", None)[0]
+        return encode_instructions(self.clip, "\n".join(instructions), "one per line", None).conditioning
 
     @torch.inference_mode()
     def latent(self, source: Scene) -> Tensor:
