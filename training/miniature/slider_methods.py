@@ -175,9 +175,9 @@ METHODS: dict[str, Method] = {
     "text modulation": text_modulation,
     "attention to text": attention_to_text,
     "token interpolation": token_interpolation,
-    "velocity blending": velocity_blending,
-    "fidelity and steering": fidelity_steering,
-    "prompt difference": prompt_difference,
+    "Velocity Blending": velocity_blending,
+    "FlowSlider": fidelity_steering,
+    "Prompt Difference": prompt_difference,
     "guidance scale": guidance_scale,
     "embedding interpolation": embedding_interpolation,
 }
