@@ -149,6 +149,7 @@ class SaveTrajectory(io.ComfyNode):
                 io.String.Input("filename_prefix", default="trajectories/picture", tooltip="In the output folder."),
             ],
             is_output_node=True,
+            has_intermediate_output=True,  # the page shows a text output for nodes with this flag
         )
 
     @classmethod

@@ -16,7 +16,7 @@ from slider_core.metrics.calibration import parse_calibration
 
 NODE = "EditSlidersCalibratedStrength"
 THREE = '{"positions": [0, 0.5, 1], "strengths": [0.2, 0.7, 1]}'
-NO_CURVE = "No curve: the position is passed on as it is."
+NO_CURVE = "No curve: the position is used as the strength."
 
 
 def graph(g: Graph, curve: object, position: float = 1.0) -> Graph:
@@ -64,7 +64,7 @@ def inputs(view: ComfyPage) -> dict:
 def test_the_curve_of_the_text(view):
     opened(view, graph(Graph(), ""))
     says(view, NO_CURVE)
-    assert view.page.locator(".es-unused .es-same").count() == 1
+    assert view.page.locator(".es-unused .es-identity").count() == 1
     assert view.page.locator(".es-line, .es-point, .es-marker").count() == 0
 
     typed = view.page.locator("textarea").first
@@ -86,11 +86,11 @@ def test_the_curve_of_the_text(view):
     view.set_widget(NODE, "on", True)
     for text, _ in BAD:
         view.set_widget(NODE, "curve", text)
-        assert view.page.locator(".es-wrong").is_visible(), text
+        assert view.page.locator(".es-curve-error").is_visible(), text
         assert points(view).count() == 0, text
     assert (
-        view.page.locator(".es-wrong").inner_text()
-        == "The positions go from 0 to 0.9; expected 0 (or less) to 1 (or more)."
+        view.page.locator(".es-curve-error").inner_text()
+        == "The positions range from 0 to 0.9; expected a range that contains 0 and 1."
     )
     view.set_widget(NODE, "curve", CURVE)
     says(view, "Curve: 0 is strength 0.4, 1 is strength 1. Now 1.5 is strength 1.3.")

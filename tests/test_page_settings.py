@@ -220,10 +220,10 @@ def test_the_languages_are_complete(server):
     for name, text in english.items():
         assert sorted(re.findall(r"\{\d\}", text)) == sorted(re.findall(r"\{\d\}", chinese[name])), name
     code = "".join(file.read_text() for file in (REPO / "web").rglob("*js"))
-    used = set(re.findall(r"\bt\('(\w+)'", code)) | {"sweepAlong", "sweepAgainst", "from", "to", "count"}
+    used = set(re.findall(r"\bt\('(\w+)'", code)) | {"sweepSlider", "secondSlider", "from", "to", "count"}
     assert used | {"format_webp", "format_strip", "format_grid"} == set(english)
     assert {f"EditSliders_{name}" for name in re.findall(r"command\('(\w+)'", code)} == set(read["zh/commands.json"])
-    names = re.findall(r"(?:numeric|idOf)\('(\w+)'", code)
+    names = re.findall(r"(?:numeric|settingId)\('(\w+)'", code)
     assert {f"EditSliders_{name[0].upper()}{name[1:]}" for name in names} == set(read["zh/settings.json"])
 
     ours = {key: node for key, node in server.object_info().items() if key.startswith("EditSliders")}

@@ -45,7 +45,7 @@ def test_a_row_for_each_line(page):
     typed(page).fill("one\n\n  two \nthree")
     assert words(page) == ["one", "two", "three"]
     assert inputs(page)["text"] == "one\n\n  two \nthree"
-    assert page.page.locator(".es-shade mark").all_inner_texts() == ["one", "two", "three"]
+    assert page.page.locator(".es-highlights mark").all_inner_texts() == ["one", "two", "three"]
     assert page.errors == []
 
 
@@ -61,7 +61,7 @@ def test_dragged_by_the_mouse(page):
     assert first == third == 1
     assert second == pytest.approx(-0.5 + 0.3 * 2.5, abs=0.1)
     assert float(number(page, 1).input_value()) == second
-    rows(page).nth(1).locator(".es-words").dblclick()
+    rows(page).nth(1).locator(".es-phrase").dblclick()
     assert strengths(page) == [1, 1, 1]
 
 
@@ -111,7 +111,7 @@ def test_lines_end_where_the_server_ends_them(page):
         }"""
     )
     assert words(page) == ["older", "golden", "hat"]
-    assert page.page.locator(".es-shade mark").all_inner_texts() == ["older", "golden", "hat"]
+    assert page.page.locator(".es-highlights mark").all_inner_texts() == ["older", "golden", "hat"]
 
 
 def test_buttons(page):
@@ -125,12 +125,12 @@ def test_buttons(page):
     assert strengths(page) == [1, 1, 1]
     click("paste")
     assert strengths(page) == [0.2, 1, 1]
-    click("lock")
+    click("move together")
     slider(page, 0).focus()
     page.page.keyboard.press("ArrowRight")
     assert strengths(page) == [0.25, 1.05, 1]
-    click("lock")
-    click("shuffle")
+    click("move together")
+    click("randomize")
     assert all(0 <= value <= 1 for value in strengths(page)[:2])
 
 
@@ -282,8 +282,8 @@ def test_live_runs_the_newest_state_only(server, view):
     new = new_jobs()
     assert len(new) <= 2
     assert strength_of(new[-1]) == last
-    view.page.wait_for_function("document.querySelector('.es-picture')?.src.includes('/view?')")
-    picture = view.page.locator(".es-picture").get_attribute("src")
+    view.page.wait_for_function("document.querySelector('.es-image')?.src.includes('/view?')")
+    picture = view.page.locator(".es-image").get_attribute("src")
     [image] = [out["images"] for out in new[-1]["outputs"].values() if "images" in out]
     assert image[0]["filename"] in picture
     live(view).uncheck()
@@ -388,14 +388,14 @@ def test_in_a_subgraph(server, view):
     assert ":" in key
     assert node["inputs"]["strength_2"] == 0.35
     assert job["status"]["status_str"] == "success"
-    view.page.wait_for_function("document.querySelector('.es-picture')?.src.includes('/view?')")
+    view.page.wait_for_function("document.querySelector('.es-image')?.src.includes('/view?')")
     live(view).uncheck()
     assert view.errors == []
 
 
 @pytest.mark.newer_frontend_too
 def test_the_tokens_of_the_words_under_the_pointer(page):
-    rows(page).nth(1).locator(".es-words").hover()
+    rows(page).nth(1).locator(".es-phrase").hover()
     tokens = page.page.locator(".es-tokens")
     page.page.wait_for_function("document.querySelector('.es-tokens').textContent.includes('t5xxl')")
     assert tokens.locator("div", has_text="t5xxl").locator("i").all_inner_texts() == [
@@ -450,7 +450,7 @@ def test_the_wheel_zooms_where_nothing_scrolls(view):
 def test_a_picture_on_its_way_is_shown(server, view):
     opened(view, live_graph(steps=200))
     live(view).check()
-    view.page.wait_for_function("document.querySelector('.es-picture')?.src.startsWith('blob:')", timeout=60_000)
+    view.page.wait_for_function("document.querySelector('.es-image')?.src.startsWith('blob:')", timeout=60_000)
     width = view.page.locator(".es-progress").evaluate("bar => parseFloat(bar.style.width)")
     assert 0 < width < 100
     live(view).uncheck()

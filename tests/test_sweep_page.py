@@ -34,9 +34,9 @@ def page(view: ComfyPage) -> ComfyPage:
     return view
 
 
-def set_sweep(view: ComfyPage, axes: list[dict], at_once: int) -> None:
+def set_sweep(view: ComfyPage, axes: list[dict], batch_size: int) -> None:
     """As if typed into the form."""
-    details = view.page.locator(".es-film details")
+    details = view.page.locator(".es-filmstrip details")
     details.evaluate("element => element.open = true")
     for k, axis in enumerate(axes):
         line = view.page.locator(".es-axis").nth(k)
@@ -44,8 +44,8 @@ def set_sweep(view: ComfyPage, axes: list[dict], at_once: int) -> None:
         for box, name in enumerate(("from", "to", "count")):
             line.locator("input").nth(box).fill(str(axis[name]))
             line.locator("input").nth(box).press("Enter")
-    view.page.locator(".es-film details > label input").fill(str(at_once))
-    view.page.locator(".es-film details > label input").press("Enter")
+    view.page.locator(".es-filmstrip details > label input").fill(str(batch_size))
+    view.page.locator(".es-filmstrip details > label input").press("Enter")
 
 
 def sweep_button(view: ComfyPage) -> Locator:
@@ -65,8 +65,8 @@ def swept(view: ComfyPage, count: int) -> None:
     )
 
 
-def picture_shown(view: ComfyPage) -> str:
-    return view.page.evaluate("document.querySelector('.es-picture').src")
+def image_shown(view: ComfyPage) -> str:
+    return view.page.evaluate("document.querySelector('.es-image').src")
 
 
 def pixels(view: ComfyPage, address: str) -> np.ndarray:
@@ -94,19 +94,19 @@ def test_one_job_fills_the_filmstrip_and_scrubbing_queues_nothing(server, page):
     page.page.locator(".es-scrub").focus()
     page.page.keyboard.press("End")
     page.page.keyboard.press("Home")
-    seen = [picture_shown(page)]
+    seen = [image_shown(page)]
     for _ in range(3):
         page.page.keyboard.press("ArrowRight")
-        seen.append(picture_shown(page))
+        seen.append(image_shown(page))
     assert seen == addresses(page)
     box = page.page.locator(".es-frames").bounding_box()
     page.page.mouse.move(box["x"] + box["width"] * 0.9, box["y"] + 8)
     page.page.mouse.down()
     page.page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + 8)
-    assert picture_shown(page) == addresses(page)[1]
+    assert image_shown(page) == addresses(page)[1]
     page.page.mouse.move(box["x"] - 50, box["y"] + 300)
     page.page.mouse.up()
-    assert picture_shown(page) == addresses(page)[0]
+    assert image_shown(page) == addresses(page)[0]
     assert strengths(page) == [1, 1, 1]
     page.page.wait_for_timeout(800)
     assert set(jobs_of(server)) == after
@@ -122,9 +122,9 @@ def test_the_pictures_are_those_of_single_runs(server, page):
     number(page, 0).press("Enter")
     live(page).check()
     wait_for(lambda: set(jobs_of(server)) - before and idle(server))
-    page.page.wait_for_function("!document.querySelector('.es-picture').src.startsWith('blob:')")
+    page.page.wait_for_function("!document.querySelector('.es-image').src.startsWith('blob:')")
     page.page.wait_for_timeout(300)
-    single = pixels(page, picture_shown(page))
+    single = pixels(page, image_shown(page))
     live(page).uncheck()
     distances = [np.abs(picture - single).mean() for picture in sweep]
     assert np.argmin(distances) == 1
@@ -135,7 +135,7 @@ def test_the_shown_picture_s_strengths_are_taken_over(page):
     swept(page, 4)
     page.page.locator(".es-frames").focus()
     page.page.keyboard.press("End")
-    page.page.locator(".es-film button", has_text="use").click()
+    page.page.locator(".es-filmstrip button", has_text="apply this strength").click()
     assert strengths(page) == [1.5, 1, 1]
     assert page.page.locator(".es-frame[aria-selected=true]").inner_text() == "1.5"
 
@@ -150,10 +150,10 @@ def test_two_sliders_make_a_grid(server, page):
     assert captions == ["-0.5 / 0", "0.25 / 0", "1 / 0", "-0.5 / 1", "0.25 / 1", "1 / 1"]
     box = page.page.locator(".es-frames").bounding_box()
     page.page.mouse.click(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.75)
-    assert picture_shown(page) == addresses(page)[4]
+    assert image_shown(page) == addresses(page)[4]
     page.page.keyboard.press("ArrowUp")
-    assert picture_shown(page) == addresses(page)[1]
-    page.page.locator(".es-film button", has_text="use").click()
+    assert image_shown(page) == addresses(page)[1]
+    page.page.locator(".es-filmstrip button", has_text="apply this strength").click()
     assert strengths(page) == [0, 0.25, 1]
 
 
@@ -162,9 +162,9 @@ def test_two_sliders_make_a_grid(server, page):
 )
 def test_saved_as_one_file(page, kind, name):
     swept(page, 4)
-    page.page.locator(".es-film .es-bar select").select_option(kind)
+    page.page.locator(".es-filmstrip .es-bar select").select_option(kind)
     with page.page.expect_download() as download:
-        page.page.locator(".es-film button", has_text="save").click()
+        page.page.locator(".es-filmstrip button", has_text="save").click()
     assert download.value.suggested_filename == name
     file = Image.open(download.value.path())
     if kind == "webp":
@@ -190,7 +190,7 @@ def test_frames_survive_undo_and_other_tabs(page):
         assert addresses(page) == kept
     page.page.locator(".es-frames").focus()
     page.page.keyboard.press("End")
-    assert picture_shown(page) == kept[3]
+    assert image_shown(page) == kept[3]
 
     name = page.page.evaluate("app.extensionManager.workflow.activeWorkflow.path")
     page.page.evaluate("app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
@@ -198,7 +198,7 @@ def test_frames_survive_undo_and_other_tabs(page):
     opened(page, live_graph())
     page.page.wait_for_timeout(700)
     assert addresses(page) == []
-    assert picture_shown(page) == ""
+    assert image_shown(page) == ""
     page.page.evaluate(
         """async path => {
             const { workflow } = app.extensionManager
@@ -243,11 +243,11 @@ def test_a_sweep_stays_with_its_words(page):
     set_sweep(page, [{"slider": 1, "from": 0, "to": 1, "count": 2}], 2)
     swept(page, 2)
     typed(page).fill("make it night\n" + typed(page).input_value())
-    summary = page.page.locator(".es-film summary")
-    assert summary.inner_text() == "make the wall golden: 0 to 1, 2 pictures"
+    summary = page.page.locator(".es-filmstrip summary")
+    assert summary.inner_text() == "make the wall golden: 0 to 1, 2 images"
     page.page.locator(".es-frames").focus()
     page.page.keyboard.press("Home")
-    page.page.locator(".es-film button", has_text="use").click()
+    page.page.locator(".es-filmstrip button", has_text="apply this strength").click()
     assert strengths(page) == [1, 1, 0]
 
 
@@ -255,8 +255,8 @@ def test_what_is_made_of_a_graph(view):
     """The pure part: chained samplers, a way through pixels, nodes outside, steps."""
     found = view.page.evaluate(
         """async () => {
-            const { sweepGraph, withFewerSteps, below, idsOf, sweepStrengths } =
-                await import('/extensions/ComfyUI-EditSliders/slider_prompt/api_graph.mjs')
+            const { sweepGraph, limitSteps, descendants, queuedNodeIds, sweepStrengths } =
+                await import('/extensions/ComfyUI-EditSliders/shared/api_graph.mjs')
             const node = (class_type, inputs) => ({ class_type, inputs })
             const graph = {
                 1: node('EditSlidersSliderPrompt', { text: 'a', strength_1: 1 }),
@@ -275,17 +275,17 @@ def test_what_is_made_of_a_graph(view):
             const definitions = await (await fetch('/object_info')).json()
             const axes = [{ slider: 0, from: 0, to: 1, count: 3 }]
             const { graph: swept, targets } = sweepGraph(graph, '1', definitions, axes, 2)
-            const fewer = withFewerSteps(graph, below(graph, ['1']), definitions, 8)
+            const limited = limitSteps(graph, descendants(graph, ['1']), definitions, 8)
             return {
-                swept, targets, outer: idsOf(graph, 1, false), inner: idsOf(graph, 1, true),
-                steps: [fewer[3].inputs.steps, fewer[6].inputs.steps, fewer[12].inputs.steps],
+                swept, targets, outer: queuedNodeIds(graph, 1, false), inner: queuedNodeIds(graph, 1, true),
+                steps: [limited[3].inputs.steps, limited[6].inputs.steps, limited[12].inputs.steps],
                 grid: sweepStrengths([{ from: 0, to: 1, count: 2 }, { from: 2, to: 3, count: 2 }]),
                 nothing: sweepGraph({ 1: graph[1] }, '1', definitions, axes, 2) === undefined,
             }
         }"""
     )
     swept = found["swept"]
-    assert found["targets"] == ["sweep0_pictures", "sweep2_pictures"]
+    assert found["targets"] == ["sweep0_images", "sweep2_images"]
     assert [swept[f"sweep{k}_strengths0"]["inputs"]["values"] for k in (0, 2)] == ["0, 0.5", "1"]
     for sampler, source in (("3", "9"), ("6", "sweep0_5")):
         latent = swept[f"sweep0_{sampler}"]["inputs"]["latent_image"]
@@ -293,7 +293,7 @@ def test_what_is_made_of_a_graph(view):
         assert swept[latent[0]]["inputs"]["latent"] == [source, 0]
     assert swept["sweep0_2"]["inputs"] == {"conditioning": ["sweep0_1", 0], "latent": ["9", 0]}
     assert swept["sweep0_1"]["inputs"]["strength_1"] == ["sweep0_strengths0", 0]
-    assert swept["sweep0_pictures"]["inputs"]["images"] == ["sweep0_7", 0]
+    assert swept["sweep0_images"]["inputs"]["images"] == ["sweep0_7", 0]
     assert not {"sweep0_8", "sweep0_9", "sweep0_10", "sweep0_12"} & set(swept)
     assert (found["outer"], found["inner"]) == (["1"], ["11:1"])
     assert found["steps"] == [8, 4, 20]
@@ -306,7 +306,7 @@ def test_what_cannot_be_swept_is_said(page):
     set_sweep(page, [{"slider": 1, "from": 0, "to": 1, "count": 2}], 2)
     typed(page).fill("make it night")
     sweep_button(page).click()
-    assert "The sweep wants slider 2, but there are 1" in alert.inner_text()
+    assert "The sweep uses slider 2, but the number of sliders is 1" in alert.inner_text()
     graph = live_graph()
     [key] = [key for key, node in graph.items() if node["class_type"] == NODE]
     graph[key]["inputs"]["strength_1"] = graph.add("PrimitiveFloat", value=0.7)
@@ -335,13 +335,13 @@ def test_the_form_is_saved_and_nonsense_is_mended(page):
     workflow = page.page.evaluate("app.graph.serialize()")
     page.open(workflow)
     show(page)
-    assert page.page.locator(".es-film summary").inner_text() == "make the wall golden: -1 to 0.5, 3 pictures"
+    assert page.page.locator(".es-filmstrip summary").inner_text() == "make the wall golden: -1 to 0.5, 3 images"
     [node] = [node for node in workflow["nodes"] if node["type"] == NODE]
     node["properties"]["sweep"] = {"axes": [{"slider": "x", "from": None, "count": 1e9}, 5], "atOnce": -3}
     page.open(workflow)
     show(page)
-    shown = page.page.locator(".es-film summary").inner_text()
-    assert shown.startswith("make the cat older: 0 to 1.5, 32 pictures")
+    shown = page.page.locator(".es-filmstrip summary").inner_text()
+    assert shown.startswith("make the cat older: 0 to 1.5, 32 images")
     assert page.errors == []
 
 

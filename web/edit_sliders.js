@@ -1,25 +1,27 @@
-// The pack's part of ComfyUI's page.
+// Registers the pack's page extension with ComfyUI.
 
 import { api } from '../../scripts/api.js'
 import { app } from '../../scripts/app.js'
-import { settleCurve, showCurve } from './calibration/node.mjs'
-import { SETTINGS } from './settings.mjs'
-import { showText } from './shown_text.mjs'
-import { addSliders, forgetFilms, NODE, settle, slidersOf } from './slider_prompt/node.mjs'
-import { listen } from './slider_prompt/own_jobs.mjs'
-import { loadTexts } from './texts.mjs'
+import { addCurve, NODE as CALIBRATED_STRENGTH, reattachCurve } from './calibration/node.mjs'
+import { listenForJobs } from './shared/job_queue.mjs'
+import { SETTINGS } from './shared/settings.mjs'
+import { addTextOutput, registerTextOutput } from './shared/text_output.mjs'
+import { loadTexts } from './shared/texts.mjs'
+import { addSliders, reattachSliders, slidersOf } from './slider_prompt/node.mjs'
+import { NODE as SLIDER_PROMPT } from './slider_prompt/queued_graph.mjs'
+import { clearSweeps } from './slider_prompt/sweep.mjs'
 
 const VERSION = '0.1.0'
-const HOME = 'https://github.com/edit-sliders/ComfyUI-EditSliders'
+const REPOSITORY = 'https://github.com/edit-sliders/ComfyUI-EditSliders'
 
 app.registerExtension({
   name: 'EditSliders',
   settings: /** @type {any[]} */ (SETTINGS),
-  aboutPageBadges: [{ label: `Edit Sliders ${VERSION}`, url: HOME, icon: 'pi pi-github' }],
+  aboutPageBadges: [{ label: `Edit Sliders ${VERSION}`, url: REPOSITORY, icon: 'pi pi-github' }],
   commands: [
-    command('ToggleLive', 'Edit Sliders: live on or off', 'pi pi-bolt', (sliders) => sliders.setLive(!sliders.isLive)),
-    command('Reset', 'Edit Sliders: all sliders to 1', 'pi pi-undo', (sliders) => sliders.view.reset()),
-    command('Sweep', 'Edit Sliders: render the sweep', 'pi pi-images', (sliders) => sliders.renderSweep())
+    command('ToggleLive', 'Edit Sliders: Toggle Live', 'pi pi-bolt', (sliders) => sliders.setLive(!sliders.isLive)),
+    command('Reset', 'Edit Sliders: Reset All Sliders to 1', 'pi pi-undo', (sliders) => sliders.view.reset()),
+    command('Sweep', 'Edit Sliders: Render Sweep', 'pi pi-images', (sliders) => sliders.sweepPanel.render())
   ],
   keybindings: [
     { combo: { key: 'l', alt: true, shift: true }, commandId: 'EditSliders.ToggleLive' },
@@ -28,49 +30,53 @@ app.registerExtension({
   ],
 
   async init() {
-    listen(api)
-    api.addEventListener('graphCleared', forgetFilms)
+    listenForJobs(api)
+    api.addEventListener('graphCleared', clearSweeps)
     await loadTexts(api, String(app.extensionManager.setting.get('Comfy.Locale')))
   },
 
   setup() {
-    app.canvas.canvas.addEventListener('litegraph:set-graph', settleAll)
+    app.canvas.canvas.addEventListener('litegraph:set-graph', reattachAll)
+  },
+
+  beforeRegisterNodeDef(_, definition) {
+    registerTextOutput(definition)
   },
 
   nodeCreated(node) {
-    showText(node)
-    showCurve(node)
-    if (node.comfyClass === NODE) addSliders(node)
+    if (node.comfyClass === SLIDER_PROMPT) addSliders(node)
+    else if (node.comfyClass === CALIBRATED_STRENGTH) addCurve(node)
+    else addTextOutput(node)
   },
 
-  afterConfigureGraph: settleAll
+  afterConfigureGraph: reattachAll
 })
 
-/** Another graph is shown, or another state of it. */
-function settleAll() {
+/** Update the pack's nodes after the page has changed to another graph or another state of the graph. */
+function reattachAll() {
   for (const node of app.canvas.graph?.nodes ?? []) {
-    settle(node)
-    settleCurve(node)
+    reattachSliders(node)
+    reattachCurve(node)
   }
 }
 
 /**
- * A command for the selected Slider Prompts, or for all of the graph that is shown if none is selected.
+ * A command for the selected Slider Prompts, or for all of the current graph if none is selected.
  * @param {string} name
  * @param {string} label
  * @param {string} icon
- * @param {(sliders: NonNullable<ReturnType<typeof slidersOf>>) => void} act
+ * @param {(sliders: NonNullable<ReturnType<typeof slidersOf>>) => void} run
  */
-function command(name, label, icon, act) {
+function command(name, label, icon, run) {
   return {
     id: `EditSliders.${name}`,
     label,
     icon,
     function: () => {
-      const shown = (app.canvas.graph?.nodes ?? []).map((node) => ({ node, sliders: slidersOf(node) }))
-      const chosen = shown.filter(({ node }) => app.canvas.selectedItems.has(node))
-      const some = chosen.some(({ sliders }) => sliders) ? chosen : shown
-      for (const { sliders } of some) if (sliders) act(sliders)
+      const all = (app.canvas.graph?.nodes ?? []).map((node) => ({ node, sliders: slidersOf(node) }))
+      const selected = all.filter(({ node }) => app.canvas.selectedItems.has(node))
+      const targets = selected.some(({ sliders }) => sliders) ? selected : all
+      for (const { sliders } of targets) if (sliders) run(sliders)
     }
   }
 }

@@ -93,7 +93,7 @@ def strengths(view: ComfyPage, count: int = 3) -> list[float]:
 
 
 def words(view: ComfyPage) -> list[str]:
-    return rows(view).locator(".es-words").all_inner_texts()
+    return rows(view).locator(".es-phrase").all_inner_texts()
 
 
 def live(view: ComfyPage) -> Locator:

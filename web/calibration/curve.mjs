@@ -1,39 +1,40 @@
-// Reads a calibration curve as slider_core/calibration.py does. The page draws straight lines between the points that
-// it knows: those of the text, and after a run closer ones.
+// Parses and evaluates a calibration curve, like slider_core/metrics/calibration.py. The page draws straight lines
+// between the curve's points or, after a run, between the closely spaced points that the run has returned.
 
-import { t } from '../texts.mjs'
+import { t } from '../shared/texts.mjs'
 
-/** @typedef {[number, number]} Point a position and its strength */
+/** @typedef {[number, number]} Point position and strength */
 
-const LIMIT = 100
+const MAX_VALUE = 100
 const EXAMPLE = '{"positions": [0, 0.5, 1], "strengths": [0.2, 0.7, 1]}'
 
 /**
- * The points of a curve, none of empty text; or what is wrong with the text.
+ * The points of a curve, or an error message. Empty text has no points.
  * @param {string} text
  * @returns {{ points: Point[], error: string }}
  */
 export function parse(text) {
   if (!text.trim()) return { points: [], error: '' }
-  const content = fromJson(text)
-  if (Object.keys(content).sort().join() !== 'positions,strengths') return wrong(t('noCurve', EXAMPLE))
+  const content = parseObject(text)
+  if (Object.keys(content).sort().join() !== 'positions,strengths') return invalid(t('invalidCurve', EXAMPLE))
   const { positions, strengths } = content
-  for (const name of ['positions', 'strengths']) if (!rises(content[name])) return wrong(t('curveMustRise', name))
-  if (positions.length !== strengths.length) return wrong(t('curveUneven', positions.length, strengths.length))
+  for (const name of ['positions', 'strengths'])
+    if (!isIncreasing(content[name])) return invalid(t('curveNotIncreasing', name))
+  if (positions.length !== strengths.length) return invalid(t('curveLengths', positions.length, strengths.length))
   const last = positions.length - 1
-  if (positions[0] > 0 || positions[last] < 1) return wrong(t('curveTooShort', positions[0], positions[last]))
+  if (positions[0] > 0 || positions[last] < 1) return invalid(t('curveRange', positions[0], positions[last]))
   return { points: positions.map((/** @type {number} */ x, /** @type {number} */ k) => [x, strengths[k]]), error: '' }
 }
 
 /**
- * On the straight lines between points; beyond them as steep as from position 0 to 1 on average.
+ * The strength at a position: linear between points; beyond them with the mean slope from position 0 to 1.
  * @param {Point[]} points
  * @param {number} position
  * @returns {number}
  */
 export function strengthAt(points, position) {
   const inside = Math.min(Math.max(position, points[0][0]), points[points.length - 1][0])
-  const k = Math.max(1, points.findIndex(([known]) => known >= inside))
+  const k = Math.max(1, points.findIndex(([x]) => x >= inside))
   const [[x, y], [nextX, nextY]] = [points[k - 1], points[k]]
   const strength = y + ((nextY - y) * (inside - x)) / (nextX - x)
   if (inside === position) return strength
@@ -41,10 +42,10 @@ export function strengthAt(points, position) {
 }
 
 /** @param {string} error */
-const wrong = (error) => ({ points: [], error })
+const invalid = (error) => ({ points: [], error })
 
-/** @param {string} text @returns {Record<string, any>} nothing in it if it is no object in JSON */
-function fromJson(text) {
+/** @param {string} text @returns {Record<string, any>} empty if the text is not a JSON object */
+function parseObject(text) {
   try {
     return Object(JSON.parse(text))
   } catch {
@@ -52,9 +53,9 @@ function fromJson(text) {
   }
 }
 
-/** @param {unknown} values */
-function rises(values) {
+/** Whether this is an array of two or more increasing numbers within MAX_VALUE. @param {unknown} values */
+function isIncreasing(values) {
   if (!Array.isArray(values) || values.length < 2) return false
-  const known = values.every((value) => typeof value === 'number' && Math.abs(value) <= LIMIT)
-  return known && values.every((value, k) => !k || value > values[k - 1])
+  const inRange = values.every((value) => typeof value === 'number' && Math.abs(value) <= MAX_VALUE)
+  return inRange && values.every((value, k) => !k || value > values[k - 1])
 }

@@ -1,11 +1,13 @@
-// The sub-instructions of a prompt as typed, the same way as slider_core/sub_instructions.py splits it.
+// Splits a prompt into the phrases that get a slider. The server splits the same prompt in
+// slider_core/text/instructions.py (join_lines, read_marks): keep both alike.
 
 /**
- * @typedef {{ start: number, end: number, text: string }} Phrase characters of the text, and what a person reads there
- * @typedef {{ phrases: Phrase[], error: string }} Parsed
+ * @typedef {{ start: number, end: number, text: string }} Phrase character range in the prompt, and its text without
+ *   marks, weights and parentheses
+ * @typedef {{ phrases: Phrase[], error: string }} Parsed error: empty if there is none
  */
 
-import { t } from '../texts.mjs'
+import { t } from '../shared/texts.mjs'
 
 export const LINES = 'one per line'
 
@@ -15,8 +17,9 @@ const VISIBLE = /[^\p{C}\p{Z}]/u
 const WEIGHT = /:\s*[-+]?[\d.]+\s*\)/g
 
 /**
+ * The phrases of a prompt: its lines, or the phrases in [[double brackets]].
  * @param {string} text
- * @param {string} mode
+ * @param {string} mode LINES, or any other value for marked phrases
  * @returns {Parsed}
  */
 export function parse(text, mode) {
@@ -42,7 +45,7 @@ function parseLines(text) {
 function parseMarks(text) {
   /** @type {Phrase[]} */
   const phrases = []
-  /** @type {number[]} */
+  /** @type {number[]} indices of phrases that are not closed yet */
   const open = []
   for (const match of text.matchAll(MARK)) {
     const after = match.index + match[0].length
@@ -62,32 +65,32 @@ function parseMarks(text) {
 
 /** @param {string} text @param {number} start @param {number} end @returns {Phrase} */
 function phrase(text, start, end) {
-  const shown = text
+  const visible = text
     .slice(start, end)
     .replace(WEIGHT, ')')
     .replace(/\\([()])|\[\[|\]\]|[()]/g, '$1')
-  return { start, end, text: shown.trim() }
+  return { start, end, text: visible.trim() }
 }
 
 /**
- * One value per phrase after an edit of the text: those of phrases before and after the place that changed stay with them.
+ * One value per phrase after the prompt was edited: phrases before and after the edited ones keep their values.
  * @param {Phrase[]} before
  * @param {Phrase[]} after
- * @param {number[]} values
- * @param {number} fresh value of a phrase that is new
+ * @param {number[]} values one per phrase of `before`
+ * @param {number} defaultValue for new phrases
  * @returns {number[]}
  */
-export function carried(before, after, values, fresh) {
+export function preserveValues(before, after, values, defaultValue) {
   if (before.length === after.length) return values.slice(0, after.length)
   const shorter = Math.min(before.length, after.length)
   let head = 0
   while (head < shorter && before[head].text === after[head].text) head++
   let tail = 0
   while (tail < shorter - head && before.at(-1 - tail)?.text === after.at(-1 - tail)?.text) tail++
-  const kept = values.slice(head, before.length - tail)
+  const edited = values.slice(head, before.length - tail)
   return [
     ...values.slice(0, head),
-    ...Array.from({ length: Math.max(0, after.length - head - tail) }, (_, k) => kept[k] ?? fresh),
+    ...Array.from({ length: Math.max(0, after.length - head - tail) }, (_, k) => edited[k] ?? defaultValue),
     ...values.slice(before.length - tail, before.length)
   ]
 }

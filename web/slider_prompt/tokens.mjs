@@ -1,21 +1,21 @@
-// What the text encoders make of the phrases, as the server knows it.
+// The tokens of each phrase in each text encoder, as computed by the server.
 
-import { post } from './own_jobs.mjs'
+import { post } from '../shared/job_queue.mjs'
 
-/** @typedef {{ tokens: Record<string, string[]>, error: string }} PhraseTokens encoder -> pieces */
+/** @typedef {{ tokens: Record<string, string[]>, error: string }} PhraseTokens tokens: by text encoder */
 
-const PAUSE = 400
+const DEBOUNCE_MS = 400
 
-export class Tokens {
+export class TokenPreview {
   /**
    * @param {{ fetchApi: (path: string, options?: RequestInit) => Promise<Response> }} server
-   * @param {() => void} onAnswer
+   * @param {() => void} onResponse called when `phrases` or `error` has changed
    */
-  constructor(server, onAnswer) {
+  constructor(server, onResponse) {
     this.server = server
-    this.onAnswer = onAnswer
-    this.asked = ''
-    /** @type {PhraseTokens[]} of the text that was asked for last; empty until the answer is there */
+    this.onResponse = onResponse
+    this.requested = ''
+    /** @type {PhraseTokens[]} one per phrase of the last requested prompt; empty until the response is there */
     this.phrases = []
     this.error = ''
     /** @type {ReturnType<typeof setTimeout> | undefined} */
@@ -23,32 +23,32 @@ export class Tokens {
   }
 
   /**
-   * Ask soon, if this is not what was asked before.
+   * Request the tokens of a prompt after a pause, unless they are those requested last.
    * @param {string} text
    * @param {string} mode
    */
-  of(text, mode) {
-    const asked = JSON.stringify({ text, mode })
-    if (asked === this.asked) return
-    this.asked = asked
+  request(text, mode) {
+    const request = JSON.stringify({ text, mode })
+    if (request === this.requested) return
+    this.requested = request
     this.phrases = []
     this.error = ''
     clearTimeout(this.timer)
-    this.timer = setTimeout(() => this.ask(asked), PAUSE)
+    this.timer = setTimeout(() => this.fetch(request), DEBOUNCE_MS)
   }
 
-  /** @param {string} asked */
-  async ask(asked) {
+  /** @param {string} request JSON */
+  async fetch(request) {
     try {
-      const answer = await post(this.server, '/edit_sliders/tokens', JSON.parse(asked))
-      const { phrases } = await answer.json()
-      if (asked !== this.asked) return
+      const response = await post(this.server, '/edit_sliders/tokens', JSON.parse(request))
+      const { phrases } = await response.json()
+      if (request !== this.requested) return
       this.phrases = phrases
       this.error = phrases.find((/** @type {PhraseTokens} */ phrase) => phrase.error)?.error ?? ''
     } catch (error) {
-      if (asked !== this.asked) return
+      if (request !== this.requested) return
       this.error = error instanceof Error ? error.message : String(error)
     }
-    this.onAnswer()
+    this.onResponse()
   }
 }
