@@ -127,7 +127,7 @@ def test_a_linked_curve_is_drawn_after_a_run_and_kept(view):
     expect(keep(view)).to_be_hidden()
 
     view.run()
-    expect(points(view).first).to_be_visible()
+    expect(points(view).first).to_be_visible(timeout=60_000)
     saved = view.page.evaluate("JSON.stringify(app.graph.serialize())")
     assert "es-" not in saved
     picture = view.page.locator(".es-plot svg").get_attribute("aria-label")
