@@ -1,9 +1,9 @@
-"""Smoothness of the Slider Prompt in the page, in a headless browser on this machine.
+"""How smoothly the Slider Prompt moves in the page, in a headless browser on this machine.
 
     python run.py benchmark [--repeats N]
 
-With 49 instructions: frames per second while a slider is dragged (one mouse move per frame) and at rest; the number of
-tasks longer than 50 ms during the drag, from the browser's own trace; the longest task while a 50th line is typed.
+With 49 sub-instructions: frames a second while a slider is dragged (a mouse move every frame), while nothing moves, and
+tasks of more than 50 ms, as the browser's own tracing counts them; the longest task of typing a 50th.
 On the canvas and in Nodes 2.0. Medians of the repeats.
 """
 
@@ -31,21 +31,21 @@ LINES = 50
 MOVES = 120
 LONG_MS = 50
 COUNT_FRAMES = """() => {
-    window.benchmark = { frames: 0, start: performance.now(), running: true }
+    window.benchmark = { frames: 0, begun: performance.now(), on: true }
     const count = () => {
         window.benchmark.frames++
-        if (window.benchmark.running) requestAnimationFrame(count)
+        if (window.benchmark.on) requestAnimationFrame(count)
     }
     requestAnimationFrame(count)
 }"""
-FRAMES_PER_SECOND = """() => {
-    window.benchmark.running = false
-    return (1000 * window.benchmark.frames) / (performance.now() - window.benchmark.start)
+FRAMES_A_SECOND = """() => {
+    window.benchmark.on = false
+    return (1000 * window.benchmark.frames) / (performance.now() - window.benchmark.begun)
 }"""
 
 
-class Measurement(NamedTuple):
-    """Frames per second at rest and while dragging, number of long tasks of the drag, longest task of typing in ms."""
+class Measured(NamedTuple):
+    """frames a second at rest and while dragging, long tasks of the drag, longest task of typing in milliseconds"""
 
     rest: float
     drag: float
@@ -56,7 +56,7 @@ class Measurement(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    args, _ = parser.parse_known_args()  # ignores the options of the other benchmarks
+    args, _ = parser.parse_known_args()  # the other benchmarks have more
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         write_tiny_models(base / "models")
@@ -69,17 +69,16 @@ def main() -> None:
         rest, drag, long_tasks, typing = (statistics.median(values) for values in zip(*repeats))
         print(
             f"{name}: {drag:.1f} frames/s while dragging ({rest:.1f} at rest), "
-            f"{long_tasks:.0f} tasks over {LONG_MS} ms in {MOVES} moves; "
-            f"longest task while typing a line: {typing:.0f} ms"
+            f"{long_tasks:.0f} tasks over {LONG_MS} ms in {MOVES} moves; longest task of typing a line: {typing:.0f} ms"
         )
 
 
-def _measure(running: Browser, view: ComfyPage) -> Measurement:
+def _measure(running: Browser, view: ComfyPage) -> Measured:
     opened(view, prompt_graph("\n".join(f"make thing number {k} older" for k in range(LINES - 1))))
     view.page.wait_for_timeout(2000)
     view.page.evaluate(COUNT_FRAMES)
     view.page.wait_for_timeout(2000)
-    rest = view.page.evaluate(FRAMES_PER_SECOND)
+    rest = view.page.evaluate(FRAMES_A_SECOND)
 
     box = slider(view, 3).bounding_box()
     assert box
@@ -91,8 +90,8 @@ def _measure(running: Browser, view: ComfyPage) -> Measurement:
     for k in range(MOVES):
         view.page.mouse.move(box["x"] + box["width"] * (0.6 - 0.4 * (k / MOVES)), y)
         view.page.evaluate("() => new Promise(requestAnimationFrame)")
-    drag = view.page.evaluate(FRAMES_PER_SECOND)
-    long_tasks = len([task for task in _task_durations(running.stop_tracing()) if task > LONG_MS])
+    drag = view.page.evaluate(FRAMES_A_SECOND)
+    long_tasks = len([task for task in _tasks(running.stop_tracing()) if task > LONG_MS])
     view.page.mouse.up()
 
     typed(view).focus()
@@ -100,21 +99,19 @@ def _measure(running: Browser, view: ComfyPage) -> Measurement:
     running.start_tracing(page=view.page, categories=["toplevel", "disabled-by-default-devtools.timeline"])
     view.page.keyboard.type("\nmake it night")
     view.page.wait_for_timeout(1000)
-    return Measurement(rest, drag, long_tasks, max(_task_durations(running.stop_tracing())))
+    return Measured(rest, drag, long_tasks, max(_tasks(running.stop_tracing())))
 
 
-def _task_durations(trace: bytes) -> list[float]:
-    """Durations in milliseconds of the tasks on the page's main thread."""
+def _tasks(trace: bytes) -> list[float]:
+    """Milliseconds of the tasks on the page's main thread."""
     events = json.loads(trace)["traceEvents"]
-    main_threads = {
-        (e["pid"], e["tid"]) for e in events if e["ph"] == "M" and e["args"].get("name") == "CrRendererMain"
-    }
+    mains = {(e["pid"], e["tid"]) for e in events if e["ph"] == "M" and e["args"].get("name") == "CrRendererMain"}
     return [
         event["dur"] / 1000
         for event in events
         if event["name"] in ("RunTask", "ThreadControllerImpl::RunTask")
         and event.get("dur")
-        and (event["pid"], event["tid"]) in main_threads
+        and (event["pid"], event["tid"]) in mains
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from ..slider_core.conditioning.mask_and_schedule import where_and_when
+from ..slider_core.conditioning.mask_and_schedule import apply_mask_and_schedule
 from ..slider_core.types import Conditioning
 from .common.sockets import CATEGORY, chosen_instructions_input, parse_instruction_numbers
 
@@ -58,4 +58,4 @@ class WhereAndWhen(io.ComfyNode):
         sub_instructions: str = "",
     ) -> io.NodeOutput:
         chosen = parse_instruction_numbers(sub_instructions)
-        return io.NodeOutput(where_and_when(conditioning, mask, start, end, elsewhere, chosen))
+        return io.NodeOutput(apply_mask_and_schedule(conditioning, mask, start, end, elsewhere, chosen))

@@ -1,4 +1,4 @@
-"""Atomic file writes."""
+"""Files that are never half written."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 def atomic_write(file: Path, content: bytes) -> None:
-    """Write `content` to a temporary file beside `file`, then rename it: `file` is never left partially written."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.part")
+    """Write a file so that it is there in full or as it was before."""
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
-        with temporary.open("wb") as out:
+        with unfinished.open("wb") as out:
             out.write(content)
             out.flush()
             os.fsync(out.fileno())
-        os.replace(temporary, file)
+        os.replace(unfinished, file)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise

@@ -1,5 +1,5 @@
-"""The error class of the pack."""
+"""The one exception users see."""
 
 
 class SliderError(ValueError):
-    """An error that the user can fix. The message states what was wrong, what was expected and what to do."""
+    """Bad input. The message says what was wrong, what was expected and what to do."""

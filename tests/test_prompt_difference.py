@@ -13,10 +13,11 @@ from support.graphs import Graph, Link
 from support.model_calls import noise, velocity_of
 from support.outcomes import far, latents, near
 
+from slider_core import keys
 from slider_core.conditioning.span_strengths import Span
 from slider_core.errors import SliderError
 from slider_core.text.instructions import join_lines, read_marks, remove_instruction
-from slider_core.training_free.prompt_difference import WEIGHED, PromptDifferences
+from slider_core.training_free.prompt_difference import PromptDifferences, PromptWeights
 
 SIGMA, X = 0.7, noise(1, 16, 8, 8, seed=9)
 SPANS = [Span("first", (2, 3)), Span("second", (4, 5))]
@@ -47,7 +48,7 @@ def test_it_equals_the_formula(golden_model, strengths):
 
 
 def test_what_weighs_nothing_costs_nothing(golden_model):
-    whole = [[cond, {**options, WEIGHED: True}] for cond, options in WHOLE]
+    whole = [[cond, {**options, keys.PROMPT_WEIGHTS: PromptWeights()}] for cond, options in WHOLE]
     assert at(1.0, 1.0) == whole
     assert at((1.0, 1.0), 1.0) == whole
     assert at(1.0, 1.0, mask=torch.ones(1, 64, 64)) == whole
@@ -73,7 +74,7 @@ def test_strengths_per_image_equal_single_runs(golden_model):
     together = velocity_of(golden_model, X.repeat(4, 1, 1, 1), SIGMA, at(values, 0.7))
     for k, value in enumerate(values):
         assert near(together[k : k + 1], by_hand(golden_model, value, 0.7))
-    with pytest.raises(SliderError, match="4 strengths were given, but the batch has 2"):
+    with pytest.raises(SliderError, match="4 strengths for a batch of 2"):
         velocity_of(golden_model, X.repeat(2, 1, 1, 1), SIGMA, at(values, 0.7))
 
 
@@ -109,7 +110,7 @@ def test_a_place_for_some_of_them(golden_model):
         now = velocity_of(golden_model, X, sigma, early)
         assert near(now, velocity_of(golden_model, X, sigma, at(0.4, second)))
     assert len(at(0.4, 1.0, end=0.5, chosen=[1])) == 3
-    with pytest.raises(SliderError, match=r"no sub-instruction 3; expected numbers from 1 to 2: 1 = 'first'"):
+    with pytest.raises(SliderError, match=r"no instruction 3; expected numbers from 1 to 2: 1 = 'first'"):
         at(0.5, 1.0, mask=mask, chosen=[3])
 
 
@@ -145,15 +146,15 @@ def test_before_and_after_its_part_the_strengths_are_zero(golden_model, start, e
 
 def test_refused():
     for strengths, message in {
-        (0.5,): "2 sub-instructions but only 1 strengths",
+        (0.5,): "2 instructions but only 1 strengths",
         (1.0, 1.0, 0.5): "strength_3 is 0.5, but there are only 2",
-        ((0.1, 0.2), (0.1, 0.2, 0.3)): "differ in length",
+        ((0.1, 0.2), (0.1, 0.2, 0.3)): "equally long",
         ("x", 1.0): "strength_1 is 'x'",
     }.items():
         with pytest.raises(SliderError, match=message):
             at(*strengths)
     for mask, message in (
-        (torch.ones(3, 8, 8), "3 masks for 1 strength"),
+        (torch.ones(3, 8, 8), "3 masks, but 1 strength"),
         (torch.full((8, 8), torch.nan), "values from nan"),
         (torch.ones(8), r"the shape \(8,\)"),
     ):

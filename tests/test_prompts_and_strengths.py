@@ -1,43 +1,41 @@
-"""Splitting text into instructions, parsing prompts and lists of strengths, and the errors for invalid ones."""
+"""Lines, marks, lists of strengths, and what is said about wrong ones."""
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from slider_core import keys
 from slider_core.conditioning.span_strengths import Span, attach_spans, set_strengths
 from slider_core.errors import SliderError
 from slider_core.strength import batch_size, suppression, validate_strengths
 from slider_core.sweep import linspace, parse_strengths, repeat_latent
-from slider_core.text.encode import SPLITTERS
-from slider_core.text.instructions import read_marks
+from slider_core.text.instructions import join_lines, read_marks
 from slider_core.text.prompt_syntax import parse_prompt
-
-SPLITTER_CASES = json.loads((Path(__file__).parent / "data/instruction_splitter_cases.json").read_text())
-"""text, mode -> prompt, ranges in it, and the phrases as people read them; null for text that is refused."""
 
 
 def marked(text: str) -> tuple[str, list[str]]:
-    prompt, ranges = read_marks(text)
-    return prompt, [prompt[a:b] for a, b in ranges]
+    prompt, spans = read_marks(text)
+    return prompt, [prompt[a:b] for a, b in spans]
 
 
-@pytest.mark.parametrize("case", SPLITTER_CASES, ids=lambda case: repr(case["text"]))
-def test_splitter(case):
-    if case["prompt"] is None:
-        with pytest.raises(SliderError):
-            SPLITTERS[case["mode"]](case["text"])
-        return
-    prompt, ranges = SPLITTERS[case["mode"]](case["text"])
-    assert (prompt, [list(r) for r in ranges]) == (case["prompt"], case["ranges"])
-    visible = ["".join(segment.text for segment in parse_prompt(prompt[a:b])).strip() for a, b in ranges]
-    assert visible == case["phrases"]
+def test_lines():
+    prompt, spans = join_lines("  make her older \n\n\tmake (it:1.2) red\r\n\u200b\nsmile")
+    assert prompt == "make her older and make (it:1.2) red and smile"
+    assert [prompt[a:b] for a, b in spans] == ["make her older", "make (it:1.2) red", "smile"]
+
+
+def test_marks():
+    assert marked("a [[red]] and [[blue hat]]!") == ("a red and blue hat!", ["red", "blue hat"])
+    assert marked("[[make [[the hair]] red]]") == ("make the hair red", ["make the hair red", "the hair"])
+    assert marked(r"\[[x [[y]]") == ("[[x y", ["y"])
+    assert marked(r"a \[[b\]] [[c]]") == ("a [[b]] c", ["c"])
+    assert marked("a[0] [[b]]") == ("a[0] b", ["b"])
+    assert marked("[[a]][[b]]") == ("ab", ["a", "b"])
 
 
 @pytest.mark.parametrize(
@@ -45,8 +43,8 @@ def test_splitter(case):
     [
         ("a", "No phrase"),
         ("[[a", "not closed"),
-        ("a]]", "no matching"),
-        ("[[ ]]", "marks no text"),
+        ("a]]", "closes nothing"),
+        ("[[ ]]", "marks nothing"),
         ("", "No phrase"),
     ],
 )
@@ -71,9 +69,9 @@ def test_prompts_are_parsed_as_comfyui_does(prompt):
     theirs = [(unescape_important(text), weight) for text, weight in token_weights(escape_important(prompt), 1.0)]
     assert [(s.text, s.weight) for s in ours] == theirs
     for segment in ours:
-        assert [
-            prompt[i + (prompt[i] == "\\" and c != "\\")] for i, c in zip(segment.char_indices, segment.text)
-        ] == list(segment.text)
+        assert [prompt[i + (prompt[i] == "\\" and c != "\\")] for i, c in zip(segment.at, segment.text)] == list(
+            segment.text
+        )
 
 
 @pytest.mark.parametrize("value", [0.5, 1, (0.0, 1.5), [2], torch.tensor([0.5, 1.0]), torch.tensor(0.25)])
@@ -100,7 +98,7 @@ def test_lists():
     assert parse_strengths("0,0.5;1\n-2") == (0.0, 0.5, 1.0, -2.0)
     for bad, message in {
         "": "empty list",
-        "0, half": "'half' is not a number",
+        "0, half": "'half' is no number",
         "nan": "is nan; expected a number from",
     }.items():
         with pytest.raises(SliderError, match=message):
@@ -111,13 +109,13 @@ def test_lists():
 def test_overlapping_spans_multiply():
     spans = [Span("a", (0, 1)), Span("b", (1, 2))]
     [[_, options]] = set_strengths(attach_spans([[torch.zeros(1, 4, 8), {}]], 4, spans), {"x": 0.25, "y": 1.5})
-    assert options["model_conds"]["edit_sliders.spans.default"].cond.tolist() == [[0.75, -0.375, -0.5, 0.0]]
+    assert options["model_conds"][keys.scales("default")].cond.tolist() == [[0.75, -0.375, -0.5, 0.0]]
 
 
 def test_equal_phrases_with_lists_of_strengths():
     spans = [Span("red", (0,)), Span("red", (2,))]
     [[_, options]] = set_strengths(attach_spans([[torch.zeros(1, 3, 8), {}]], 3, spans), {"x": (0.0, 0.5), "y": 1.0})
-    assert options["model_conds"]["edit_sliders.spans.default"].cond.tolist() == [[1.0, 0.0, 0.0], [0.5, 0.0, 0.0]]
+    assert options["model_conds"][keys.scales("default")].cond.tolist() == [[1.0, 0.0, 0.0], [0.5, 0.0, 0.0]]
 
 
 def test_the_last_strengths_of_a_channel_decide():
@@ -125,17 +123,17 @@ def test_the_last_strengths_of_a_channel_decide():
     first = set_strengths(set_strengths(plain, {"x": 0.2, "y": 0.3}), {"x": 0.2, "y": 1.0}, "other")
     second = set_strengths(first, {"x": (0.5, 0.75), "y": 1.0})
     conds = second[0][1]["model_conds"]
-    assert conds["edit_sliders.spans.default"].cond.tolist() == [[0.5, 0.0], [0.25, 0.0]]
-    assert conds["edit_sliders.spans.other"].cond[0].tolist() == pytest.approx([0.8, 0.0])
-    assert "edit_sliders.spans.default" not in set_strengths(second, {"x": 1.0, "y": 1.0})[0][1]["model_conds"]
+    assert conds[keys.scales("default")].cond.tolist() == [[0.5, 0.0], [0.25, 0.0]]
+    assert conds[keys.scales("other")].cond[0].tolist() == pytest.approx([0.8, 0.0])
+    assert keys.scales("default") not in set_strengths(second, {"x": 1.0, "y": 1.0})[0][1]["model_conds"]
 
 
 def test_strengths_do_not_change_the_conditioning_they_are_set_on():
     plain = attach_spans([[torch.zeros(1, 4, 8), {"model_conds": {"other": 1}}]], 4, [Span("a", (0,))])
     first, second = (set_strengths(plain, {"x": v}) for v in (0.2, 0.8))
     assert plain[0][1]["model_conds"] == {"other": 1}
-    assert first[0][1]["model_conds"]["edit_sliders.spans.default"].cond[0, 0] == pytest.approx(0.8)
-    assert second[0][1]["model_conds"]["edit_sliders.spans.default"].cond[0, 0] == pytest.approx(0.2)
+    assert first[0][1]["model_conds"][keys.scales("default")].cond[0, 0] == pytest.approx(0.8)
+    assert second[0][1]["model_conds"][keys.scales("default")].cond[0, 0] == pytest.approx(0.2)
     assert second[0][1]["model_conds"]["other"] == 1
 
 

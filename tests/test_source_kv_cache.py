@@ -243,7 +243,7 @@ def test_bad_input(golden_model, recipe, manifest):
         remembered(golden_model, text=[*source_text(), *edit_text(1)])
     with pytest.raises(SliderError, match="expected 0 <= start < end"):
         inject_cached(golden_model, cache, start=0.6, end=0.4)
-    with pytest.raises(SliderError, match=r"remembered source was made with another FLUX\.1 model"):
+    with pytest.raises(SliderError, match=r"remembered source was made with a different FLUX\.1 model"):
         inject_cached(other_model(recipe, manifest["model"] | {"seed": 99}), cache)
     with pytest.raises(SliderError, match=r"256 wide; this one is FLUX\.1, 128 wide"):
         inject_cached(other_model(recipe, manifest["model"] | {"hidden": 128}), cache)
@@ -333,7 +333,7 @@ def test_trajectories_that_do_not_fit(golden_model, recipe, manifest):
     one, two = (
         invert(golden_model, source_text(), photo(golden_model) + k, sigmas, "a", nudging=1.0) for k in range(2)
     )
-    with pytest.raises(SliderError, match="The trajectory was made with another"):
+    with pytest.raises(SliderError, match="The trajectory was made with a different"):
         cache_trajectory_kv(other_model(recipe, manifest["model"] | {"seed": 99}), one, LAYERS)
     with pytest.raises(SliderError, match="not flow matching"):
         cache_trajectory_kv(sampled_by_eps(golden_model), one, LAYERS)

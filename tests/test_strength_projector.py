@@ -21,9 +21,9 @@ from support.graphs import Graph, Link
 from support.model_calls import compiled, noise, velocity_of
 from support.outcomes import far, latents, near
 
+from slider_core import keys
 from slider_core.adapters.gstlora import apply_gstlora
 from slider_core.adapters.strength_projector import (
-    COND_KEY,
     ProjectorBundle,
     apply_projector,
     read_projector,
@@ -87,7 +87,7 @@ def test_a_projector_that_reads_the_strength_alone(weights, tmp_path):
     blind = read_projector(tmp_path / "blind.safetensors")
     assert blind.projector.pooled_width == 0
     [[_, options]] = set_projector_strength([[noise(1, 4, 64), {}]], blind, (0.0, 1.0))
-    assert options["model_conds"][COND_KEY].cond.shape == (2, 512)
+    assert options["model_conds"][keys.PROJECTOR_OFFSETS].cond.shape == (2, 512)
 
 
 def without(*keys: str) -> Callable[[dict], dict]:
@@ -162,7 +162,7 @@ def test_strengths_per_image_equal_single_runs(golden_model, bundle):
         one = velocity_of(model, X, SIGMA, set_projector_strength(text(), bundle, value))
         assert near(together[k : k + 1], one)
     assert far(together[0], together[2])
-    with pytest.raises(SliderError, match="3 strengths were given, but the batch has 2"):
+    with pytest.raises(SliderError, match="3 strengths for a batch of 2"):
         velocity_of(model, X.repeat(2, 1, 1, 1), SIGMA, set_projector_strength(text(), bundle, values))
 
 

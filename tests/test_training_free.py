@@ -13,6 +13,7 @@ from support.graphs import Graph, Link
 from support.model_calls import compiled, noise, velocity_of
 from support.outcomes import far, latents, near
 
+from slider_core import keys
 from slider_core.conditioning.span_strengths import Span, attach_spans, set_strengths
 from slider_core.errors import SliderError
 from slider_core.patching.forward_patches import ForwardContext, patches_of
@@ -83,7 +84,7 @@ def test_modulation_is_scaled_in_proportion(golden_model):
     [patch] = patches_of(apply_text_modulation(golden_model))
     scale = torch.zeros(1, ROWS)
     scale[0, 2], scale[0, 3] = 1 - 0.25, 1 - 1.5
-    context = ForwardContext({"edit_sliders.spans.default": scale}, 1, 1, ROWS, *WHERE)
+    context = ForwardContext({keys.scales("default"): scale}, 1, 1, ROWS, *WHERE)
     assert set(patch.paths) == {f"double_blocks.{k}.txt_mod" for k in range(len(patch.paths))}
     module = golden_model.model.diffusion_model.get_submodule(patch.paths[-1])
     vec = noise(1, 256)
@@ -102,7 +103,7 @@ def test_attention_weights_are_scaled_and_normalised(golden_model):
     [patch] = patches_of(apply_attention_reweighting(golden_model))
     strengths = torch.ones(2, 3)
     strengths[0, 1], strengths[1, 2] = 0.3, 0.0
-    context = ForwardContext({"edit_sliders.spans.default": 1 - strengths}, 2, 1, 3, *WHERE)
+    context = ForwardContext({keys.scales("default"): 1 - strengths}, 2, 1, 3, *WHERE)
     q, k, v = (noise(2, 4, 9, 16, seed=seed) for seed in range(3))
     [patch] = patch.attention_patches(context)
     found = attention(q, k, v, pe=None, mask=patch(q, k, v)["attn_mask"])

@@ -122,7 +122,7 @@ def test_refused(golden_model):
     assert "16 x 8 x 6, but what is sampled has 16 x 8 x 8" in error(source[..., :6])
     assert "16 x 8 x 6" in error(source[..., :6], (1.0,))
     assert "2 source latents, but the batch has 3" in error(source.repeat(2, 1, 1, 1), images=3)
-    assert "2 strengths were given, but the batch has 1" in error(source, (0.1, 0.2))
+    assert "2 strengths for a batch of 1" in error(source, (0.1, 0.2))
     assert "empty" in error(torch.zeros_like(source))
     assert "start is 0.5 and end is 0.2; expected 0 <= start < end <= 1" in error(source, start=0.5, end=0.2)
 

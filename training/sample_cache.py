@@ -124,8 +124,7 @@ class SampleCache:
             if prompt:
                 try:
                     lines = "\n".join(prompt)
-                    encoded = encode_instructions(clip, lines, LINES, self.base.text_rows)
-                    conditioning, spans = encoded.conditioning, encoded.spans
+                    conditioning, _, spans = encode_instructions(clip, lines, LINES, self.base.text_rows)
                 except SliderError as error:
                     raise TrainingError(f"The instructions {list(prompt)} cannot be encoded: {error}") from error
             else:

@@ -79,10 +79,10 @@ class TrainableLora(torch.nn.Module):
         return Adapter(name, self.kind, self.family, lora_weights)
 
     def _pairs(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        paths: Any = self.side.paths
-        for module, path in zip(self.side.names, paths):
-            downs = path.down.weight.split(path.ranks)
-            for layer, down, up in zip(self.layers[module], downs, path.ups):
+        branches: Any = self.side.branches
+        for path, branch in zip(self.side.paths, branches):
+            downs = branch.down.weight.split(branch.ranks)
+            for layer, down, up in zip(self.layers[path], downs, branch.ups):
                 yield layer, down, up.weight
 
 

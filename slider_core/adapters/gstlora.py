@@ -7,10 +7,12 @@ from collections.abc import Mapping
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..conditioning.outside_strength import strength_elsewhere
+from .. import keys
+from ..conditioning.outside_strength import current_outside_strength
+from ..conditioning.per_image_cond import check_batch
 from ..errors import SliderError
 from ..families import family_of
-from ..patching.forward_patches import BATCH_SLICE, BatchSlice, ForwardContext, ForwardWrapper, ModelPatch, add_patch
+from ..patching.forward_patches import BatchSlice, ForwardContext, ForwardWrapper, ModelPatch, Phase, add_patch
 from ..strength import suppression, validate_strengths
 from .adapter_file import Adapter
 
@@ -21,6 +23,7 @@ class GSTLoRAPatch(ModelPatch):
     A cond can say where it does not hold (where_and_when.py).
     """
 
+    phase = Phase.ADD
     lora_branches: ModelPatcher
     batch_independent = True
 
@@ -30,20 +33,17 @@ class GSTLoRAPatch(ModelPatch):
         self.lora_branches = adapter.lora_branches.patcher(load_device)
 
     def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:
-        elsewhere = strength_elsewhere(context)
-        alpha = self.alpha if elsewhere is None else suppression((elsewhere,), 1)
+        outside = current_outside_strength(context)
+        alpha = self.alpha if outside is None else suppression((outside,), 1)
         if not alpha.any():
             return {}
         alpha = alpha.to(context.device)
         if len(alpha) == 1:
             return self.lora_branches.model.forward_wrappers(alpha[0])
-        part = context.inputs.options.get(BATCH_SLICE, BatchSlice(0, context.images, context.images))
-        if len(alpha) != part.images:
-            raise SliderError(
-                f"{len(alpha)} strengths were given, but the batch has {part.images} image(s); expected one strength "
-                "per image. Use 'Latent for Sweep' to make the latent batch as long as the list."
-            )
-        return self.lora_branches.model.forward_wrappers(alpha[part.start : part.end].repeat(context.count))
+        whole_batch = BatchSlice(0, context.num_images, context.num_images)
+        start, end, batch_size = context.inputs.transformer_options.get(keys.BATCH_SLICE, whole_batch)
+        check_batch(len(alpha), batch_size)
+        return self.lora_branches.model.forward_wrappers(alpha[start:end].repeat(context.num_conds))
 
 
 def apply_gstlora(model: ModelPatcher, adapter: Adapter, strength: object) -> ModelPatcher:

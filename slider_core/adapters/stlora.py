@@ -10,13 +10,14 @@ from comfy.model_patcher import ModelPatcher
 from ..conditioning.span_strengths import DEFAULT_CHANNEL, token_scales
 from ..errors import SliderError
 from ..families import family_of
-from ..patching.forward_patches import ForwardContext, ForwardWrapper, ModelPatch, add_patch
+from ..patching.forward_patches import ForwardContext, ForwardWrapper, ModelPatch, Phase, add_patch
 from .adapter_file import Adapter
 
 
 class STLoRAPatch(ModelPatch):
     """Operation: z' = W z + scale[token] * B A z on the text stream, scale from the conds of each call."""
 
+    phase = Phase.ADD
     lora_branches: ModelPatcher
     batch_independent = True
 

@@ -20,17 +20,19 @@ from comfy.model_patcher import ModelPatcher
 from comfy.utils import repeat_to_batch_size
 from torch.nn.functional import linear, relu
 
-from ..conditioning.outside_strength import PROJECTOR, refuse_later, strength_elsewhere
+from .. import keys
+from .. import node_names as names
+from ..conditioning.outside_strength import StrengthCarrier, current_outside_strength, require_before_mask_and_schedule
 from ..conditioning.per_image_cond import PerImageCond
 from ..errors import SliderError
 from ..families import family_of
 from ..families.network import diffusion_model_of
 from ..patching.forward_patches import (
-    COND_PREFIX,
     Forward,
     ForwardContext,
     ForwardWrapper,
     ModelPatch,
+    Phase,
     add_patch,
     patches_of,
 )
@@ -39,18 +41,15 @@ from ..tensor_file import TensorFile, read_tensors
 from ..types import Conditioning
 from .adapter_file import Adapter, adapter_from_tensors
 
-COND_KEY = COND_PREFIX + "strength_projector"
-
 Layer = tuple[torch.Tensor, torch.Tensor]
 """Weight (out, in) and bias (out,) of a linear, float32."""
 
 _KEY = re.compile(r"(?:.*\.)?(pe_extender|projector\.\d{1,4})\.(weight|bias)")
-_PROJECTOR = "edit_sliders_projector"  # in a conditioning's dict: the one whose strength it has
 _CIRCLE = 2  # sine and cosine of the strength
 
 
 @dataclass(frozen=True, eq=False)
-class StrengthProjector:
+class StrengthProjector(StrengthCarrier):
     """The network of a projector file.
 
     extender: lifts sine and cosine of the strength to a vector, which the pooled vector of the prompt is appended to.
@@ -85,6 +84,9 @@ class StrengthProjector:
         for layer in inner:
             x = relu(linear(x, *layer))
         return linear(x, *last)
+
+    def outside(self, options: Mapping[str, Any], strength: float) -> Mapping[str, CONDRegular]:
+        return {keys.OUTSIDE_OFFSETS: CONDRegular(self.offsets((strength,), _pooled(self, options)))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +178,7 @@ def _finite(name: str, key: str, tensor: torch.Tensor) -> torch.Tensor:
 class ModulationOffset(ModelPatch):
     """Operation: adds the offsets of a call's conds to scale and shift of the text's MLP, and runs the LoRA there."""
 
+    phase = Phase.OFFSET
     batch_independent = True
 
     def __init__(self, paths: list[str], width: int, lora: Adapter | None, load_device: torch.device):
@@ -183,7 +186,9 @@ class ModulationOffset(ModelPatch):
         self.lora_branches = lora.lora_branches.patcher(load_device) if lora else None
 
     def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:
-        offsets = context.conds.get(COND_KEY if strength_elsewhere(context) is None else PROJECTOR)
+        offsets = context.conds.get(
+            keys.PROJECTOR_OFFSETS if current_outside_strength(context) is None else keys.OUTSIDE_OFFSETS
+        )
         if offsets is None:
             return {}
         if offsets.shape[1] != 2 * self.width:
@@ -262,16 +267,10 @@ def drop_projector_strength(conditioning: Conditioning, bundle: ProjectorBundle)
     return [[cond, _with_offsets(options, bundle, nothing)] for cond, options in conditioning]
 
 
-def offsets_at(options: Mapping[str, Any], strength: float) -> CONDRegular | None:
-    """What a cond needs so that its projector can have this strength; None if no projector strength was set on it."""
-    projector = options.get(_PROJECTOR)
-    return None if projector is None else CONDRegular(projector.offsets((strength,), _pooled(projector, options)))
-
-
 def _with_offsets(options: Mapping[str, Any], bundle: ProjectorBundle, offsets: CONDRegular) -> dict[str, Any]:
-    refuse_later(options, "Projector Strength")
-    conds = {**options.get("model_conds", {}), COND_KEY: offsets}
-    return {**options, _PROJECTOR: bundle.projector, "model_conds": conds}
+    require_before_mask_and_schedule(options, names.PROJECTOR_STRENGTH)
+    conds = {**options.get("model_conds", {}), keys.PROJECTOR_OFFSETS: offsets}
+    return {**options, keys.PROJECTOR: bundle.projector, "model_conds": conds}
 
 
 def _pooled(projector: StrengthProjector, options: Mapping[str, Any]) -> torch.Tensor:

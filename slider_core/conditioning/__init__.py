@@ -1,1 +1,1 @@
-"""What travels with a CONDITIONING: strengths, masks and schedule ranges."""
+"""What a CONDITIONING carries for the pack: spans, strengths, masks and schedule ranges."""

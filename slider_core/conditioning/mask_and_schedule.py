@@ -1,9 +1,9 @@
-"""Where and when sliders act: inside a mask, and in a part of the denoising.
+"""Limits sliders to a mask and to a range of the sampling schedule.
 
-ComfyUI averages what the entries of a CONDITIONING predict, weighted by their masks. So an entry is divided in two:
-one with its strengths, weighted by the mask, and one with the strength elsewhere, weighted by the rest. The part of the
-denoising is looked up in each model call and costs nothing. Some sub-instructions alone are divided in time likewise:
-no model call has more than one of these entries.
+ComfyUI averages the predictions of the entries of a CONDITIONING, weighted by their masks. A mask therefore splits an
+entry into two: one with its own strengths, weighted by the mask, and one with the outside strength, weighted by
+1 - mask. The schedule range is looked up in each model call and costs nothing. Limits of single instructions are split
+by schedule in the same way: no model call has more than one of these entries.
 """
 
 from __future__ import annotations
@@ -15,133 +15,131 @@ import torch
 from comfy.conds import CONDConstant
 from comfy.utils import common_upscale, repeat_to_batch_size
 
-from ..adapters.strength_projector import offsets_at
+from .. import keys
+from .. import node_names as names
 from ..errors import SliderError
-from ..patching.forward_patches import COND_PREFIX
 from ..strength import validate_strengths
-from ..training_free.prompt_difference import WEIGHED
-from ..types import CondEntry
+from ..types import CondEntry, Conditioning
 from .masks import validate_mask
-from .outside_strength import PREFIX, PROJECTOR, Elsewhere, elsewhere_of
-from .per_image_cond import PerImageCond
+from .outside_strength import OutsideStrength, carriers_of, outside_strength_of
+from .per_image_cond import batch_size_check
 from .schedule import check_schedule_range, split_by_schedule
-from .span_strengths import Conditioning, spans_at, with_some_at
+from .span_strengths import set_strength_of
 
-_MASKS = COND_PREFIX + "masks"
-_ALWAYS = (1.0, 0.0)  # no step lies inside
+_OUTSIDE_KEYS = (keys.OUTSIDE_STRENGTH, keys.OUTSIDE_SCALES, keys.OUTSIDE_PADDING, keys.OUTSIDE_OFFSETS)
 
 
-def where_and_when(
+def apply_mask_and_schedule(
     conditioning: Conditioning,
     mask: torch.Tensor | None = None,
     start: float = 0.0,
     end: float = 1.0,
-    elsewhere: float = 0.0,
-    chosen: Sequence[int] = (),
+    outside_strength: float = 0.0,
+    instructions: Sequence[int] = (),
 ) -> Conditioning:
-    """The conditioning with its strengths inside `mask` and start..end of the schedule, `elsewhere` outside.
+    """Limit the strengths of a conditioning to `mask` and to start..end of the schedule.
 
-    mask: (H, W) or (images, H, W), 0 to 1, of any size; between 0 and 1 it blends. None is all ones.
-    elsewhere: one strength for all sliders: every channel's spans, the projector, the model's GSTLoRAs.
-    chosen: the sub-instructions, counted from 1, that this is for; the other sliders are left alone. None: all sliders.
-    Costs one more model evaluation per step and entry, none where the mask is all ones or all zeros.
-    Raises SliderError for a mask or schedule that is none, and for entries that cannot be divided.
+    mask: (H, W) or (images, H, W), 0 to 1, of any size; values between blend. None: everywhere.
+    outside_strength: of all sliders outside: the spans of every channel, the projector, and GSTLoRAs on the model.
+    instructions: the ones to limit, counted from 1; all other sliders keep their strengths. Empty: all sliders.
+    Costs one more model evaluation per step and entry, none if the mask is all ones or all zeros.
+    Raises SliderError for invalid masks and ranges, and for entries that cannot be split.
     """
-    [strength] = validate_strengths([elsewhere], "elsewhere")
-    if any(WEIGHED in options for _, options in conditioning):
-        raise SliderError(
-            "The strengths of 'Prompt Difference' are weights of its prompts, which 'Where and When' does not change; "
-            "expected sliders that act on one prompt. Use the mask, start and end of 'Prompt Difference' itself."
-        )
+    [strength] = validate_strengths([outside_strength], "outside_strength")
+    for _, options in conditioning:
+        for carrier in carriers_of(options):
+            if carrier.refusal is not None:
+                raise SliderError(carrier.refusal)
     check_schedule_range(start, end)
     if mask is not None:
         mask = validate_mask(mask)
         if bool((mask == 1).all()):
             mask = None
-    if chosen:
-        each = (_divided_for(entry, mask, strength, start, end, chosen) for entry in conditioning)
+    if instructions:
+        split = (_limit_instructions(entry, mask, strength, start, end, instructions) for entry in conditioning)
     else:
-        part = None if (start, end) == (0, 1) else (start, end)
-        each = (_divided(entry, mask, strength, part) for entry in conditioning)
-    return [piece for pieces in each for piece in pieces]
+        inside = None if (start, end) == (0, 1) else (start, end)
+        split = (_limit_all(entry, mask, strength, inside) for entry in conditioning)
+    return [entry for entries in split for entry in entries]
 
 
-def _divided_for(
-    entry: CondEntry, mask: torch.Tensor | None, strength: float, start: float, end: float, chosen: Sequence[int]
+def _limit_instructions(
+    entry: CondEntry, mask: torch.Tensor | None, strength: float, start: float, end: float, instructions: Sequence[int]
 ) -> list[CondEntry]:
-    outside = [entry[0], with_some_at(entry[1], chosen, strength)]
-    inside = [entry] if mask is None else _by_mask(entry, outside, mask)
+    outside = [entry[0], set_strength_of(entry[1], instructions, strength)]
+    inside = [entry] if mask is None else _split_by_mask(entry, outside, mask)
     return split_by_schedule(inside, [outside], start, end)
 
 
-def _divided(
-    entry: CondEntry, mask: torch.Tensor | None, strength: float, part: tuple[float, float] | None
+def _limit_all(
+    entry: CondEntry, mask: torch.Tensor | None, strength: float, schedule_range: tuple[float, float] | None
 ) -> list[CondEntry]:
-    inside = entry if part is None else _limited(entry, Elsewhere(strength, *part))
+    inside = entry if schedule_range is None else _with_outside(entry, OutsideStrength(strength, schedule_range))
     if mask is None:
         return [inside]
-    outside = _limited(entry, Elsewhere(strength, *_ALWAYS))
-    if elsewhere_of(inside[1]) == elsewhere_of(outside[1]):
+    outside = _with_outside(entry, OutsideStrength(strength, None))
+    if outside_strength_of(inside[1]) == outside_strength_of(outside[1]):
         return [inside]
-    return _by_mask(inside, outside, mask)
+    return _split_by_mask(inside, outside, mask)
 
 
-def _by_mask(inside: CondEntry, outside: CondEntry, mask: torch.Tensor) -> list[CondEntry]:
+def _split_by_mask(inside: CondEntry, outside: CondEntry, mask: torch.Tensor) -> list[CondEntry]:
     if not mask.any():
         return [outside]
-    _check_divisible(inside[1])
-    pieces = (_masked(inside, mask), _masked(outside, 1 - mask))
-    return [piece for piece in pieces if piece[1]["mask"].any()]
+    _check_maskable(inside[1])
+    entries = (_with_mask(inside, mask), _with_mask(outside, 1 - mask))
+    return [entry for entry in entries if entry[1]["mask"].any()]
 
 
-def _limited(entry: CondEntry, new: Elsewhere) -> CondEntry:
-    """The entry with its own strengths where `new` lets it have them, and where an earlier limit does."""
+def _with_outside(entry: CondEntry, outside: OutsideStrength) -> CondEntry:
+    """The entry with an outside strength, its schedule range intersected with that of an earlier limit."""
     cond, options = entry
-    known = elsewhere_of(options)
-    always = (new.start, new.end) == _ALWAYS
-    if known is not None and not always:
-        if known.strength != new.strength:
+    earlier = outside_strength_of(options)
+    if earlier is not None and outside.inside is not None:
+        if earlier.strength != outside.strength:
             raise SliderError(
-                f"The strength elsewhere is {known.strength} by one 'Where and When' and {new.strength} by a later one "
-                "with a schedule; expected the same of both. Give the schedule to the first of them."
+                f"One '{names.MASK_AND_SCHEDULE}' has the outside strength {earlier.strength}, a later one with a "
+                f"schedule has {outside.strength}; expected the same in both. Set the schedule in the first one."
             )
-        new = Elsewhere(new.strength, max(known.start, new.start), min(known.end, new.end))
-    conds = {key: value for key, value in options.get("model_conds", {}).items() if not key.startswith(PREFIX)}
-    conds |= {PREFIX: CONDConstant(new), **spans_at(options, new.strength)}
-    offsets = offsets_at(options, new.strength)
-    if offsets is not None:
-        conds[PROJECTOR] = offsets
+        inside = None
+        if earlier.inside is not None:
+            inside = max(earlier.inside[0], outside.inside[0]), min(earlier.inside[1], outside.inside[1])
+        outside = OutsideStrength(outside.strength, inside)
+    conds = {key: value for key, value in options.get("model_conds", {}).items() if key not in _OUTSIDE_KEYS}
+    conds[keys.OUTSIDE_STRENGTH] = CONDConstant(outside)
+    for carrier in carriers_of(options):
+        conds |= carrier.outside(options, outside.strength)
     return [cond, {**options, "model_conds": conds}]
 
 
-def _check_divisible(options: dict[str, Any]) -> None:
+def _check_maskable(options: dict[str, Any]) -> None:
     if options.get("set_area_to_bounds"):
         raise SliderError(
-            "The conditioning has a mask that also crops ('mask bounds'), which cannot be divided by another mask; "
+            "The conditioning has a mask that also crops ('mask bounds'), which cannot be combined with another mask; "
             "expected set_cond_area 'default' in 'Conditioning (Set Mask)'."
         )
     if "default" in options:
         raise SliderError(
-            "The conditioning is a default one, which ComfyUI puts wherever no other is, so it takes no mask. "
-            "Give the mask to the others, or take this one out of 'Cond Set Default Combine'."
+            "The conditioning is a default one, which ComfyUI uses wherever no other applies, so it takes no mask. "
+            "Give the mask to the other conditionings, or remove this one from 'Cond Set Default Combine'."
         )
 
 
-def _masked(entry: CondEntry, mask: torch.Tensor) -> CondEntry:
+def _with_mask(entry: CondEntry, mask: torch.Tensor) -> CondEntry:
     cond, options = entry
-    whole = _product(options.get("mask"), mask)
-    conds = {**options.get("model_conds", {}), _MASKS: PerImageCond(torch.zeros(len(whole), 1))}
-    return [cond, {**options, "mask": whole, "model_conds": conds, "set_area_to_bounds": False}]
+    product = _multiply_masks(options.get("mask"), mask)
+    conds = {**options.get("model_conds", {}), keys.BATCH_SIZE_CHECK: batch_size_check(len(product))}
+    return [cond, {**options, "mask": product, "model_conds": conds, "set_area_to_bounds": False}]
 
 
-def _product(own: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
-    """Of two masks, as high, as wide and for as many images as the larger of both is."""
+def _multiply_masks(own: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
+    """Elementwise product of two masks, both first resized to the larger height, width and batch size."""
     if own is None:
         return mask
     own = own.to(mask) if own.ndim == 3 else own.to(mask)[None]
-    images, height, width = map(max, own.shape, mask.shape)
+    batch_size, height, width = map(max, own.shape, mask.shape)
     first, second = (
-        repeat_to_batch_size(common_upscale(one[:, None], width, height, "nearest-exact", "disabled")[:, 0], images)
+        repeat_to_batch_size(common_upscale(one[:, None], width, height, "nearest-exact", "disabled")[:, 0], batch_size)
         for one in (own, mask)
     )
     return first * second

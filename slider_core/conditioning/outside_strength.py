@@ -1,50 +1,77 @@
-"""The strength that holds in place of a cond's own ones where, or while, these do not act.
+"""The strength that replaces a conditioning entry's own ones outside a mask or a range of the schedule.
 
-A cond carries it beside its own strengths. Each model call has one of the two, so no step gets both or none.
+An entry carries both, ready-made; each model call uses one of them, so that no step gets both or neither.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import SliderError
-from ..patching.forward_patches import COND_PREFIX, ForwardContext
+from comfy.conds import CONDRegular
 
-PREFIX = COND_PREFIX + "elsewhere"
-SPANS, PADDING, PROJECTOR = PREFIX + ".spans", PREFIX + ".padding", PREFIX + ".projector"
-"""Names in `model_conds`: scales of the text rows at the strength elsewhere, padded rows, the projector's offsets."""
+from .. import keys
+from .. import node_names as names
+from ..errors import SliderError
+from ..patching.forward_patches import ForwardContext
+
+
+class StrengthCarrier(ABC):
+    """A value in the dict of a conditioning entry that carries strengths of its own.
+
+    refusal: why the strengths cannot be limited to a mask or schedule range, as a message; None if they can.
+    """
+
+    refusal: str | None = None
+
+    @abstractmethod
+    def outside(self, options: Mapping[str, Any], strength: float) -> Mapping[str, CONDRegular]:
+        """The model_conds that set all of its sliders to one strength, under the keys used outside.
+
+        options: the dict of the entry.
+        """
+
+
+def carriers_of(options: Mapping[str, Any]) -> list[StrengthCarrier]:
+    """Everything in the dict of a conditioning entry that carries strengths."""
+    return [value for value in options.values() if isinstance(value, StrengthCarrier)]
 
 
 @dataclass(frozen=True)
-class Elsewhere:
-    """A strength for all sliders, outside start..end of the schedule. With start > end it holds all the time."""
+class OutsideStrength:
+    """One strength for all sliders of a conditioning entry, wherever its own ones do not apply.
+
+    inside: (start, end) of the schedule where the entry's own strengths apply; None: nowhere.
+    """
 
     strength: float
-    start: float
-    end: float
+    inside: tuple[float, float] | None
 
-    def holds(self, context: ForwardContext) -> bool:
-        return not context.within(self.start, self.end)
-
-
-def strength_elsewhere(context: ForwardContext) -> float | None:
-    """The strength of all sliders in a model call whose conds' own ones do not hold; None where they do."""
-    elsewhere = context.conds.get(PREFIX)
-    return elsewhere.strength if elsewhere is not None and elsewhere.holds(context) else None
+    def applies(self, context: ForwardContext) -> bool:
+        return self.inside is None or not context.within(*self.inside)
 
 
-def elsewhere_of(options: Mapping[str, Any]) -> Elsewhere | None:
-    """The Elsewhere of one conditioning entry's dict, if it has one."""
-    cond = options.get("model_conds", {}).get(PREFIX)
+def current_outside_strength(context: ForwardContext) -> float | None:
+    """The strength of all sliders in a model call outside their schedule range or mask; None inside."""
+    outside = context.conds.get(keys.OUTSIDE_STRENGTH)
+    return outside.strength if outside is not None and outside.applies(context) else None
+
+
+def outside_strength_of(options: Mapping[str, Any]) -> OutsideStrength | None:
+    """The OutsideStrength in the dict of a conditioning entry, if it has one."""
+    cond = options.get("model_conds", {}).get(keys.OUTSIDE_STRENGTH)
     return None if cond is None else cond.cond
 
 
-def refuse_later(options: Mapping[str, Any], node: str) -> None:
-    """Raise SliderError when `node` comes after the sliders of its conditioning were given their place."""
-    if elsewhere_of(options) is not None:
+def require_before_mask_and_schedule(options: Mapping[str, Any], node: str) -> None:
+    """Raise SliderError when the sliders of a conditioning entry have already been limited to a mask or range.
+
+    node: display name of the node that wants to add sliders.
+    """
+    if outside_strength_of(options) is not None:
         raise SliderError(
-            f"The conditioning has been through 'Where and When', which does not know what '{node}' adds after it; "
-            f"expected '{node}' first. Put 'Where and When' behind it."
+            f"The conditioning comes from '{names.MASK_AND_SCHEDULE}', which cannot limit what '{node}' adds later; "
+            f"expected '{node}' before it. Move '{names.MASK_AND_SCHEDULE}' after '{node}'."
         )

@@ -1,7 +1,8 @@
-"""Spans and their strengths on a CONDITIONING, so that they act on that cond alone.
+"""Spans of a prompt and their strengths, attached to a CONDITIONING.
 
-A cond's dict carries a SpannedText (what the spans are) and, once a strength differs from 1, a ready-made tensor in
-`model_conds`, which ComfyUI repeats to the batch, concatenates over conds and hands to the model call.
+The dict of a conditioning entry holds a SpannedText (which tokens form which span). Once a strength differs from 1, its
+`model_conds` hold a tensor with the scale of every text token, which ComfyUI repeats to the batch size, concatenates
+over conds and passes to the model call. Strengths therefore act on their own conditioning only.
 """
 
 from __future__ import annotations
@@ -11,19 +12,23 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from comfy.conds import CONDRegular
 
+from .. import keys
+from .. import node_names as names
 from ..errors import SliderError
-from ..patching.forward_patches import COND_PREFIX, ForwardContext
+from ..patching.forward_patches import ForwardContext
 from ..strength import Strengths, batch_size, suppression, validate_strengths
 from ..types import Conditioning
-from .outside_strength import PADDING, SPANS, elsewhere_of, refuse_later, strength_elsewhere
+from .outside_strength import (
+    StrengthCarrier,
+    current_outside_strength,
+    outside_strength_of,
+    require_before_mask_and_schedule,
+)
 from .per_image_cond import PerImageCond
 
-SPAN_PREFIX = COND_PREFIX + "spans."
-PADDING_PREFIX = COND_PREFIX + "padding."
-_OTHERS, _OTHERS_PADDING = COND_PREFIX + "others.spans", COND_PREFIX + "others.padding"
 DEFAULT_CHANNEL = "default"
-_KEY = "edit_sliders"
 
 
 @dataclass(frozen=True)
@@ -35,213 +40,222 @@ class Span:
 
 
 @dataclass(frozen=True)
-class SpannedText:
-    """What is known of one encoded prompt: its length in rows, its spans, and how many rows at its end are padding.
+class SpannedText(StrengthCarrier):
+    """The spans of one encoded prompt and their strengths.
 
-    strengths: of the spans, by channel; None, or missing at the end, of spans that came after the strengths were set,
-    which count as 1 but take nothing from the suppression of spans that they overlap. others: of the spans on channels
-    that are missing; empty unless sub-instructions have a place of their own.
+    length: number of text tokens. padding: how many of them, at the end, are padding.
+    strengths: channel -> one entry per span. None, or missing at the end: a span that was added after the strengths
+        were set; it counts as strength 1 and does not reduce the suppression of spans that overlap it.
+    default_strengths: for channels that are not in `strengths`; only set where single instructions were limited to a
+        mask or schedule range.
     """
 
     length: int
     spans: tuple[Span, ...] = ()
     padding: int = 0
     strengths: Mapping[str, tuple[Strengths | None, ...]] = field(default_factory=dict)
-    others: tuple[Strengths | None, ...] = ()
+    default_strengths: tuple[Strengths | None, ...] = ()
+
+    def outside(self, options: Mapping[str, Any], strength: float) -> Mapping[str, CONDRegular]:
+        scales = _token_scales(self, [(strength,)] * len(self.spans))
+        if not scales.any():
+            return {}
+        return {keys.OUTSIDE_SCALES: PerImageCond(scales), keys.OUTSIDE_PADDING: _padding(self)}
 
 
 def attach_spans(conditioning: Conditioning, length: int, spans: Sequence[Span], padding: int = 0) -> Conditioning:
-    """Note the spans of a prompt that was tokenized to `length` rows on every entry of its conditioning.
+    """The conditioning with `spans` added to every entry, after those that are already there.
 
-    padding: how many of the rows, at the end, are padding.
-
-    Spans that are already there stay in front. Raises SliderError when the conditioning is not `length` rows long, or
-    has been given a place for the sliders it has.
+    length: number of text tokens of the prompt that the spans were found in; padding: how many of them, at the end,
+    are padding. Raises SliderError when the conditioning has another number of tokens, or has already been through
+    'Slider Mask and Schedule'.
     """
     out = []
     for cond, options in conditioning:
-        refuse_later(options, "Select Phrase")
-        known = spanned_text(options) or SpannedText(cond.shape[1], padding=padding)
-        _refuse_placed(known, "'Select Phrase'")
-        if known.length != length:
+        require_before_mask_and_schedule(options, names.SELECT_PHRASE)
+        text = spanned_text(options) or SpannedText(cond.shape[1], padding=padding)
+        _refuse_limited(text, f"'{names.SELECT_PHRASE}'")
+        if text.length != length:
             raise SliderError(
-                f"The conditioning has {known.length} text rows, but this text encoder gives {length} for the prompt; "
+                f"The conditioning has {text.length} text tokens, but this text encoder gives {length} for the prompt; "
                 "expected a conditioning made from the same prompt by the same encoder. "
                 "Connect the CLIP and the text that made it."
             )
-        out.append([cond, {**options, _KEY: replace(known, spans=(*known.spans, *spans))}])
+        out.append([cond, {**options, keys.SPANNED_TEXT: replace(text, spans=(*text.spans, *spans))}])
     return out
 
 
 def spanned_text(options: Mapping[str, Any]) -> SpannedText | None:
-    """The SpannedText of one conditioning entry's dict, if it has one."""
-    return options.get(_KEY)
+    """The SpannedText in the dict of a conditioning entry, if it has one."""
+    return options.get(keys.SPANNED_TEXT)
 
 
 def set_strengths(
     conditioning: Conditioning, values: Mapping[str, object], channel: str = DEFAULT_CHANNEL
 ) -> Conditioning:
-    """Give the k-th span the k-th of `values` (input name -> strength; missing ones count as 1).
+    """Set the strength of the k-th span to the k-th of `values` (input name -> strength; missing ones count as 1).
 
-    The scale of a row is 1 - strength, multiplied where spans overlap, as in SliderEdit (golden case B5).
-    Adapters listen on one `channel`. Strengths that were set on it before are replaced.
-    Raises SliderError for values that are no strengths, lists of different length, a strength other than 1 without a
-    span, and spans without a value.
+    The scale of a token is 1 - strength, multiplied where spans overlap (SliderEdit, golden case B5). Adapters read the
+    strengths of one `channel`; strengths set on it before are replaced.
+    Raises SliderError for invalid strengths, lists of different lengths, a strength other than 1 without a span, and
+    spans without a strength.
     """
     strengths = {name: validate_strengths(value, name) for name, value in values.items()}
     return [[cond, _with_strengths(options, strengths, channel)] for cond, options in conditioning]
 
 
 def _with_strengths(options: dict[str, Any], strengths: Mapping[str, Strengths], channel: str) -> dict[str, Any]:
-    text = _spans_of(options)
-    check_count(text.spans, strengths)
+    text = _require_spans(options)
+    check_strength_count(text.spans, strengths)
     batch_size(strengths)
-    _refuse_placed(text, "strengths")
-    own = tuple(strengths.values())[: len(text.spans)]
-    return _with_text(options, replace(text, strengths={**text.strengths, channel: own}))
+    _refuse_limited(text, "strengths")
+    span_strengths = tuple(strengths.values())[: len(text.spans)]
+    return _with_text(options, replace(text, strengths={**text.strengths, channel: span_strengths}))
 
 
-def _refuse_placed(text: SpannedText, what: str) -> None:
-    if text.others:
+def _refuse_limited(text: SpannedText, what: str) -> None:
+    if text.default_strengths:
         raise SliderError(
-            f"Sub-instructions have been given a place of their own by 'Where and When'; expected {what} before it. "
-            "Put 'Where and When' behind."
+            f"'{names.MASK_AND_SCHEDULE}' has already limited single instructions of this conditioning; expected "
+            f"{what} before it. Move '{names.MASK_AND_SCHEDULE}' after."
         )
 
 
-def _spans_of(options: Mapping[str, Any]) -> SpannedText:
+def _require_spans(options: Mapping[str, Any]) -> SpannedText:
     text = spanned_text(options)
     if text is None or not text.spans:
         raise SliderError(
-            "The conditioning has no sub-instructions; expected one from 'Encode Sub-Instructions' or 'Select Phrase'."
+            f"The conditioning has no instructions; expected one from '{names.ENCODE_INSTRUCTIONS}' or "
+            f"'{names.SELECT_PHRASE}'."
         )
     return text
 
 
-def with_some_at(options: dict[str, Any], chosen: Sequence[int], strength: float) -> dict[str, Any]:
-    """The options of a conditioning entry with this strength for some of its spans, on all channels.
+def set_strength_of(options: dict[str, Any], instructions: Sequence[int], strength: float) -> dict[str, Any]:
+    """The dict of a conditioning entry with one strength for some of its spans, on all channels.
 
-    chosen: which ones, counted from 1. Raises SliderError when there are no such spans, or others hold elsewhere.
+    instructions: which spans, counted from 1. Raises SliderError when one does not exist, and when the entry has
+    another outside strength.
     """
-    text, elsewhere = _spans_of(options), elsewhere_of(options)
-    check_chosen(text.spans, chosen)
-    if elsewhere is not None and elsewhere.strength != strength:
+    text, outside = _require_spans(options), outside_strength_of(options)
+    check_instruction_numbers(text.spans, instructions)
+    if outside is not None and outside.strength != strength:
         raise SliderError(
-            f"The strength elsewhere is {elsewhere.strength} for all sliders by an earlier 'Where and When', and "
-            f"{strength} for some by a later one; expected the same of both, or the one for some first."
+            f"An earlier '{names.MASK_AND_SCHEDULE}' has the outside strength {outside.strength} for all sliders, a "
+            f"later one {strength} for some; expected the same in both, or the one for some sliders first."
         )
 
-    def changed(strengths: Sequence[Strengths | None]) -> tuple[Strengths | None, ...]:
-        every = [*strengths, *[None] * (len(text.spans) - len(strengths))]
-        new = None if strength == 1 else (strength,)
-        return tuple((new if own is None else (strength,)) if k in chosen else own for k, own in enumerate(every, 1))
+    def replaced(strengths: Sequence[Strengths | None]) -> tuple[Strengths | None, ...]:
+        per_span = [*strengths, *[None] * (len(text.spans) - len(strengths))]
+        unset = None if strength == 1 else (strength,)
+        return tuple(
+            (unset if old is None else (strength,)) if number in instructions else old
+            for number, old in enumerate(per_span, 1)
+        )
 
-    by_channel = {channel: changed(strengths) for channel, strengths in text.strengths.items()}
-    others = changed(text.others or [(1.0,)] * len(text.spans))
-    return _with_text(options, replace(text, strengths=by_channel, others=others))
+    by_channel = {channel: replaced(strengths) for channel, strengths in text.strengths.items()}
+    default_strengths = replaced(text.default_strengths or [(1.0,)] * len(text.spans))
+    return _with_text(options, replace(text, strengths=by_channel, default_strengths=default_strengths))
 
 
 def _with_text(options: Mapping[str, Any], text: SpannedText) -> dict[str, Any]:
-    """The options of a conditioning entry with a text, and what its strengths are in `model_conds`."""
+    """The dict of a conditioning entry with a SpannedText and with its strengths in `model_conds`."""
     conds = dict(options.get("model_conds", {}))
-    own = ((SPAN_PREFIX + name, PADDING_PREFIX + name, strengths) for name, strengths in text.strengths.items())
-    for scale_name, padding_name, strengths in (*own, (_OTHERS, _OTHERS_PADDING, text.others)):
-        conds.pop(scale_name, None)
-        conds.pop(padding_name, None)
-        scale = _scale(text, strengths)
-        if scale.any():
-            conds |= {scale_name: PerImageCond(scale), padding_name: _padding(text)}
-    return {**options, _KEY: text, "model_conds": conds}
+    by_key = {(keys.scales(channel), keys.padding(channel)): strengths for channel, strengths in text.strengths.items()}
+    by_key[keys.DEFAULT_SCALES, keys.DEFAULT_PADDING] = text.default_strengths
+    for (scales_key, padding_key), strengths in by_key.items():
+        conds.pop(scales_key, None)
+        conds.pop(padding_key, None)
+        scales = _token_scales(text, strengths)
+        if scales.any():
+            conds |= {scales_key: PerImageCond(scales), padding_key: _padding(text)}
+    return {**options, keys.SPANNED_TEXT: text, "model_conds": conds}
 
 
 def _padding(text: SpannedText) -> PerImageCond:
     return PerImageCond(torch.tensor([[text.padding]]))
 
 
-def check_chosen(spans: Sequence[Span], chosen: Sequence[int]) -> None:
-    """Raise SliderError for a number, counted from 1, that no span has."""
-    if missing := [number for number in chosen if not 1 <= number <= len(spans)]:
-        listed = "; ".join(f"{k} = {span.text!r}" for k, span in enumerate(spans, 1))
-        raise SliderError(
-            f"There is no sub-instruction {missing[0]}; expected numbers from 1 to {len(spans)}: {listed}."
-        )
+def check_instruction_numbers(spans: Sequence[Span], instructions: Sequence[int]) -> None:
+    """Raise SliderError for an instruction number, counted from 1, that does not exist."""
+    if missing := [number for number in instructions if not 1 <= number <= len(spans)]:
+        listed = "; ".join(f"{number} = {span.text!r}" for number, span in enumerate(spans, 1))
+        raise SliderError(f"There is no instruction {missing[0]}; expected numbers from 1 to {len(spans)}: {listed}.")
 
 
-def check_count(spans: Sequence[Span], strengths: Mapping[str, Strengths]) -> None:
+def check_strength_count(spans: Sequence[Span], strengths: Mapping[str, Strengths]) -> None:
     """Raise SliderError for spans without a strength, and for a strength other than 1 without a span."""
     count = len(spans)
     if count > len(strengths):
         raise SliderError(
-            f"There are {count} sub-instructions but only {len(strengths)} strengths; "
-            f"use at most {len(strengths)} sub-instructions."
+            f"There are {count} instructions but only {len(strengths)} strengths; "
+            f"use at most {len(strengths)} instructions."
         )
     for k, (name, strength) in enumerate(strengths.items()):
         if k >= count and set(strength) != {1.0}:
             raise SliderError(
-                f"{name} is {', '.join(map(str, strength))}, but there are only {count} sub-instruction(s): "
+                f"{name} is {', '.join(map(str, strength))}, but there are only {count} instruction(s): "
                 + "; ".join(repr(span.text) for span in spans)
-                + ". Set it back to 1 or add a sub-instruction."
+                + ". Set it back to 1 or add an instruction."
             )
 
 
-def spans_at(options: Mapping[str, Any], strength: float) -> dict[str, PerImageCond]:
-    """What a cond needs so that all its spans can have this strength elsewhere, on any channel: name -> cond."""
-    text = spanned_text(options)
-    scale = torch.zeros(0) if text is None else _scale(text, [(strength,)] * len(text.spans))
-    if text is None or not scale.any():
-        return {}
-    return {SPANS: PerImageCond(scale), PADDING: _padding(text)}
-
-
-def _scale(text: SpannedText, strengths: Sequence[Strengths | None]) -> torch.Tensor:
-    """Scale of every row, shape (images, rows): product of the suppressions of its spans, 0 outside all."""
-    known = [(list(span.tokens), strength) for span, strength in zip(text.spans, strengths) if strength is not None]
-    images = max((len(strength) for _, strength in known), default=1)
-    scale = torch.zeros(images, text.length)
-    scale[:, sorted({row for rows, _ in known for row in rows})] = 1.0
-    for rows, strength in known:
-        scale[:, rows] *= suppression(strength, images)[:, None]
-    return scale
+def _token_scales(text: SpannedText, strengths: Sequence[Strengths | None]) -> torch.Tensor:
+    """Scale of every token, (images, tokens): product of the suppressions of its spans, 0 outside all spans."""
+    with_strength = [
+        (list(span.tokens), strength) for span, strength in zip(text.spans, strengths) if strength is not None
+    ]
+    num_images = max((len(strength) for _, strength in with_strength), default=1)
+    scales = torch.zeros(num_images, text.length)
+    scales[:, sorted({token for tokens, _ in with_strength for token in tokens})] = 1.0
+    for tokens, strength in with_strength:
+        scales[:, tokens] *= suppression(strength, num_images)[:, None]
+    return scales
 
 
 def token_scales(context: ForwardContext, channel: str) -> torch.Tensor | None:
-    """SliderEdit's scale of every text row of a model call, shape (batch, rows); None if no strength differs from 1.
+    """SliderEdit's scale of every text token of a model call, (batch, tokens); None if all strengths are 1.
 
-    Where the strengths do not act, it is that of the strength elsewhere, on every channel.
-    Raises SliderError when the text is shorter than the one the spans were found on.
+    Outside a mask or schedule range these are the scales of the outside strength, on every channel.
+    Raises SliderError when the text is shorter than the one that the spans were found in.
     """
-    scale = context.conds.get(_names(context, channel)[0])
-    if scale is None:
+    scales = context.conds.get(_keys_of(context, channel)[0])
+    if scales is None:
         return None
-    missing = context.num_text_tokens - scale.shape[1]
+    missing = context.num_text_tokens - scales.shape[1]
     if missing < 0:
         raise SliderError(
-            f"The spans were found on a text of {scale.shape[1]} rows, but the model got {context.num_text_tokens}; "
-            "expected the conditioning that the spans were made with. Was it cut, or made by another encoder?"
+            f"The spans were found in a text of {scales.shape[1]} tokens, but the model got {context.num_text_tokens}; "
+            "expected the conditioning that the spans were made with. Was it truncated, or made by another encoder?"
         )
-    return torch.nn.functional.pad(scale, (0, missing))
+    return torch.nn.functional.pad(scales, (0, missing))
 
 
 def token_strengths(context: ForwardContext, channel: str) -> torch.Tensor | None:
-    """Strength of every text row, 1 outside all spans; as token_scales."""
+    """Strength of every text token of a model call, (batch, tokens), 1 outside all spans; None if all are 1.
+
+    Raises SliderError as token_scales does.
+    """
     scales = token_scales(context, channel)
     return None if scales is None else 1.0 - scales
 
 
 def padding_token(context: ForwardContext, channel: str) -> int:
-    """A row of padding in a text whose token_scales are not None. Raises SliderError when a text has none."""
-    scales, padding = _names(context, channel)
-    if (context.conds[padding] < 1).any():
+    """Index of a padding token of a text whose token_scales are not None. Raises SliderError if a text has none."""
+    scales_key, padding_key = _keys_of(context, channel)
+    if (context.conds[padding_key] < 1).any():
         raise SliderError(
-            "The prompt has no padding, whose tokens the words are to be replaced by; expected at least one row after "
-            "the prompt's end. Switch pad_to_512 on where it is encoded, or shorten the prompt."
+            "The prompt has no padding tokens to replace its own tokens by; expected at least one after the end of the "
+            "prompt. Switch on pad_to_512 where it is encoded, or shorten the prompt."
         )
-    return context.conds[scales].shape[1] - 1
+    return context.conds[scales_key].shape[1] - 1
 
 
-def _names(context: ForwardContext, channel: str) -> tuple[str, str]:
-    """What the rows' scales and the padding of a channel are called in this model call."""
-    if strength_elsewhere(context) is not None:
-        return SPANS, PADDING
-    own = SPAN_PREFIX + channel
-    return (own, PADDING_PREFIX + channel) if own in context.conds else (_OTHERS, _OTHERS_PADDING)
+def _keys_of(context: ForwardContext, channel: str) -> tuple[str, str]:
+    """Keys of the token scales and of the padding that apply to a channel in this model call."""
+    if current_outside_strength(context) is not None:
+        return keys.OUTSIDE_SCALES, keys.OUTSIDE_PADDING
+    scales_key = keys.scales(channel)
+    if scales_key in context.conds:
+        return scales_key, keys.padding(channel)
+    return keys.DEFAULT_SCALES, keys.DEFAULT_PADDING

@@ -1,1 +1,1 @@
-"""How a model is changed: forwards of single modules, patched for one model call."""
+"""How a model is changed: module forwards wrapped for single model calls, and LoRA branches beside its linears."""

@@ -1,4 +1,4 @@
-"""A batch of any length on a model that has room for a few images: each model call is split, the sampler is not.
+"""Sweeps of any length on a model that has memory for a few images: each model call is split, the sampler is not.
 
 The result is that of the whole batch, up to the rounding of batched arithmetic, with any sampler.
 """
@@ -16,91 +16,105 @@ from comfy.model_management import get_free_memory, throw_exception_if_processin
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
+from .. import keys
+from .. import node_names as names
 from ..errors import SliderError
-from .forward_patches import BATCH_SLICE, BatchSlice
+from .forward_patches import BatchSlice
 
-_KEY = "edit_sliders.images_at_once"
-_RESERVE = 1.5  # of the memory that ComfyUI expects a call to need, as it keeps itself when it batches conds
+_MEMORY_MARGIN = 1.5
+"""Factor on the estimated memory of a call, the same that ComfyUI uses when it batches conds."""
 
 ApplyModel = Callable[..., torch.Tensor]
-Arguments = Mapping[str, Any]
-"""What ComfyUI gives a model function wrapper: input, timestep, c and cond_or_uncond."""
+WrapperArgs = Mapping[str, Any]
+"""What ComfyUI passes to a model function wrapper: input, timestep, c and cond_or_uncond."""
 
 
-def split_batches(model: ModelPatcher, at_once: int) -> ModelPatcher:
-    """A clone of `model` that computes at most `at_once` images of a batch in one call; 0: as many as fit in memory.
+def split_batches(model: ModelPatcher, max_batch_size: int) -> ModelPatcher:
+    """A clone of `model` that computes at most `max_batch_size` images in one call; 0: as many as fit in memory.
 
-    Cond and uncond of an image count as one image. ComfyUI then makes room for these, not for the whole batch.
-    Raises SliderError when the model already is split; later, when it has sliders that look from image to image.
+    Cond and uncond of an image count as one image. ComfyUI then reserves memory for these, not for the whole batch.
+    Raises SliderError when the model is already split; when sampling, if a patch is not batch independent.
     """
-    if model.get_wrappers(WrappersMP.PREPARE_SAMPLING, _KEY):
-        raise SliderError("The batches of this model are already split; expected one 'Images at Once'. Remove one.")
+    if model.get_wrappers(WrappersMP.PREPARE_SAMPLING, keys.BATCH_SPLITTING):
+        raise SliderError(
+            f"The model already has a '{names.SPLIT_BATCH}'; expected one at most. Remove one of the two nodes."
+        )
     patched = model.clone()
-    other = model.model_options.get("model_function_wrapper")
-    patched.set_model_unet_function_wrapper(partial(_in_parts, patched.model, at_once, other))
-    patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, _KEY, partial(_prepare, at_once))
+    other_wrapper = model.model_options.get("model_function_wrapper")
+    patched.set_model_unet_function_wrapper(partial(_apply_in_slices, patched.model, max_batch_size, other_wrapper))
+    patched.add_wrapper_with_key(
+        WrappersMP.PREPARE_SAMPLING, keys.BATCH_SPLITTING, partial(_prepare_sampling, max_batch_size)
+    )
     return patched
 
 
-def _prepare(
-    at_once: int, executor: Any, model: ModelPatcher, noise_shape: Sequence[int], *args: Any, **more: Any
+def _prepare_sampling(
+    max_batch_size: int, executor: Any, model: ModelPatcher, noise_shape: Sequence[int], *args: Any, **kwargs: Any
 ) -> Any:
-    images = min(noise_shape[0], at_once or 1)
-    return executor(model, [images, *noise_shape[1:]], *args, **more)
+    batch_size = min(noise_shape[0], max_batch_size or 1)
+    return executor(model, [batch_size, *noise_shape[1:]], *args, **kwargs)
 
 
-def _in_parts(
-    base: BaseModel, at_once: int, other: Callable[..., torch.Tensor] | None, apply: ApplyModel, args: Arguments
+def _apply_in_slices(
+    base: BaseModel,
+    max_batch_size: int,
+    other_wrapper: Callable[..., torch.Tensor] | None,
+    apply_model: ApplyModel,
+    args: WrapperArgs,
 ) -> torch.Tensor:
-    x, count = args["input"], len(args["cond_or_uncond"])
-    images = x.shape[0] // count
-    size = min(at_once or images_that_fit(images, _needed(base, args), get_free_memory(x.device)), images)
+    x, num_conds = args["input"], len(args["cond_or_uncond"])
+    num_images = x.shape[0] // num_conds
+    fitting = max_batch_size or images_that_fit(num_images, _memory_required(base, args), get_free_memory(x.device))
+    size = min(fitting, num_images)
 
-    def call(some: Arguments) -> torch.Tensor:
-        return other(apply, some) if other else apply(some["input"], some["timestep"], **some["c"])
+    def apply(slice_args: WrapperArgs) -> torch.Tensor:
+        if other_wrapper:
+            return other_wrapper(apply_model, slice_args)
+        return apply_model(slice_args["input"], slice_args["timestep"], **slice_args["c"])
 
-    if size == images:
-        return call(args)
-    outs = []
-    for start in range(0, images, size):
+    if size == num_images:
+        return apply(args)
+    outputs = []
+    for start in range(0, num_images, size):
         throw_exception_if_processing_interrupted()
-        part = BatchSlice(start, min(start + size, images), images)
-        outs.append(call(_arguments(args, part, count)).unflatten(0, (count, -1)))
-    return torch.cat(outs, dim=1).flatten(0, 1)
+        batch_slice = BatchSlice(start, min(start + size, num_images), num_images)
+        outputs.append(apply(_slice_args(args, batch_slice, num_conds)).unflatten(0, (num_conds, -1)))
+    return torch.cat(outputs, dim=1).flatten(0, 1)
 
 
-def images_that_fit(images: int, needed: float, free: float) -> int:
-    """How many of `images` images, which need so many bytes together, fit in the free ones; at least one."""
-    return max(1, min(images, int(free * images / (needed * _RESERVE))))
+def images_that_fit(num_images: int, required: float, free: float) -> int:
+    """How many of `num_images` images fit into `free` bytes if all of them need `required` bytes; at least one."""
+    return max(1, min(num_images, int(free * num_images / (required * _MEMORY_MARGIN))))
 
 
-def _needed(base: BaseModel, args: Arguments) -> float:
+def _memory_required(base: BaseModel, args: WrapperArgs) -> float:
     references = args["c"].get("ref_latents")
     shapes = {} if references is None else {"ref_latents": [CONDList(references).size()]}
     return base.memory_required(list(args["input"].shape), cond_shapes=shapes)
 
 
-def _arguments(args: Arguments, part: BatchSlice, count: int) -> dict[str, Any]:
-    """Those of the part's images; the batch is made of `count` conds with all images each."""
-    rows = args["input"].shape[0]
-    chosen = torch.arange(rows).unflatten(0, (count, -1))[:, part.start : part.end].flatten()
+def _slice_args(args: WrapperArgs, batch_slice: BatchSlice, num_conds: int) -> dict[str, Any]:
+    """The arguments for some images of a batch that is made of `num_conds` conds with all images each."""
+    batch_size = args["input"].shape[0]
+    indices = torch.arange(batch_size).unflatten(0, (num_conds, -1))[:, batch_slice.start : batch_slice.end].flatten()
     options = args["c"]["transformer_options"]
-    options = {**options, BATCH_SLICE: part, "sigmas": options["sigmas"][part.start : part.end]}
-    if "uuids" in options:  # by which caches such as EasyCache tell what they have seen
-        options["uuids"] = [(uuid, *part) for uuid in options["uuids"]]
-    c = {key: _rows(value, rows, chosen) for key, value in args["c"].items() if key != "transformer_options"}
+    sigmas = options["sigmas"][batch_slice.start : batch_slice.end]
+    options = {**options, keys.BATCH_SLICE: batch_slice, "sigmas": sigmas}
+    if "uuids" in options:  # caches such as EasyCache key their state by them
+        options["uuids"] = [(uuid, *batch_slice) for uuid in options["uuids"]]
+    c = {key: _select(value, batch_size, indices) for key, value in args["c"].items() if key != "transformer_options"}
     return {
         **args,
-        "input": _rows(args["input"], rows, chosen),
-        "timestep": _rows(args["timestep"], rows, chosen),
+        "input": _select(args["input"], batch_size, indices),
+        "timestep": _select(args["timestep"], batch_size, indices),
         "c": {**c, "transformer_options": options},
     }
 
 
-def _rows(value: Any, rows: int, chosen: torch.Tensor) -> Any:
-    """The chosen rows of every tensor in there that has a row for each of the batch."""
+def _select(value: Any, batch_size: int, indices: torch.Tensor) -> Any:
+    """The chosen batch entries of every tensor in `value`, however nested, whose first dimension is `batch_size`."""
     if isinstance(value, torch.Tensor):
-        return value[chosen.to(value.device)] if value.ndim and value.shape[0] == rows else value
+        return value[indices.to(value.device)] if value.ndim and value.shape[0] == batch_size else value
     if isinstance(value, dict):
-        return {key: _rows(item, rows, chosen) for key, item in value.items()}
-    return [_rows(item, rows, chosen) for item in value] if isinstance(value, list) else value
+        return {key: _select(item, batch_size, indices) for key, item in value.items()}
+    return [_select(item, batch_size, indices) for item in value] if isinstance(value, list) else value

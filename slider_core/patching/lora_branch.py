@@ -1,7 +1,7 @@
-"""Low-rank adapters beside a linear: y + weight * up(down(x)), never merged into its weights.
+"""LoRA weights as an unmerged branch beside a linear: y + scale * up(down(x)).
 
-Merging into fp8 weights rounds the adapter away and every new strength would re-patch the model; a side path does
-neither, and works on any weight format because it needs only the linear's input and output.
+Merging into fp8 weights rounds the LoRA away, and every new strength would patch the whole model again. A branch does
+neither, and it works with any weight format because it needs only the linear's input and output.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from .forward_patches import Forward, ForwardWrapper
 
 
 class LoraWeights(NamedTuple):
-    """A low-rank update of some output rows of one linear.
+    """A low-rank update of a slice of one linear's output features.
 
-    offset, size: rows in units of the model's width (`size` None: all rows), so that they are known from names alone.
-    down: (rank, in); up: (rows, rank); scale: multiplies the product (alpha / rank).
+    offset, size: output features [offset * hidden, (offset + size) * hidden); size None: all of them. In units of the
+        model's hidden size, so that they follow from module names alone.
+    down: (rank, in_features). up: (out_features of the slice, rank). scale: lora_alpha / rank.
     """
 
     offset: int
@@ -31,72 +32,72 @@ class LoraWeights(NamedTuple):
     scale: float
 
     @property
-    def first_row(self) -> int:
+    def first_feature(self) -> int:
         return 0 if self.size is None else self.offset * (self.up.shape[0] // self.size)
 
 
 class LoraBranch(torch.nn.Module):
-    """All factors of one linear; `down` is shared so that fused qkv costs one product."""
+    """All LoRA weights of one linear. The down projections are one matrix, so that fused QKV costs one product."""
 
     def __init__(self, lora_weights: Sequence[LoraWeights]):
         super().__init__()
-        self.down = _linear(torch.cat([f.down for f in lora_weights]))
-        self.ups = torch.nn.ModuleList(_linear(f.up * f.scale if f.scale != 1 else f.up) for f in lora_weights)
-        self.rows = [slice(f.first_row, f.first_row + f.up.shape[0]) for f in lora_weights]
-        self.ranks = [f.down.shape[0] for f in lora_weights]
+        self.down = _linear(torch.cat([w.down for w in lora_weights]))
+        self.ups = torch.nn.ModuleList(_linear(w.up * w.scale if w.scale != 1 else w.up) for w in lora_weights)
+        self.features = [slice(w.first_feature, w.first_feature + w.up.shape[0]) for w in lora_weights]
+        self.ranks = [w.down.shape[0] for w in lora_weights]
 
-    def forward(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Add weight * up(down(x)) to `y` in place and return it.
+    def forward(self, y: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Add scale * up(down(x)) to `y` in place and return it.
 
-        x: (batch, ..., in), y: (batch, ..., out), weight: a scalar, (batch,) or (batch, rows).
+        x: (batch, ..., in_features). y: (batch, ..., out_features). scale: a scalar, (batch,) or (batch, tokens).
         """
         low = self.down(x)
-        low = low * weight.to(low.dtype).reshape(weight.shape + (1,) * (low.ndim - weight.ndim))
-        for up, rows, part in zip(self.ups, self.rows, low.split(self.ranks, dim=-1)):
-            y[..., rows] += up(part)
+        low = low * scale.to(low.dtype).reshape(scale.shape + (1,) * (low.ndim - scale.ndim))
+        for up, features, low_part in zip(self.ups, self.features, low.split(self.ranks, dim=-1)):
+            y[..., features] += up(low_part)
         return y
 
 
 class LoraBranches(torch.nn.Module):
-    """The side paths of one adapter, keyed by module path of the model they stand beside."""
+    """The LoRA branches of one adapter, by path of the linear in the diffusion model."""
 
     def __init__(self, lora_weights: Mapping[str, Sequence[LoraWeights]]):
         super().__init__()
         self.lora_weights = lora_weights
-        paths = {name: LoraBranch(f) for name, f in lora_weights.items()}
-        self.paths = torch.nn.ModuleList(paths.values())
-        self.names = list(paths)
+        branches = {path: LoraBranch(weights) for path, weights in lora_weights.items()}
+        self.branches = torch.nn.ModuleList(branches.values())
+        self.paths = list(branches)
         self._patchers: dict[torch.device, ModelPatcher] = {}
         self.requires_grad_(False)
 
-    def forward_wrappers(self, weight: torch.Tensor) -> dict[str, ForwardWrapper]:
-        """Overrides for all modules, with the weight of LoraBranch.forward."""
-        return {name: _add_branch(path, weight) for name, path in zip(self.names, self.paths)}
+    def forward_wrappers(self, scale: torch.Tensor) -> dict[str, ForwardWrapper]:
+        """Wrappers that add every branch to its linear, with a scale as in LoraBranch.forward."""
+        return {path: _add_branch(branch, scale) for path, branch in zip(self.paths, self.branches)}
 
     def patcher(self, load_device: torch.device) -> ModelPatcher:
-        """The ModelPatcher by which ComfyUI loads and offloads the side paths.
+        """The ModelPatcher by which ComfyUI loads and offloads the branches.
 
-        It lives as long as this module: ComfyUI falls back from a clone that has gone to the patcher it was cloned
-        from, and collects garbage, slowly, when that is gone too.
+        Kept alive with this module: if the parent of a clone is garbage-collected, ComfyUI cannot fall back to it and
+        runs an expensive garbage collection instead.
         """
         if load_device not in self._patchers:
             patcher = ModelPatcher(self, load_device, unet_offload_device())
-            patcher.cached_patcher_init = (_fresh_patcher, (self, load_device))
+            patcher.cached_patcher_init = (_new_patcher, (self, load_device))
             self._patchers[load_device] = patcher
         return self._patchers[load_device]
 
 
-def _fresh_patcher(side: LoraBranches, load_device: torch.device) -> ModelPatcher:
-    """What ComfyUI asks for to put the side paths on a further GPU: a side model of its own."""
-    return LoraBranches(side.lora_weights).patcher(load_device)
+def _new_patcher(branches: LoraBranches, load_device: torch.device) -> ModelPatcher:
+    """ComfyUI calls it to put the branches on another GPU, with modules of their own."""
+    return LoraBranches(branches.lora_weights).patcher(load_device)
 
 
-def _add_branch(path: torch.nn.Module, weight: torch.Tensor) -> ForwardWrapper:
+def _add_branch(branch: torch.nn.Module, scale: torch.Tensor) -> ForwardWrapper:
     def wrap(forward: Forward) -> Forward:
-        def with_side_path(x: torch.Tensor) -> torch.Tensor:
-            return path(forward(x), x, weight)
+        def with_branch(x: torch.Tensor) -> torch.Tensor:
+            return branch(forward(x), x, scale)
 
-        return with_side_path
+        return with_branch
 
     return wrap
 

@@ -1,4 +1,4 @@
-"""Which model something was made with, so that it is not used with another one."""
+"""A fingerprint of a model, so that what was made with one model is not used with another."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..errors import SliderError
 from ..families import family_of
 from ..families.network import diffusion_model_of
 
-_DIFFERING = 0.05
-"""Share of values that rounding may change between two precisions of one model."""
+_MAX_DIFFERING = 0.05
+"""Fraction of the values that may differ by rounding between two precisions of one model."""
 
 
 class ModelFingerprint(NamedTuple):
@@ -23,29 +23,28 @@ class ModelFingerprint(NamedTuple):
     values: torch.Tensor
 
     def check(self, model: ModelPatcher, what: str) -> None:
-        """Raise SliderError unless `model` is this one, in whatever precision. what: what was made with it."""
+        """Raise SliderError unless `model` is the same model, in any precision. what: what was made with it."""
         other = fingerprint_of(model)
         if other.family != self.family or other.values.shape != self.values.shape:
             raise SliderError(
                 f"{what} was made with another model ({self.family}, {len(self.values)} wide; this one is "
-                f"{other.family}, {len(other.values)} wide). Load that model, or make it anew with this one."
+                f"{other.family}, {len(other.values)} wide). Load that model, or create it again with this one."
             )
         coarser = max(self.values.dtype, other.values.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         one, two = (values.to(coarser).float() for values in (self.values, other.values))
-        if (one != two).float().mean() > _DIFFERING:
+        if (one != two).float().mean() > _MAX_DIFFERING:
             raise SliderError(
-                f"{what} was made with another {self.family} model than this one. Load that model, or make it anew "
-                "with this one."
+                f"{what} was made with a different {self.family} model. Load that model, or create it again with this "
+                "one."
             )
 
 
 def fingerprint_of(model: ModelPatcher) -> ModelFingerprint:
-    """The identity of a loaded model. Raises SliderError for a model of no known family."""
+    """The fingerprint of a loaded model. Raises SliderError for a model of unknown family."""
     family = family_of(model)
     unpatched = model.backup.get(f"diffusion_model.{family.fingerprint_parameter}")
-    values = (
-        unpatched.weight
-        if unpatched
-        else comfy.utils.get_attr(diffusion_model_of(model.model), family.fingerprint_parameter)
-    )
+    if unpatched:
+        values = unpatched.weight
+    else:
+        values = comfy.utils.get_attr(diffusion_model_of(model.model), family.fingerprint_parameter)
     return ModelFingerprint(family.name, values.detach().to("cpu", copy=True))

@@ -8,6 +8,7 @@ from typing import Any
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
+from .. import keys
 from ..errors import SliderError
 
 ONE_CALL_PER_STEP = (
@@ -23,7 +24,6 @@ ONE_CALL_PER_STEP = (
 )
 """Call the model exactly once at every noise level of the schedule, and add no noise."""
 
-_KEY = "edit_sliders.samplers"
 _ADDS_NOISE = re.compile(r"ancestral|sde|seeds|ddpm|lcm|sa_solver")
 
 
@@ -32,8 +32,8 @@ def refuse_noise_adding_samplers(model: ModelPatcher) -> None:
 
     Each picture of a batch would get noise of its own, and they would drift apart.
     """
-    model.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, _KEY)
-    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, _KEY, _check)
+    model.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, keys.SAMPLER_CHECK)
+    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, keys.SAMPLER_CHECK, _check)
 
 
 def _check(executor: Any, *args: Any, **kwargs: Any) -> Any:

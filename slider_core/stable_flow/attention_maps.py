@@ -13,7 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from ..errors import SliderError
 from ..families import family_of
 from ..families.network import diffusion_model_of
-from ..patching.forward_patches import AttentionPatch, ForwardContext, ModelPatch, add_patch
+from ..patching.forward_patches import AttentionPatch, ForwardContext, ModelPatch, Phase, add_patch
 from ..types import Conditioning, OnStep
 
 
@@ -73,13 +73,15 @@ def measure_attention(
 class _Watch(ModelPatch):
     """Operation: sums up the attention of one point over all calls; changes nothing."""
 
+    phase = Phase.OBSERVE
+
     def __init__(self, model: ModelPatcher, picture: int, point: tuple[float, float]):
         self.family, self.model = family_of(model), diffusion_model_of(model.model)
         self.picture, self.point = picture, point
         self.seen = PointAttention()
 
     def attention_patches(self, context: ForwardContext) -> Sequence[AttentionPatch]:
-        rows, columns = self.family.image_grid(context.latent)
+        rows, columns = self.family.image_grid(context.latent_shape)
         row, column = (min(int(place * size), size - 1) for place, size in zip(reversed(self.point), (rows, columns)))
         first, query = context.num_text_tokens, context.num_text_tokens + row * columns + column
         self.seen.calls += 1

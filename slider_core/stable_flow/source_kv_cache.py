@@ -5,6 +5,7 @@ Where they do not fit into memory, the source is computed again beside each mode
 
 from __future__ import annotations
 
+import hashlib
 import math
 import weakref
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,15 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..errors import SliderError
-from ..patching.forward_patches import ForwardContext, ForwardWrapper, ModelInputs, ModelPatch, add_patch, patches_of
+from ..patching.forward_patches import (
+    ForwardContext,
+    ForwardWrapper,
+    ModelInputs,
+    ModelPatch,
+    Phase,
+    add_patch,
+    patches_of,
+)
 from ..patching.model_fingerprint import ModelFingerprint, fingerprint_of
 from ..sampling.deterministic_samplers import ONE_CALL_PER_STEP
 from ..sampling.flow_matching import Denoise, StepSampler, check_flow_matching, run_sampler
@@ -69,6 +78,14 @@ class SourceKVCache(NamedTuple):
                 f"{', '.join(ONE_CALL_PER_STEP)}."
             )
         return nearest
+
+    def digest(self) -> str:
+        """Hash of the source's first model call: equal for equal sources."""
+        inputs, digest = self.moments[0].inputs, hashlib.sha256()
+        for tensor in (inputs.x, inputs.c_crossattn):
+            if tensor is not None:
+                digest.update(tensor.float().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def describe(self) -> str:
         """What is kept, for the user."""
@@ -260,7 +277,7 @@ def _pinned(key_values: torch.Tensor | None) -> torch.Tensor | None:
 
 def _allocate_kv(places: KVSlots, context: ForwardContext, device: torch.device) -> torch.Tensor:
     """Memory for keys and values of one call: (layers, tokens, 2 * width), each layer marked as not written."""
-    room = torch.empty(places.shape(context.latent), dtype=context.dtype, device=device)
+    room = torch.empty(places.shape(context.latent_shape), dtype=context.dtype, device=device)
     room[:, 0, 0] = _NOT_WRITTEN
     return room
 
@@ -275,18 +292,20 @@ def _capture_kv(places: KVSlots, context: ForwardContext, room: torch.Tensor) ->
 class _Recording(ModelPatch):
     """Operation: notes every call of a source, with K and V while memory lasts."""
 
+    phase = Phase.OBSERVE
+
     def __init__(self, places: KVSlots, cache: SourceKVCache, keep: bool):
         self.places, self.cache, self.keep = places, cache, keep
 
     def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:
-        if context.images * context.count != 1:
+        if context.num_images * context.num_conds != 1:
             raise SliderError(
                 "The source has several conditionings or pictures, or a node on its model computes the negative prompt "
                 "too (SAG, for example); expected one conditioning and one picture."
             )
-        if tuple(context.latent[1:]) != self.cache.latent:
+        if tuple(context.latent_shape[1:]) != self.cache.latent:
             raise SliderError(
-                f"The source's conditioning covers {_size(context.latent[1:])} of a latent of "
+                f"The source's conditioning covers {_size(context.latent_shape[1:])} of a latent of "
                 f"{_size(self.cache.latent)}; expected all of it. Take the area off the conditioning."
             )
         if context.inputs.control is not None:
@@ -300,12 +319,14 @@ class _Recording(ModelPatch):
                 moments[:] = [moment._replace(key_values=None) for moment in moments]
         known = moments[-1].inputs if moments else None
         inputs = _moved(context.inputs, torch.device("cpu"), known)
-        moments.append(_CachedStep(context.sigma.item(), inputs, context.weights, key_values))
+        moments.append(_CachedStep(context.sigma.item(), inputs, context.weight_patches_id, key_values))
         return {} if key_values is None else _capture_kv(self.places, context, key_values)
 
 
 class _Capture(ModelPatch):
     """Operation: takes the K and V of one call, on its device."""
+
+    phase = Phase.OBSERVE
 
     def __init__(self, places: KVSlots):
         self.places = places
@@ -319,16 +340,22 @@ class _Capture(ModelPatch):
 class _CachedInjection(ModelPatch):
     """Operation: K and V of the image tokens of every picture become those of a cached source."""
 
+    phase = Phase.REPLACE
     batch_independent = True
 
     def __init__(self, places: KVSlots, cache: SourceKVCache, share: InjectionWeight):
         self.places, self.cache, self.share = places, cache, share
+        self._digest = cache.digest()
+
+    @property
+    def rank(self) -> tuple[Any, ...]:
+        return ("from a cache", self._digest)
 
     def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:
-        if tuple(context.latent[1:]) != self.cache.latent:
+        if tuple(context.latent_shape[1:]) != self.cache.latent:
             raise SliderError(
                 f"The remembered source has a latent of {_size(self.cache.latent)}, this picture one of "
-                f"{_size(context.latent[1:])}; expected the same size. Use one latent for both."
+                f"{_size(context.latent_shape[1:])}; expected the same size. Use one latent for both."
             )
         moment = self.cache.at(context.sigma.item())
         if not self.share.acts(context):
@@ -344,7 +371,7 @@ class _CachedInjection(ModelPatch):
         return self.places.changed(context, inject)
 
     def _computed_again(self, context: ForwardContext, moment: _CachedStep) -> torch.Tensor:
-        if context.weights != moment.weights:
+        if context.weight_patches_id != moment.weights:
             raise SliderError(
                 "There is too little memory to keep the source, and it cannot be computed again because this model has "
                 "other LoRAs than the source's. Give both the same (from one LoRA node), or raise memory_limit."
@@ -373,8 +400,8 @@ class _TrajectoryReplay(StepSampler):
 
 def _moved(inputs: ModelInputs, device: torch.device, known: ModelInputs | None = None) -> ModelInputs:
     """A copy on a device; tensors that `known` has too are taken from there. The options stay as they are."""
-    moved = _moved_value(inputs._replace(options={}), device, known)
-    return moved._replace(options=inputs.options)
+    moved = _moved_value(inputs._replace(transformer_options={}), device, known)
+    return moved._replace(transformer_options=inputs.transformer_options)
 
 
 def _moved_value(value: Any, device: torch.device, known: Any) -> Any:

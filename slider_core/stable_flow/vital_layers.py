@@ -12,18 +12,15 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
+from .. import keys
 from ..conditioning.masks import mask_coverage, validate_single_mask
 from ..conditioning.schedule import check_schedule_range
 from ..errors import SliderError
 from ..families import Block, family_of
 from ..families.network import diffusion_model_of
 from ..int_ranges import parse_int_ranges
-from ..patching.forward_patches import Forward, ForwardContext, ForwardWrapper, ModelPatch, add_patch
+from ..patching.forward_patches import Forward, ForwardContext, ForwardWrapper, ModelPatch, Phase, add_patch
 from ..sampling.deterministic_samplers import refuse_noise_adding_samplers
-
-_KEY = "edit_sliders.vital_layers"
-_SAMPLED = _KEY + ".sampled"
-"""Name in transformer_options of the shape of the latent that is sampled."""
 
 
 class KVSlots:
@@ -41,7 +38,7 @@ class KVSlots:
         self, context: ForwardContext, change: Callable[[int, torch.Tensor], None]
     ) -> Mapping[str, ForwardWrapper]:
         """Lets `change` write into them: (k-th of the layers, its K and V of shape (batch, tokens, 2 * width))."""
-        tokens, columns = self.family.image_tokens(context.latent), slice(self.width, 3 * self.width)
+        tokens, columns = self.family.image_tokens(context.latent_shape), slice(self.width, 3 * self.width)
         changes = {}
         for layer, block in enumerate(self.blocks):
             first = context.num_text_tokens if block.joint_sequence else 0
@@ -83,15 +80,17 @@ class InjectionWeight:
         strength = torch.tensor(self.strength)
         if self.mask is not None:
             _check_whole(context)
-            strength = strength * mask_coverage(self.mask, context.latent, places.family.image_grid(context.latent))
+            strength = strength * mask_coverage(
+                self.mask, context.latent_shape, places.family.image_grid(context.latent_shape)
+            )
         return strength.to(context.device)
 
     def applied(self, model: ModelPatcher) -> ModelPatcher:
         """The model, a clone of one's own, made to refuse samplers that add noise, and masks on areas."""
         refuse_noise_adding_samplers(model)
         if self.mask is not None:
-            model.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, _KEY)
-            model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, _KEY, _note_sampled)
+            model.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, keys.SAMPLED_SHAPE_WRAPPER)
+            model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, keys.SAMPLED_SHAPE_WRAPPER, _note_sampled)
         return model
 
 
@@ -106,13 +105,16 @@ def _note_sampled(
     **more: Any,
 ) -> torch.Tensor:
     options = extra_args["model_options"]
-    noted = {**options["transformer_options"], _SAMPLED: tuple(noise.shape)}
+    noted = {**options["transformer_options"], keys.SAMPLED_SHAPE: tuple(noise.shape)}
     extra_args = {**extra_args, "model_options": {**options, "transformer_options": noted}}
     return executor(guider, sigmas, extra_args, callback, noise, *args, **more)
 
 
 def _check_whole(context: ForwardContext) -> None:
-    sampled, covered = context.inputs.options.get(_SAMPLED, context.latent)[-2:], context.latent[-2:]
+    sampled, covered = (
+        context.inputs.transformer_options.get(keys.SAMPLED_SHAPE, context.latent_shape)[-2:],
+        context.latent_shape[-2:],
+    )
     if tuple(sampled) != tuple(covered):
         raise SliderError(
             f"A conditioning covers {covered[1]} x {covered[0]} of a latent of {sampled[1]} x {sampled[0]}, where the "
@@ -128,23 +130,29 @@ class KeyValueInjection(ModelPatch):
     chained: the first image has no reference, every other one the image before it.
     """
 
+    phase = Phase.REPLACE
+
     def __init__(self, places: KVSlots, reference: int, share: InjectionWeight, chained: bool):
         self.places, self.reference, self.share, self.chained = places, reference, share, chained
 
+    @property
+    def rank(self) -> tuple[Any, ...]:
+        return ("within the batch", self.chained, self.reference)
+
     def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:
-        if context.images < 2:
+        if context.num_images < 2:
             raise SliderError(
                 "The batch has one image; expected source and edits in one batch, from Stack Prompts and Same Noise. "
                 "For a source outside of the batch use Inject Remembered Source."
             )
-        if not self.reference < context.images:
+        if not self.reference < context.num_images:
             raise SliderError(
                 f"The reference is image {self.reference} of the batch (counted from 0), but the batch has "
-                f"{context.images} images. Choose another reference."
+                f"{context.num_images} images. Choose another reference."
             )
         if not self.share.acts(context):
             return {}
-        images, reference, chained = context.images, self.reference, self.chained
+        images, reference, chained = context.num_images, self.reference, self.chained
         share = self.share.of_tokens(self.places, context)
 
         def inject(_: int, part: torch.Tensor) -> None:
@@ -182,6 +190,8 @@ def inject_key_values(
 
 class Bypass(ModelPatch):
     """Operation: some blocks pass their inputs on unchanged."""
+
+    phase = Phase.REPLACE
 
     def __init__(self, blocks: Sequence[Block]):
         self.blocks = blocks

@@ -1,1 +1,1 @@
-"""Sliders without trained weights, one method per file."""
+"""Strengths without an adapter, one method per file."""

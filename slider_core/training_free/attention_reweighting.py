@@ -14,12 +14,13 @@ from comfy.model_patcher import ModelPatcher
 from ..conditioning.span_strengths import DEFAULT_CHANNEL, token_strengths
 from ..errors import SliderError
 from ..families import family_of
-from ..patching.forward_patches import AttentionPatch, ForwardContext, ModelPatch, add_patch
+from ..patching.forward_patches import AttentionPatch, ForwardContext, ModelPatch, Phase, add_patch
 
 
 class AttentionReweighting(ModelPatch):
     """Operation: attention of image tokens to every text token times its strength, in every block, then normalised."""
 
+    phase = Phase.SCALE
     batch_independent = True
 
     def __init__(self, channel: str):

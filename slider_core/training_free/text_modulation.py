@@ -14,12 +14,13 @@ from comfy.model_patcher import ModelPatcher
 from ..conditioning.span_strengths import DEFAULT_CHANNEL, token_strengths
 from ..families import family_of
 from ..families.network import diffusion_model_of
-from ..patching.forward_patches import Forward, ForwardContext, ForwardWrapper, ModelPatch, add_patch
+from ..patching.forward_patches import Forward, ForwardContext, ForwardWrapper, ModelPatch, Phase, add_patch
 
 
 class TextModulation(ModelPatch):
     """Operation: shift, scale and gate of every text token, in every double block, times the token's strength."""
 
+    phase = Phase.SCALE
     batch_independent = True
 
     def __init__(self, paths: list[str], channel: str):

@@ -13,7 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from ..conditioning.span_strengths import DEFAULT_CHANNEL, padding_token, token_scales
 from ..families import family_of
 from ..families.network import diffusion_model_of
-from ..patching.forward_patches import Forward, ForwardContext, ForwardWrapper, ModelPatch, add_patch
+from ..patching.forward_patches import Forward, ForwardContext, ForwardWrapper, ModelPatch, Phase, add_patch
 
 
 class TokenInterpolation(ModelPatch):
@@ -23,6 +23,7 @@ class TokenInterpolation(ModelPatch):
     the MLP that shares its linear with them in single blocks is left alone.
     """
 
+    phase = Phase.REPLACE
     batch_independent = True
 
     def __init__(self, paths: list[str], width: int, channel: str):
