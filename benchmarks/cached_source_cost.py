@@ -1,10 +1,10 @@
-"""What one more edit of a source costs, as ratios measured in one run on this machine.
+"""The cost of one more edit of a source, as ratios measured in one run on this machine.
 
     python run.py benchmark [--full] [--steps N] [--repeats N]
 
-An edit with a remembered source, kept or computed again, against source and edit rendered in one batch (Stable Flow's
-way), and against an edit by itself. Random weights as in the other benchmarks, the vital layers' share of all layers.
-Medians of interleaved repeats.
+An edit with a cached source, kept in RAM or computed again, relative to source and edit rendered in one batch (as in
+Stable Flow), and an edit by itself. Random weights as in the other benchmarks; the fraction of injected layers is that
+of FLUX.1's vital layers. Medians of interleaved repeats.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from random_flux import Model, models, options, synchronise, text  # isort: skip
+from random_flux import Model, models, options, synchronize, text  # isort: skip
 
 import comfy.sample
 import comfy.samplers
@@ -22,7 +22,7 @@ import comfy.samplers
 from slider_core.stable_flow.source_kv_cache import cache_source_kv, inject_cached
 from slider_core.stable_flow.vital_layers import block_count, inject_key_values
 
-SHARE = 10 / 57
+VITAL_FRACTION = 10 / 57
 
 
 def main() -> None:
@@ -33,38 +33,38 @@ def main() -> None:
 
 def _report(model: Model, empty: torch.Tensor, steps: int, repeats: int) -> None:
     count = block_count(model)
-    layers = [round(k * count / round(SHARE * count)) for k in range(round(SHARE * count))]
+    layers = [round(k * count / round(VITAL_FRACTION * count)) for k in range(round(VITAL_FRACTION * count))]
     source, edit = text(model), text(model)
     both = [[torch.cat([source[0][0], edit[0][0]]), {**edit[0][1], "pooled_output": torch.randn(2, 768)}]]
     noise = torch.randn_like(empty)
-    kept, again = (
+    kept, recomputed = (
         cache_source_kv(model, source, empty, noise, layers, 0, steps, "euler", "simple", limit)[0]
         for limit in (0.0, 1e-9)
     )
-    print(f"layers {layers}; remembered source: {kept.describe()}")
+    print(f"layers {layers}; cached source: {kept.describe()}")
     variants = {
         "source and edit in one batch": (inject_key_values(model, layers), both, 2),
-        "remembered, kept": (inject_cached(model, kept), edit, 1),
-        "remembered, computed again": (inject_cached(model, again), edit, 1),
+        "cached source, in RAM": (inject_cached(model, kept), edit, 1),
+        "cached source, recomputed": (inject_cached(model, recomputed), edit, 1),
         "edit by itself": (model, edit, 1),
     }
     times: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(repeats + 1):
-        for name, (patched, conditioning, pictures) in variants.items():
-            latent = empty.repeat(pictures, 1, 1, 1)
-            inputs = (torch.randn_like(empty).repeat(pictures, 1, 1, 1), steps, 1.0, "euler", "simple")
-            synchronise()
+        for name, (patched, conditioning, images) in variants.items():
+            latent = empty.repeat(images, 1, 1, 1)
+            inputs = (torch.randn_like(empty).repeat(images, 1, 1, 1), steps, 1.0, "euler", "simple")
+            synchronize()
             start = time.perf_counter()
             comfy.sample.sample(patched, *inputs, conditioning, conditioning, latent, disable_pbar=True, seed=0)
-            synchronise()
+            synchronize()
             if repeat:
                 times[name].append((time.perf_counter() - start) / steps)
     [batch, *_] = times.values()
-    print(f"\ntime against source and edit in one batch, {steps} steps, median of {repeats}")
-    for name, measured in times.items():
-        ratios = [a / b for a, b in zip(measured, batch)]
+    print(f"\ntime relative to source and edit in one batch, {steps} steps, median of {repeats} repeats")
+    for name, seconds in times.items():
+        ratios = [a / b for a, b in zip(seconds, batch)]
         median, low, high = statistics.median(ratios), min(ratios), max(ratios)
-        print(f"    {name:28} x {median:.3f} ({low:.3f} to {high:.3f})    {statistics.median(measured):8.3f} s a step")
+        print(f"    {name:28} x {median:.3f} ({low:.3f} to {high:.3f})    {statistics.median(seconds):8.3f} s per step")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What benchmarks share: ComfyUI on the path, models with random weights in FLUX.1's layout, the options."""
+"""Shared by the benchmarks: ComfyUI on sys.path, random models in FLUX.1's layout, command line options."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from support.tiny_models import recipe  # noqa: E402
 COMMON = {"latent_channels": 16, "vec_in_dim": 768, "seed": 1}
 SMALL = COMMON | {"hidden": 1024, "depth": 4, "depth_single_blocks": 8, "context_in_dim": 512}
 FULL = COMMON | {"hidden": 3072, "depth": 19, "depth_single_blocks": 38, "context_in_dim": 4096}
-TEXT_ROWS = 512
+TEXT_TOKENS = 512
 Model = Any
 
 
 def options(description: str | None) -> argparse.Namespace:
-    """The command line: full, steps, repeats, dtypes."""
+    """The command line options: full, steps, repeats, dtypes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="FLUX.1's own size, 1024x1024; needs about 30 GB on a GPU")
     parser.add_argument("--steps", type=int, default=4)
@@ -48,7 +48,7 @@ def options(description: str | None) -> argparse.Namespace:
 
 
 def models(args: argparse.Namespace) -> Iterator[tuple[Model, int]]:
-    """A model per dtype, one at a time, and the size of its latent; says what they are."""
+    """One model per dtype, one at a time, with the height and width of its latent. Prints machine and models."""
     config, latent = model_size(args)
     print_machine()
     for dtype in args.dtypes:
@@ -62,7 +62,7 @@ def models(args: argparse.Namespace) -> Iterator[tuple[Model, int]]:
 
 
 def model_size(args: argparse.Namespace) -> tuple[Mapping[str, int], int]:
-    """The model's config and the size of its latent."""
+    """The model's config, and the height and width of its latent."""
     return (FULL, 128) if args.full else (SMALL, 32)
 
 
@@ -76,20 +76,20 @@ def print_model(model: Model, dtype: str, latent: int) -> None:
     print(f"\nmodel: FLUX.1 layout, {size:.0f} million random parameters, {dtype}; {latent * 8}x{latent * 8}")
 
 
-def text(model: Model, **more: Any) -> list:
-    """A random prompt for the model."""
+def text(model: Model, **options: Any) -> list:
+    """A conditioning of random text tokens, (1, TEXT_TOKENS, context width), for the model."""
     width = model.model.model_config.unet_config["context_in_dim"]
-    return [[torch.randn(1, TEXT_ROWS, width), {"pooled_output": torch.randn(1, 768), "guidance": 2.5, **more}]]
+    return [[torch.randn(1, TEXT_TOKENS, width), {"pooled_output": torch.randn(1, 768), "guidance": 2.5, **options}]]
 
 
-def synchronise() -> None:
+def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[list[float]]:
-    """Peak bytes while the context is open: allocated on a GPU, else resident in this process (sampled every 2 ms)."""
+    """Peak memory in bytes within the context: allocated on the GPU, else resident in this process (every 2 ms)."""
     peak = [0.0]
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -113,7 +113,7 @@ def peak_memory() -> Iterator[list[float]]:
 
 
 def random_weights(config: Mapping[str, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The same ones every time, on the device, by ComfyUI's names."""
+    """The same random weights in every run, on the device, with ComfyUI's names."""
     device = comfy.model_management.get_torch_device()
     generator = torch.Generator(device).manual_seed(1)
     weights = {}

@@ -1,14 +1,14 @@
-"""What calibration does to sliders on the miniature edit model, on scenes that nothing was trained on.
+"""The effect of calibration on sliders of the miniature edit model, on held-out scenes.
 
     python run.py benchmark --only slider_calibration [--scenes N]
 
-Each method's sweep of 9 strengths, 0 to 1, gives a curve (slider_core/calibration.py, by pixels). Then 9 even positions
-are rendered: uncalibrated; with the scene's own curve; with the curve of the same instruction, from the mean of what
-its sweeps showed in 4 other scenes; with one curve for all instructions, from the mean of the other scenes' sweeps; and
-the first two from other noise than the curve was made with.
+Each method's sweep of 9 strengths from 0 to 1 gives a curve (slider_core/metrics/calibration.py, pixel distances).
+Then 9 even positions are rendered: uncalibrated; with the scene's own curve; with the curve of the same instruction,
+from the mean of its sweeps in 4 other scenes; with one curve for all instructions, from the mean of the other scenes'
+sweeps; and the first two with other noise than the curve was made with.
 
-    linearity       mean |reached - position|, with what is reached read back from the pictures; mean of the scenes
-    delta           largest detour of the pictures, by pixels; mean of the scenes
+    linearity       mean |edit reached - position|, the edit reached being read back from the images; mean over scenes
+    delta           largest detour of the images (delta_smooth of Kontinuous Kontext, pixel distances); mean over scenes
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from training.rng import generator
 
 ROOT = Path(__file__).resolve().parents[1]
 EVEN = tuple(k / 8 for k in range(9))
-CALIBRATED = (
+CALIBRATED_METHODS = (
     "STLoRA",
     "GSTLoRA",
     "strength projector",
     "text modulation",
     "attention to text",
     "token interpolation",
-    "velocity blending",
-    "prompt difference",
-    "fidelity and steering",
+    "Velocity Blending",
+    "Prompt Difference",
+    "FlowSlider",
 )
 COLUMNS = (
     "uncalibrated",
@@ -54,70 +54,81 @@ COLUMNS = (
     "other noise, uncalibrated",
     "other noise, own curve",
 )
-ALIKE = 4
+NUM_OTHER_SCENES = 4
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=8)
     parser.add_argument("--models", type=Path, default=ROOT / "demo" / "miniature")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(CALIBRATED))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(CALIBRATED_METHODS))
     args, _ = parser.parse_known_args()
-    it = Miniature(args.models)
+    miniature = Miniature(args.models)
     print("| method | measure | " + " | ".join(COLUMNS) + " |")
     print("| --- " * (len(COLUMNS) + 2) + "|")
     for name in args.methods:
-        found = measure(it, name, args.scenes)
-        for measure_name, row in zip(("linearity", "delta"), found.mean(0).T):
+        results = measure(miniature, name, args.scenes)
+        for measure_name, row in zip(("linearity", "delta"), results.mean(0).T):
             print(f"| {name} | {measure_name} | " + " | ".join(f"{value:.3f}" for value in row) + " |", flush=True)
 
 
-def measure(it: Miniature, name: str, scenes: int) -> np.ndarray:
+def measure(miniature: Miniature, name: str, scenes: int) -> np.ndarray:
     """(scenes, COLUMNS, 2): linearity and delta."""
     tasks = held_out_tasks(scenes, 1)
-    sweeps = [_swept(it, name, source, edits[0]) for source, edits in tasks]
-    found = []
+    sweeps = [_sweep_distances(miniature, name, source, edits[0]) for source, edits in tasks]
+    results = []
     for k, (source, edits) in enumerate(tasks):
-        alike = [_swept(it, name, other, edits[0]) for other in scenes_for(edits[0], ALIKE)]
+        others = [
+            _sweep_distances(miniature, name, other, edits[0]) for other in scenes_for(edits[0], NUM_OTHER_SCENES)
+        ]
         own, same, any_other = (
             calibrate(EVEN, sweep).calibration.strength(EVEN)
-            for sweep in (sweeps[k], _mean(alike), _mean(sweeps[:k] + sweeps[k + 1 :]))
+            for sweep in (sweeps[k], _mean(others), _mean(sweeps[:k] + sweeps[k + 1 :]))
         )
-        renders = (
+        settings = (
             *((curve, "sliding") for curve in (EVEN, own, same, any_other)),
             *((curve, "other noise") for curve in (EVEN, own)),
         )
-        found.append([_judged(rendered(it, name, source, edits, *how), source, edits[0]) for how in renders])
-    return np.array(found)
+        results.append(
+            [_metrics(render(miniature, name, source, edits, *setting), source, edits[0]) for setting in settings]
+        )
+    return np.array(results)
 
 
 def scenes_for(edit: Edit, count: int) -> list[Scene]:
-    """Scenes that nothing else was tried on, in which the edit is to be seen."""
+    """Scenes that are used nowhere else, in which the edit changes something."""
     scenes = (scene(generator(seed, "alike")) for seed in HELD_OUT_SEEDS)
     return list(itertools.islice((one for one in scenes if fits(one, edit)), count))
 
 
-def _swept(it: Miniature, name: str, source: Scene, edit: Edit) -> ImageDistances:
-    return pixel_distances(rendered(it, name, source, [edit], EVEN))
+def _sweep_distances(miniature: Miniature, name: str, source: Scene, edit: Edit) -> ImageDistances:
+    return pixel_distances(render(miniature, name, source, [edit], EVEN))
 
 
-def rendered(
-    it: Miniature, name: str, source: Scene, edits: Sequence[Edit], strengths: Sequence[float], seed: str = "sliding"
+def render(
+    miniature: Miniature,
+    name: str,
+    source: Scene,
+    edits: Sequence[Edit],
+    strengths: Sequence[float],
+    seed: str = "sliding",
 ) -> torch.Tensor:
-    return torch.from_numpy(it.pictures(source, METHODS[name](it, edits, 0, strengths), len(strengths), seed))
+    return torch.from_numpy(
+        miniature.pictures(source, METHODS[name](miniature, edits, 0, strengths), len(strengths), seed)
+    )
 
 
-def _judged(pictures: torch.Tensor, source: Scene, edit: Edit) -> tuple[float, float]:
-    reached = [edit_reached(edit, source, measured(picture.numpy(), source)) for picture in pictures]
-    distances = pixel_distances(pictures)
-    off = float(np.abs(np.subtract(reached, EVEN)).mean())
-    return off, delta_smooth(distances.adjacent, distances.skipping)
+def _metrics(images: torch.Tensor, source: Scene, edit: Edit) -> tuple[float, float]:
+    reached = [edit_reached(edit, source, measured(image.numpy(), source)) for image in images]
+    distances = pixel_distances(images)
+    linearity = float(np.abs(np.subtract(reached, EVEN)).mean())
+    return linearity, delta_smooth(distances.adjacent, distances.skipping)
 
 
 def _mean(sweeps: Sequence[ImageDistances]) -> ImageDistances:
-    """Of the sweeps, each scaled so that what changes in all is 1."""
+    """The mean of sweeps, each scaled to a total change of 1."""
     adjacent = np.mean([np.divide(one.adjacent, sum(one.adjacent)) for one in sweeps], 0).tolist()
-    return ImageDistances("the mean of several", tuple(adjacent), (), (0.0, *np.cumsum(adjacent).tolist()))
+    return ImageDistances("mean of several sweeps", tuple(adjacent), (), (0.0, *np.cumsum(adjacent).tolist()))
 
 
 if __name__ == "__main__":

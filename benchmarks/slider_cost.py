@@ -1,10 +1,10 @@
-"""What sliders cost, as ratios measured in one run on this machine.
+"""The cost of sliders, as ratios measured in one run on this machine.
 
     python run.py benchmark [--full] [--steps N] [--repeats N]
 
-(a) time from a changed slider to the first model call: the side path against the stock LoRA loader with the same file;
-(b) time of a sampling step and (c) peak memory with 0, 1 and 4 active sliders, with a strength projector, and with each
-training-free method, against the bare model; and how often a step evaluates the model.
+(a) time from a moved slider to the first model call: LoRA branches and a strength projector, and Load LoRA with the
+same file; (b) time of a sampling step and (c) peak memory with 0, 1 and 4 moved sliders, with a strength projector, and
+with each method without an adapter, relative to the bare model; and the number of model evaluations per step.
 Random weights: 284 million parameters at 256x256 plus reference by default, FLUX.1's 12 billion at 1024x1024 plus
 reference with --full (for GPUs). Medians of interleaved repeats.
 """
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from random_flux import FULL, SMALL, TEXT_ROWS, Model, models, options, peak_memory, recipe, synchronise, text  # isort: skip
+from random_flux import FULL, SMALL, TEXT_TOKENS, Model, models, options, peak_memory, recipe, synchronize, text  # isort: skip
 
 import comfy.sample
 import comfy.sd
@@ -50,7 +50,7 @@ _REST = {"2": 1.0, "3": 1.0, "4": 1.0}
 
 
 class FirstCall(Exception):
-    """Raised where the first model call would begin."""
+    """Raised in place of the first model call."""
 
 
 def main() -> None:
@@ -70,10 +70,10 @@ class _Bench:
         self.noise = torch.randn(self.latent.shape, generator=torch.Generator().manual_seed(0))
         self.spans = [Span(str(k), tuple(range(8 * k, 8 * k + 8))) for k in range(4)]
         self.text = attach_spans(
-            text(model, reference_latents=[self.noise]), TEXT_ROWS, self.spans, padding=TEXT_ROWS - 32
+            text(model, reference_latents=[self.noise]), TEXT_TOKENS, self.spans, padding=TEXT_TOKENS - 32
         )
 
-    def slid(self, *strengths: float) -> list:
+    def with_strengths(self, *strengths: float) -> list:
         return set_strengths(self.text, {str(k): v for k, v in enumerate((*strengths, 1.0, 1.0, 1.0, 1.0)[:4])})
 
     def gst_stack(self, model: Model, count: int) -> Model:
@@ -91,56 +91,56 @@ class _Bench:
         sample_flowslider(model, self.text, self.text, self.noise, self.noise, (0.5,), sigmas, seed=0)
 
     def variants(self, bare: Model) -> dict[str, Callable[[], Callable[[int], None]]]:
-        """What to sample, by name, on this model: each gives a function of the number of steps."""
+        """Variants by name; each returns a function that samples with `bare` for a given number of steps."""
         st = apply_stlora(bare, self.st)
         projector = apply_projector(bare, self.projector)
         differences = PromptDifferences("", self.spans, self.text, [self.text] * 4)
         variants = {
             "bare": lambda: (bare, self.text),
-            "STLoRA, 0 active": lambda: (st, self.slid()),
-            "STLoRA, 1 active": lambda: (st, self.slid(0.5)),
-            "STLoRA, 4 active": lambda: (st, self.slid(0.5, 0.2, 1.3, 0.0)),
+            "STLoRA, 0 moved": lambda: (st, self.with_strengths()),
+            "STLoRA, 1 moved": lambda: (st, self.with_strengths(0.5)),
+            "STLoRA, 4 moved": lambda: (st, self.with_strengths(0.5, 0.2, 1.3, 0.0)),
             "GSTLoRA, strength 1": lambda: (apply_gstlora(bare, self.gst, 1.0), self.text),
-            "GSTLoRA, 1 active": lambda: (self.gst_stack(bare, 1), self.text),
-            "GSTLoRA, 4 active": lambda: (self.gst_stack(bare, 4), self.text),
-            "projector": lambda: (
+            "GSTLoRA, 1 moved": lambda: (self.gst_stack(bare, 1), self.text),
+            "GSTLoRA, 4 moved": lambda: (self.gst_stack(bare, 4), self.text),
+            "strength projector": lambda: (
                 apply_projector(bare, replace(self.projector, lora=None)),
                 set_projector_strength(self.text, self.projector, 0.5),
             ),
-            "projector and LoRA": lambda: (projector, set_projector_strength(self.text, self.projector, 0.5)),
-            "text modulation": lambda: (apply_text_modulation(bare), self.slid(0.5)),
-            "attention to text": lambda: (apply_attention_reweighting(bare), self.slid(0.5)),
-            "token interpolation": lambda: (apply_token_interpolation(bare), self.slid(0.5)),
-            "velocity blending": lambda: (blend_velocity(bare, self.noise, (0.5,)), self.text),
-            "prompt difference, 1 active": lambda: (bare, differences.with_strengths({"1": 0.5, **_REST})),
-            "prompt difference, 2 active": lambda: (bare, differences.with_strengths({"1": 0.5, **_REST, "2": 0.2})),
+            "strength projector and LoRA": lambda: (projector, set_projector_strength(self.text, self.projector, 0.5)),
+            "text modulation": lambda: (apply_text_modulation(bare), self.with_strengths(0.5)),
+            "attention to text": lambda: (apply_attention_reweighting(bare), self.with_strengths(0.5)),
+            "token interpolation": lambda: (apply_token_interpolation(bare), self.with_strengths(0.5)),
+            "Velocity Blending": lambda: (blend_velocity(bare, self.noise, (0.5,)), self.text),
+            "Prompt Difference, 1 moved": lambda: (bare, differences.with_strengths({"1": 0.5, **_REST})),
+            "Prompt Difference, 2 moved": lambda: (bare, differences.with_strengths({"1": 0.5, **_REST, "2": 0.2})),
         }
         runs = {name: partial(self._sampling, variant) for name, variant in variants.items()}
-        return {**runs, "fidelity and steering": lambda: partial(self.flowslider, bare)}
+        return {**runs, "FlowSlider": lambda: partial(self.flowslider, bare)}
 
     def _sampling(self, variant: Callable[[], tuple[Model, list]]) -> Callable[[int], None]:
         return partial(self.sample, *variant())
 
     def evaluations(self) -> dict[str, int]:
-        """How many times a step of each variant evaluates the model, batched or not."""
+        """The number of model evaluations per step of each variant, batched or not."""
         calls: list[int] = []
         counted = self.model.clone()
         counted.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "benchmark", partial(_counting, calls))
-        found = {}
+        evaluations = {}
         for name, variant in self.variants(counted).items():
             calls.clear()
             variant()(1)
-            found[name] = sum(calls)
-        return found
+            evaluations[name] = sum(calls)
+        return evaluations
 
     def to_first_call(self, change: Callable[[float], tuple[Model, list]], strength: float) -> float:
-        """Seconds from a changed slider until the model is called."""
-        synchronise()
+        """Seconds from a moved slider until the model is called."""
+        synchronize()
         start = time.perf_counter()
         model, text = change(strength)
         with contextlib.suppress(FirstCall):
             self.sample(model, text, 1)
-        synchronise()
+        synchronize()
         return time.perf_counter() - start
 
 
@@ -151,22 +151,28 @@ def _report(bench: _Bench, repeats: int) -> None:
     projector = apply_projector(stopped, bench.projector)
     lora = comfy.utils.load_torch_file(str(bench.files["gst"]))
     changes = {
-        "stock LoRA loader": lambda s: (comfy.sd.load_lora_for_models(stopped, None, lora, 1.0 - s, 0)[0], bench.text),
+        "Load LoRA (ComfyUI)": lambda s: (
+            comfy.sd.load_lora_for_models(stopped, None, lora, 1.0 - s, 0)[0],
+            bench.text,
+        ),
         "GSTLoRA": lambda s: (apply_gstlora(stopped, bench.gst, s), bench.text),
-        "STLoRA": lambda s: (st, bench.slid(s)),
-        "projector": lambda s: (projector, set_projector_strength(bench.text, bench.projector, s)),
+        "STLoRA": lambda s: (st, bench.with_strengths(s)),
+        "strength projector": lambda s: (projector, set_projector_strength(bench.text, bench.projector, s)),
     }
-    print(f"\n(a) changed slider to first model call, median of {repeats}")
+    print(f"\n(a) moved slider to first model call, median of {repeats} repeats")
     seconds: dict[str, list[float]] = {}
     for name, change in changes.items():
         values = [0.1 + 0.8 * k / repeats for k in range(repeats + 1)]
         seconds[name] = [bench.to_first_call(change, s) for s in values][1:]
-    stock = statistics.median(seconds["stock LoRA loader"])
-    for name, measured in seconds.items():
-        median = statistics.median(measured)
-        print(f"    {name:20} {median * 1e3:10.1f} ms    stock / this: {stock / median:8.1f}")
+    load_lora = statistics.median(seconds["Load LoRA (ComfyUI)"])
+    for name, durations in seconds.items():
+        median = statistics.median(durations)
+        print(f"    {name:20} {median * 1e3:10.1f} ms    Load LoRA / this: {load_lora / median:8.1f}")
 
-    print(f"\n(b) step time and (c) peak memory against the bare model, {bench.steps} steps, median of {repeats}")
+    print(
+        "\n(b) step time and (c) peak memory relative to the bare model, "
+        f"{bench.steps} steps, median of {repeats} repeats"
+    )
     variants = bench.variants(bench.model)
     times: dict[str, list[float]] = {name: [] for name in variants}
     peaks: dict[str, list[float]] = {name: [] for name in variants}
@@ -176,10 +182,10 @@ def _report(bench: _Bench, repeats: int) -> None:
             run = variant()
             run(1)
             with peak_memory() as peak:
-                synchronise()
+                synchronize()
                 start = time.perf_counter()
                 run(bench.steps)
-                synchronise()
+                synchronize()
             if repeat:
                 times[name].append((time.perf_counter() - start) / bench.steps)
                 peaks[name].append(peak[0])
@@ -193,7 +199,8 @@ def _report(bench: _Bench, repeats: int) -> None:
             f"evaluations {evaluations[name]}"
         )
     print(
-        f"    bare: {statistics.median(times['bare']):.3f} s a step, {statistics.median(peaks['bare']) / 2**30:.2f} GiB"
+        f"    bare: {statistics.median(times['bare']):.3f} s per step, "
+        f"{statistics.median(peaks['bare']) / 2**30:.2f} GiB"
     )
 
 
@@ -207,7 +214,7 @@ def _stop(executor: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _adapters(config: Mapping[str, int], folder: Path) -> dict[str, Path]:
-    """Rank 16 adapters in the authors' layouts, as files in `folder`."""
+    """Rank 16 adapter files in the authors' layouts, written to `folder`."""
     st = recipe.lora_weights(config, {"which": "stlora", "rank": RANK, "seed": 2, "gain": 0.05, "prefix": ""})
     gst = recipe.lora_weights(
         config, {"which": "full", "rank": RANK, "seed": 3, "gain": 0.05, "prefix": "transformer."}

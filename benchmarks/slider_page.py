@@ -1,9 +1,9 @@
-"""How smoothly the Slider Prompt moves in the page, in a headless browser on this machine.
+"""Smoothness of the Slider Prompt in the page, in a headless browser on this machine.
 
     python run.py benchmark [--repeats N]
 
-With 49 sub-instructions: frames a second while a slider is dragged (a mouse move every frame), while nothing moves, and
-tasks of more than 50 ms, as the browser's own tracing counts them; the longest task of typing a 50th.
+With 49 instructions: frames per second while a slider is dragged (one mouse move per frame) and at rest; the number of
+tasks longer than 50 ms during the drag, from the browser's own trace; the longest task while a 50th line is typed.
 On the canvas and in Nodes 2.0. Medians of the repeats.
 """
 
@@ -31,21 +31,21 @@ LINES = 50
 MOVES = 120
 LONG_MS = 50
 COUNT_FRAMES = """() => {
-    window.benchmark = { frames: 0, begun: performance.now(), on: true }
+    window.benchmark = { frames: 0, start: performance.now(), running: true }
     const count = () => {
         window.benchmark.frames++
-        if (window.benchmark.on) requestAnimationFrame(count)
+        if (window.benchmark.running) requestAnimationFrame(count)
     }
     requestAnimationFrame(count)
 }"""
-FRAMES_A_SECOND = """() => {
-    window.benchmark.on = false
-    return (1000 * window.benchmark.frames) / (performance.now() - window.benchmark.begun)
+FRAMES_PER_SECOND = """() => {
+    window.benchmark.running = false
+    return (1000 * window.benchmark.frames) / (performance.now() - window.benchmark.start)
 }"""
 
 
-class Measured(NamedTuple):
-    """frames a second at rest and while dragging, long tasks of the drag, longest task of typing in milliseconds"""
+class Measurement(NamedTuple):
+    """Frames per second at rest and while dragging, number of long tasks of the drag, longest task of typing in ms."""
 
     rest: float
     drag: float
@@ -56,7 +56,7 @@ class Measured(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    args, _ = parser.parse_known_args()  # the other benchmarks have more
+    args, _ = parser.parse_known_args()  # ignores the options of the other benchmarks
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         write_tiny_models(base / "models")
@@ -69,16 +69,17 @@ def main() -> None:
         rest, drag, long_tasks, typing = (statistics.median(values) for values in zip(*repeats))
         print(
             f"{name}: {drag:.1f} frames/s while dragging ({rest:.1f} at rest), "
-            f"{long_tasks:.0f} tasks over {LONG_MS} ms in {MOVES} moves; longest task of typing a line: {typing:.0f} ms"
+            f"{long_tasks:.0f} tasks over {LONG_MS} ms in {MOVES} moves; "
+            f"longest task while typing a line: {typing:.0f} ms"
         )
 
 
-def _measure(running: Browser, view: ComfyPage) -> Measured:
+def _measure(running: Browser, view: ComfyPage) -> Measurement:
     opened(view, prompt_graph("\n".join(f"make thing number {k} older" for k in range(LINES - 1))))
     view.page.wait_for_timeout(2000)
     view.page.evaluate(COUNT_FRAMES)
     view.page.wait_for_timeout(2000)
-    rest = view.page.evaluate(FRAMES_A_SECOND)
+    rest = view.page.evaluate(FRAMES_PER_SECOND)
 
     box = slider(view, 3).bounding_box()
     assert box
@@ -90,8 +91,8 @@ def _measure(running: Browser, view: ComfyPage) -> Measured:
     for k in range(MOVES):
         view.page.mouse.move(box["x"] + box["width"] * (0.6 - 0.4 * (k / MOVES)), y)
         view.page.evaluate("() => new Promise(requestAnimationFrame)")
-    drag = view.page.evaluate(FRAMES_A_SECOND)
-    long_tasks = len([task for task in _tasks(running.stop_tracing()) if task > LONG_MS])
+    drag = view.page.evaluate(FRAMES_PER_SECOND)
+    long_tasks = len([task for task in _task_durations(running.stop_tracing()) if task > LONG_MS])
     view.page.mouse.up()
 
     typed(view).focus()
@@ -99,19 +100,21 @@ def _measure(running: Browser, view: ComfyPage) -> Measured:
     running.start_tracing(page=view.page, categories=["toplevel", "disabled-by-default-devtools.timeline"])
     view.page.keyboard.type("\nmake it night")
     view.page.wait_for_timeout(1000)
-    return Measured(rest, drag, long_tasks, max(_tasks(running.stop_tracing())))
+    return Measurement(rest, drag, long_tasks, max(_task_durations(running.stop_tracing())))
 
 
-def _tasks(trace: bytes) -> list[float]:
-    """Milliseconds of the tasks on the page's main thread."""
+def _task_durations(trace: bytes) -> list[float]:
+    """Durations in milliseconds of the tasks on the page's main thread."""
     events = json.loads(trace)["traceEvents"]
-    mains = {(e["pid"], e["tid"]) for e in events if e["ph"] == "M" and e["args"].get("name") == "CrRendererMain"}
+    main_threads = {
+        (e["pid"], e["tid"]) for e in events if e["ph"] == "M" and e["args"].get("name") == "CrRendererMain"
+    }
     return [
         event["dur"] / 1000
         for event in events
         if event["name"] in ("RunTask", "ThreadControllerImpl::RunTask")
         and event.get("dur")
-        and (event["pid"], event["tid"]) in mains
+        and (event["pid"], event["tid"]) in main_threads
     ]
 
 

@@ -1,19 +1,20 @@
-"""How well each method slides on the miniature edit model, measured on scenes that nothing was trained on.
+"""How evenly each method slides on the miniature edit model, measured on held-out scenes.
 
     python run.py benchmark --only slider_quality [--scenes N]
 
-The model is tiny (3 million parameters, 64x64 pictures of two objects): it tells how methods differ, not how they fare
-with FLUX.1. What images show is read back from their pixels (training/miniature/read_attributes.py); 1 is the full
-edit.
+The model is tiny (3 million parameters, 64x64 images of two objects): it shows how methods differ from one another, not
+how well they work with FLUX.1. The edit reached is read back from the pixels (training/miniature/read_attributes.py); 1
+is the full edit.
 
 One instruction, strengths -0.5 to 1.5:
-    reached         how much of the edit is there at 0, 0.5, 1 and 1.5, medians
-    rising          share of the scenes in which no step from 0 to 1 goes back by more than 0.02
-    linearity       mean distance of what is reached from the strength, 0 to 1, after both ends were made to fit
-    first order     share of the largest change between neighbours, 0 to 1 (even: 1/8); delta: largest detour
-    drift           change of the other attributes at 1, in tolerances, median
+    reached             the edit reached at 0, 0.5, 1 and 1.5, medians
+    rising              fraction of scenes in which no step from 0 to 1 goes back by more than 0.02
+    linearity           mean distance between edit reached and strength, 0 to 1, after both ends are scaled to fit
+    first order         fraction of the total change in the largest of the 8 steps from 0 to 1 (even: 1/8), median
+    delta               largest detour (delta_smooth of Kontinuous Kontext), median
+    drift               change of the other attributes at 1, in tolerances, median
 Two instructions, the first moved from 0 to 1, the other kept at 1:
-    the other one   how far it strays from where it is when both are at 1, largest over the strengths, median
+    other instruction   how far it strays from where it is when both are at 1, largest over the strengths, median
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ from training.miniature.slider_methods import METHODS, Miniature
 
 ROOT = Path(__file__).resolve().parents[1]
 STRENGTHS = [k / 8 for k in range(-4, 13)]
-FROM, TO = STRENGTHS.index(0.0), STRENGTHS.index(1.0)
-BACK = 0.02
+ZERO, ONE = STRENGTHS.index(0.0), STRENGTHS.index(1.0)
+MAX_REGRESSION = 0.02
 
 
 @dataclass
-class Measured:
-    """What is known of a method, one entry per scene."""
+class Measurements:
+    """Measurements of one method, one entry per scene."""
 
     reached: list[list[float]] = field(default_factory=list)
     first_order: list[float] = field(default_factory=list)
@@ -58,56 +59,56 @@ class Measured:
         return float(np.median([values[STRENGTHS.index(strength)] for values in self.reached]))
 
     def rising(self) -> float:
-        inner = [values[FROM : TO + 1] for values in self.reached]
-        return float(np.mean([all(b > a - BACK for a, b in pairwise(values)) for values in inner]))
+        inner = [values[ZERO : ONE + 1] for values in self.reached]
+        return float(np.mean([all(b > a - MAX_REGRESSION for a, b in pairwise(values)) for values in inner]))
 
     def linearity(self) -> float:
-        return float(np.mean([_from_line(values[FROM : TO + 1]) for values in self.reached]))
+        return float(np.mean([_deviation_from_line(values[ZERO : ONE + 1]) for values in self.reached]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=30)
     parser.add_argument("--models", type=Path, default=ROOT / "demo" / "miniature")
-    parser.add_argument("--plot", type=Path, help="write the curves here, as a picture")
+    parser.add_argument("--plot", type=Path, help="write the curves to this image file")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     args, _ = parser.parse_known_args()
-    it = Miniature(args.models)
-    found = {name: measure(it, name, args.scenes) for name in args.methods}
-    print("\n".join(table(found)))
+    miniature = Miniature(args.models)
+    results = {name: measure(miniature, name, args.scenes) for name in args.methods}
+    print("\n".join(table(results)))
     if args.plot:
-        lines = {name: [one.at(strength) for strength in STRENGTHS] for name, one in found.items()}
-        plot = curves_plot(STRENGTHS, {"as it should be": STRENGTHS, **lines}, "strength", "edit reached, median")
+        lines = {name: [one.at(strength) for strength in STRENGTHS] for name, one in results.items()}
+        plot = curves_plot(STRENGTHS, {"ideal": STRENGTHS, **lines}, "strength", "edit reached, median")
         as_picture(plot[0]).save(args.plot)
 
 
-def measure(it: Miniature, name: str, scenes: int) -> Measured:
-    method, found = METHODS[name], Measured()
+def measure(miniature: Miniature, name: str, scenes: int) -> Measurements:
+    method, results = METHODS[name], Measurements()
     for source, edits in held_out_tasks(scenes, 1):
-        pictures = it.pictures(source, method(it, edits, 0, STRENGTHS), len(STRENGTHS))
-        looks = [measured(picture, source) for picture in pictures]
-        found.reached.append([edit_reached(edits[0], source, one) for one in looks])
-        found.drift.append(drift(edits, source, looks[TO]))
-        inner = pictures[FROM : TO + 1]
-        adjacent = [_apart(a, b) for a, b in pairwise(inner)]
-        with contextlib.suppress(SliderError):  # where nothing changes there is no shape
-            found.first_order.append(first_order(adjacent))
-            found.delta.append(delta_smooth(adjacent, [_apart(a, b) for a, b in zip(inner, inner[2:])]))
-    inner_strengths = STRENGTHS[FROM : TO + 1]
+        images = miniature.pictures(source, method(miniature, edits, 0, STRENGTHS), len(STRENGTHS))
+        readings = [measured(image, source) for image in images]
+        results.reached.append([edit_reached(edits[0], source, one) for one in readings])
+        results.drift.append(drift(edits, source, readings[ONE]))
+        inner = images[ZERO : ONE + 1]
+        adjacent = [_rms_difference(a, b) for a, b in pairwise(inner)]
+        with contextlib.suppress(SliderError):  # undefined where nothing changes
+            results.first_order.append(first_order(adjacent))
+            results.delta.append(delta_smooth(adjacent, [_rms_difference(a, b) for a, b in zip(inner, inner[2:])]))
+    inner_strengths = STRENGTHS[ZERO : ONE + 1]
     for source, edits in held_out_tasks(scenes, 2):
-        pictures = it.pictures(source, method(it, edits, 0, inner_strengths), len(inner_strengths))
-        kept = [edit_reached(edits[1], source, measured(picture, source)) for picture in pictures]
-        found.other.append(max(abs(value - kept[-1]) for value in kept))
+        images = miniature.pictures(source, method(miniature, edits, 0, inner_strengths), len(inner_strengths))
+        kept = [edit_reached(edits[1], source, measured(image, source)) for image in images]
+        results.other.append(max(abs(value - kept[-1]) for value in kept))
     print(f"{name}: {scenes} scenes", file=sys.stderr)
-    return found
+    return results
 
 
-def table(found: dict[str, Measured]) -> list[str]:
+def table(results: dict[str, Measurements]) -> list[str]:
     lines = [
-        "| method | reached at 0, 0.5, 1, 1.5 | rising | linearity | first order | delta | drift | the other one |",
+        "| method | reached at 0, 0.5, 1, 1.5 | rising | linearity | first order | delta | drift | other instruction |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, one in found.items():
+    for name, one in results.items():
         reached = ", ".join(f"{one.at(strength):.2f}" for strength in (0.0, 0.5, 1.0, 1.5))
         numbers = (np.median(values) for values in (one.first_order, one.delta, one.drift, one.other))
         lines.append(
@@ -118,16 +119,16 @@ def table(found: dict[str, Measured]) -> list[str]:
     return lines
 
 
-def _from_line(values: Sequence[float]) -> float:
-    """Mean distance from a straight line between the ends, relative to their distance; 1 where they are the same."""
+def _deviation_from_line(values: Sequence[float]) -> float:
+    """Mean distance from the straight line between both ends, relative to their distance; 1 where they are equal."""
     rise = values[-1] - values[0]
-    if abs(rise) < BACK:
+    if abs(rise) < MAX_REGRESSION:
         return 1.0
-    straight = np.linspace(0, 1, len(values))
-    return float(np.mean(np.abs((np.array(values) - values[0]) / rise - straight)))
+    line = np.linspace(0, 1, len(values))
+    return float(np.mean(np.abs((np.array(values) - values[0]) / rise - line)))
 
 
-def _apart(one: np.ndarray, other: np.ndarray) -> float:
+def _rms_difference(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.sqrt(np.mean((one - other) ** 2)))
 
 

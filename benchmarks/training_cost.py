@@ -39,7 +39,7 @@ import torch
 
 import in_training  # noqa: F401  # isort: skip
 from random_flux import (  # isort: skip
-    TEXT_ROWS,
+    TEXT_TOKENS,
     model_size,
     options,
     peak_memory,
@@ -47,7 +47,7 @@ from random_flux import (  # isort: skip
     print_model,
     random_model,
     random_weights,
-    synchronise,
+    synchronize,
 )
 
 import comfy.model_management
@@ -104,10 +104,10 @@ def _report(steps: Mapping[str, Step], peaks: Mapping[str, float], repeats: int)
     for repeat in range(repeats + 1):
         print(f"    round {repeat} of {repeats}", file=sys.stderr)
         for name, step in steps.items():
-            synchronise()
+            synchronize()
             start = time.perf_counter()
             step()
-            synchronise()
+            synchronize()
             if repeat:
                 times[name].append(time.perf_counter() - start)
     print(f"\ntime and peak memory of a training step, median of {repeats}; ratios against this pack's")
@@ -150,8 +150,8 @@ class _Plain:
         self.latent_size, self.width = latent, config["context_in_dim"]
         self.source = self.random(1, 16, latent, latent)
         self.pooled = self.random(1, 768)
-        self.prompts = [self.random(1, TEXT_ROWS, self.width) for _ in range(2)]
-        self.text_ids = torch.zeros(TEXT_ROWS, 3, device=self.place["device"])
+        self.prompts = [self.random(1, TEXT_TOKENS, self.width) for _ in range(2)]
+        self.text_ids = torch.zeros(TEXT_TOKENS, 3, device=self.place["device"])
         self.image_ids = torch.cat([_ids(latent // 2, first).to(self.place["device"]) for first in (0, 1)])
         if encoders:
             self._load_encoders(args)
@@ -179,7 +179,7 @@ class _Plain:
         self.text_encoder.to(**self.place).requires_grad_(False).eval()
         self.vae.to(**self.place).requires_grad_(False).eval()
         self.picture = self.random(1, 3, 8 * self.latent_size, 8 * self.latent_size)
-        self.tokens = torch.randint(1, 32000, (2, TEXT_ROWS), device=self.place["device"])
+        self.tokens = torch.randint(1, 32000, (2, TEXT_TOKENS), device=self.place["device"])
 
     def encoding_step(self) -> None:
         with torch.no_grad():
@@ -288,7 +288,7 @@ def _run(args: argparse.Namespace, folder: Path) -> Run:
             "method": "stlora",
             "name": "benchmark",
             "output": folder,
-            "base": {"model": str(encoder), "text_encoders": [str(encoder)], "vae": str(vae), "text_rows": TEXT_ROWS},
+            "base": {"model": str(encoder), "text_encoders": [str(encoder)], "vae": str(vae), "text_rows": TEXT_TOKENS},
             "data": {"kind": "combinations", "images": folder, "instructions": INSTRUCTIONS, "held_out": 0},
             "adapter": {"rank": RANK},
             "objective": {"kind": "pps", "guidance": GUIDANCE},

@@ -44,9 +44,9 @@ class EncodeSubInstructions(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip: CLIP, text: str, mode: str, pad_to_512: bool) -> io.NodeOutput:
-        conditioning, prompt, spans = encode_instructions(clip, text, mode, T5_TRAINING_TOKENS if pad_to_512 else None)
-        shown = "\n".join(f"{k}  {span.text}  [{len(span.tokens)} tokens]" for k, span in enumerate(spans, 1))
-        return io.NodeOutput(conditioning, prompt, ui=ui.PreviewText(shown))
+        encoded = encode_instructions(clip, text, mode, T5_TRAINING_TOKENS if pad_to_512 else None)
+        shown = "\n".join(f"{k}  {span.text}  [{len(span.tokens)} tokens]" for k, span in enumerate(encoded.spans, 1))
+        return io.NodeOutput(encoded.conditioning, encoded.prompt, ui=ui.PreviewText(shown))
 
 
 class SubInstructionStrengths(io.ComfyNode):

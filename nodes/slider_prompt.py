@@ -8,15 +8,13 @@ from weakref import WeakKeyDictionary, ref
 from comfy.sd import CLIP
 from comfy_api.latest import io
 
-from ..slider_core.conditioning.span_strengths import Span, set_strengths
-from ..slider_core.text.encode import T5_TRAINING_TOKENS, encode_instructions
-from ..slider_core.types import Conditioning
+from ..slider_core.conditioning.span_strengths import set_strengths
+from ..slider_core.text.encode import T5_TRAINING_TOKENS, EncodedInstructions, encode_instructions
 from .common.sockets import CATEGORY, channel_input, check_strengths, instruction_inputs, strength_input
 
 STRENGTHS = tuple(f"strength_{k}" for k in range(1, 51))
 
-_Encoded = tuple[Conditioning, str, list[Span]]
-_last_encoded: WeakKeyDictionary[CLIP, tuple[tuple[str, str, int | None], _Encoded]] = WeakKeyDictionary()
+_last_encoded: WeakKeyDictionary[CLIP, tuple[tuple[str, str, int | None], EncodedInstructions]] = WeakKeyDictionary()
 """What each CLIP encoded last, so that a moved slider does not run the text encoders again."""
 _last_clip: list[ref[CLIP]] = []
 
@@ -75,10 +73,10 @@ class SliderPrompt(io.ComfyNode):
         channel: str | None = None,
         **strengths: object,
     ) -> io.NodeOutput:
-        conditioning, prompt, _ = _encoded(clip, text, mode, pad_to_512)
+        encoded = _encoded(clip, text, mode, pad_to_512)
         values = {name: strengths.get(name, 1.0) for name in STRENGTHS}
         channels = () if channel is None else (channel,)
-        return io.NodeOutput(set_strengths(conditioning, values, *channels), prompt)
+        return io.NodeOutput(set_strengths(encoded.conditioning, values, *channels), encoded.prompt)
 
 
 # ComfyUI leaves the check of those inputs to validate_inputs that its signature names, and blames them.
@@ -95,7 +93,7 @@ def last_clip() -> CLIP | None:
     return _last_clip[0]() if _last_clip else None
 
 
-def _encoded(clip: CLIP, text: str, mode: str, pad_to_512: bool) -> _Encoded:
+def _encoded(clip: CLIP, text: str, mode: str, pad_to_512: bool) -> EncodedInstructions:
     _last_clip[:] = [ref(clip)]
     how, known = (text, mode, T5_TRAINING_TOKENS if pad_to_512 else None), _last_encoded.get(clip)
     if known is None or known[0] != how:

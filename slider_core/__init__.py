@@ -1,1 +1,1 @@
-"""The slider methods themselves. Knows ComfyUI's models and tokenizers, nothing about nodes or the browser."""
+"""The slider methods. Builds on ComfyUI's models, tokenizers and samplers; independent of nodes and the browser."""

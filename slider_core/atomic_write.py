@@ -1,4 +1,4 @@
-"""Files that are never half written."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 def atomic_write(file: Path, content: bytes) -> None:
-    """Write a file so that it is there in full or as it was before."""
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}.part")
+    """Write `content` to a temporary file beside `file`, then rename it: `file` is never left partially written."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
-        with unfinished.open("wb") as out:
+        with temporary.open("wb") as out:
             out.write(content)
             out.flush()
             os.fsync(out.fileno())
-        os.replace(unfinished, file)
+        os.replace(temporary, file)
     except BaseException:
-        unfinished.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

@@ -1,5 +1,5 @@
-"""The one exception users see."""
+"""The error class of the pack."""
 
 
 class SliderError(ValueError):
-    """Bad input. The message says what was wrong, what was expected and what to do."""
+    """An error that the user can fix. The message states what was wrong, what was expected and what to do."""

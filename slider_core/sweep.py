@@ -1,4 +1,4 @@
-"""Lists of strengths, and the latent batch that goes with them."""
+"""Strength sweeps: lists of strengths, and the latent batch with one image per strength."""
 
 from __future__ import annotations
 
@@ -11,37 +11,45 @@ from .strength import Strengths, validate_strengths
 
 
 def linspace(first: float, last: float, count: int) -> Strengths:
-    """`count` evenly spaced strengths from `first` to `last`, rounded to 6 decimals so that 0 and 1 are exact."""
+    """`count` evenly spaced strengths from `first` to `last`, rounded to 6 decimals so that 0 and 1 are exact.
+
+    Raises SliderError if `first` or `last` is not a valid strength.
+    """
     [start], [end] = validate_strengths(first, "first"), validate_strengths(last, "last")
     return tuple(np.linspace(start, end, count).round(6).tolist())
 
 
 def parse_strengths(text: str) -> Strengths:
-    """Strengths separated by commas, semicolons or white space. Raises SliderError naming what is no number."""
+    """Parse strengths separated by commas, semicolons or whitespace.
+
+    Raises SliderError for an empty list and for items that are not numbers or exceed the limits of a strength.
+    """
     values = []
     for item in text.replace(",", " ").replace(";", " ").split():
         try:
             values.append(float(item))
         except ValueError:
-            raise SliderError(f"{item!r} is no number; expected strengths such as '0, 0.5, 1'.") from None
+            raise SliderError(f"{item!r} is not a number; expected strengths such as '0, 0.5, 1'.") from None
     return validate_strengths(values, "The list of strengths")
 
 
-def strength_grid(down: Strengths, across: Strengths) -> tuple[Strengths, Strengths]:
-    """Every combination of two lists, row by row: two lists of len(down) * len(across) strengths each."""
-    return tuple(one for one in down for _ in across), across * len(down)
+def strength_grid(rows: Strengths, columns: Strengths) -> tuple[Strengths, Strengths]:
+    """All combinations of two lists in row-major order: two lists of len(rows) * len(columns) strengths each."""
+    return tuple(row for row in rows for _ in columns), columns * len(rows)
 
 
 def repeat_latent(latent: dict[str, Any], count: int) -> dict[str, Any]:
-    """Repeat one latent image (samples of shape (1, ...)) `count` times, all with the first image's noise.
+    """Repeat a latent of one image (samples of shape (1, ...)) to a batch of `count`, all with the same noise.
 
-    A batch that already has `count` images only gets the same noise for all. A noise mask of one image is left for
-    ComfyUI to repeat. Raises SliderError for a batch of another number of images.
+    A batch that already has `count` images keeps them and only shares the noise of its first image (batch_index).
+    A noise_mask of one image is not repeated here; ComfyUI does that.
+    Raises SliderError for a batch with any other number of images.
     """
     samples = latent["samples"]
     if samples.shape[0] not in (1, count):
         raise SliderError(
-            f"The latent has {samples.shape[0]} images; expected one, which is repeated per strength, or {count}."
+            f"The latent has {samples.shape[0]} images; expected one image, which is repeated for each strength, or "
+            f"{count} images."
         )
     if samples.shape[0] == 1:
         samples = samples.repeat(count, *[1] * (samples.ndim - 1))

@@ -1,4 +1,4 @@
-"""Files of named tensors, read without running anything that is in them."""
+"""Reading files of named tensors (.safetensors, or torch files with weights only) without executing their content."""
 
 from __future__ import annotations
 
@@ -13,33 +13,39 @@ from .errors import SliderError
 
 
 class TensorFile(NamedTuple):
-    """Tensors by name, and the header of a safetensors file (empty for others)."""
+    """Content of a file. tensors: name -> tensor. header: metadata of a safetensors file; empty for torch files."""
 
     tensors: dict[str, torch.Tensor]
     header: Mapping[str, str]
 
 
-def read_tensors(path: str | Path, wanted: str) -> TensorFile:
-    """Read a .safetensors file, or a torch file that holds nothing but tensors.
+def read_tensors(path: str | Path, expected: str) -> TensorFile:
+    """Read a .safetensors file, or a torch file that contains only tensors.
 
-    wanted: what the file should be, for messages. Raises SliderError when it cannot be read or holds anything else.
+    expected: what the file should be, with article, for messages.
+    Raises SliderError if the file cannot be read or contains anything other than dense tensors.
     """
     name = Path(path).name
     if not Path(path).is_file():
-        raise SliderError(f"{name} is not there any more; expected {wanted}. Choose another file.")
+        raise SliderError(f"{name} no longer exists; expected {expected}. Choose another file.")
     try:
         tensors, header = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     except Exception as error:
         raise SliderError(
-            f"{name} cannot be read as {wanted} ({type(error).__name__}): it is damaged, cut off, or holds more than "
-            "tensors. Expected a .safetensors file or a torch file that holds tensors only. Download it again."
+            f"{name} cannot be read as {expected} ({type(error).__name__}): it is damaged, truncated or contains more "
+            "than tensors. Expected a .safetensors file, or a torch file that contains only tensors. Download it again."
         ) from error
     if not isinstance(tensors, dict) or not tensors:
-        raise SliderError(f"{name} holds no table of tensors; expected {wanted}.")
-    strange = [key for key, value in tensors.items() if not isinstance(key, str) or not torch.is_tensor(value)]
-    if strange:
-        raise SliderError(f"{name} holds {strange[0]!r}, which is no tensor; expected {wanted}.")
-    empty = [key for key, value in tensors.items() if value.layout != torch.strided or value.is_meta]
-    if empty:
-        raise SliderError(f"{name} holds {empty[0]!r} as a sparse or empty tensor; expected {wanted}.")
+        raise SliderError(f"{name} does not contain named tensors; expected {expected}. Choose another file.")
+    others = [key for key, value in tensors.items() if not isinstance(key, str) or not torch.is_tensor(value)]
+    if others:
+        raise SliderError(
+            f"{name} contains {others[0]!r}, which is not a tensor; expected {expected}. Choose another file."
+        )
+    not_dense = [key for key, value in tensors.items() if value.layout != torch.strided or value.is_meta]
+    if not_dense:
+        raise SliderError(
+            f"{name} contains {not_dense[0]!r} as a sparse or empty tensor; expected {expected} with dense tensors. "
+            "Choose another file."
+        )
     return TensorFile(tensors, header or {})

@@ -182,9 +182,7 @@ def test_refused(golden_model):
         return str(caught.value)
 
     sources = photo(golden_model).repeat(3, 1, 1, 1)
-    assert "2 strengths for a batch of 3" in error(
-        strength=(0.1, 0.2), latent=sources, noise=noise_of(images=3)
-    )
+    assert "2 strengths for a batch of 3" in error(strength=(0.1, 0.2), latent=sources, noise=noise_of(images=3))
     assert "is empty" in error(latent=torch.zeros(LATENT))
     assert "expected 16 channels" in error(latent=sources[:, :4])
     assert "start 1 leaves none of the 3 step(s) of 'simple'" in error(start=1.0)

@@ -169,7 +169,7 @@ def test_cut_off_files(trajectory, tmp_path):
     with pytest.raises(SliderError, match="cannot be read as a trajectory"):
         load_trajectory(path)
     path.unlink()
-    with pytest.raises(SliderError, match="is not there any more"):
+    with pytest.raises(SliderError, match="no longer exists"):
         load_trajectory(path)
 
 

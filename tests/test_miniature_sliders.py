@@ -29,7 +29,7 @@ from test_templates import template, the, without_upscaling
 SCENES = 6
 UP = (0.0, 0.25, 0.5, 0.75, 1.0)
 ADAPTERS = ("STLoRA", "GSTLoRA", "strength projector")
-WITHOUT_ADAPTER = ("token interpolation", "velocity blending", "fidelity and steering", "prompt difference")
+WITHOUT_ADAPTER = ("token interpolation", "Velocity Blending", "FlowSlider", "Prompt Difference")
 
 
 @pytest.fixture(scope="module")
@@ -54,20 +54,20 @@ def test_it_fades_in(it, name):
         assert 0.02 < values[1:-1].mean() < 0.98, (edits, values)
 
 
-@pytest.mark.parametrize("name", ["STLoRA", "velocity blending", "fidelity and steering", "prompt difference"])
+@pytest.mark.parametrize("name", ["STLoRA", "Velocity Blending", "FlowSlider", "Prompt Difference"])
 def test_more_than_one_exaggerates(it, name):
     tasks = [(source, edits) for source, edits in held_out_tasks(40, 1) if edits[0].attribute == "background"]
     values = np.array([reached(it, name, source, edits, (1.0, 1.5))[:, 0] for source, edits in tasks[:SCENES]])
     assert (values[:, 1] - values[:, 0]).mean() > 0.05, values
 
 
-@pytest.mark.parametrize("name", ["velocity blending", "fidelity and steering", "prompt difference"])
+@pytest.mark.parametrize("name", ["Velocity Blending", "FlowSlider", "Prompt Difference"])
 def test_half_of_it_is_half_of_the_edit(it, name):
     for source, edits in held_out_tasks(SCENES, 1):
         assert abs(reached(it, name, source, edits, (0.5,))[0, 0] - 0.5) < 0.2, edits
 
 
-@pytest.mark.parametrize("name", ["STLoRA", "token interpolation", "prompt difference"])
+@pytest.mark.parametrize("name", ["STLoRA", "token interpolation", "Prompt Difference"])
 def test_the_other_instruction_stays(it, name):
     for source, edits in held_out_tasks(SCENES, 2):
         values = reached(it, name, source, edits, UP)

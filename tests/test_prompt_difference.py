@@ -148,13 +148,13 @@ def test_refused():
     for strengths, message in {
         (0.5,): "2 instructions but only 1 strengths",
         (1.0, 1.0, 0.5): "strength_3 is 0.5, but there are only 2",
-        ((0.1, 0.2), (0.1, 0.2, 0.3)): "equally long",
+        ((0.1, 0.2), (0.1, 0.2, 0.3)): "differ in length",
         ("x", 1.0): "strength_1 is 'x'",
     }.items():
         with pytest.raises(SliderError, match=message):
             at(*strengths)
     for mask, message in (
-        (torch.ones(3, 8, 8), "3 masks, but 1 strength"),
+        (torch.ones(3, 8, 8), "3 masks for 1 strength"),
         (torch.full((8, 8), torch.nan), "values from nan"),
         (torch.ones(8), r"the shape \(8,\)"),
     ):

@@ -1,8 +1,10 @@
-"""Lines, marks, lists of strengths, and what is said about wrong ones."""
+"""Splitting text into instructions, parsing prompts and lists of strengths, and the errors for invalid ones."""
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,28 +16,29 @@ from slider_core.conditioning.span_strengths import Span, attach_spans, set_stre
 from slider_core.errors import SliderError
 from slider_core.strength import batch_size, suppression, validate_strengths
 from slider_core.sweep import linspace, parse_strengths, repeat_latent
-from slider_core.text.instructions import join_lines, read_marks
+from slider_core.text.encode import SPLITTERS
+from slider_core.text.instructions import read_marks
 from slider_core.text.prompt_syntax import parse_prompt
+
+SPLITTER_CASES = json.loads((Path(__file__).parent / "data/instruction_splitter_cases.json").read_text())
+"""text, mode -> prompt, ranges in it, and the phrases as people read them; null for text that is refused."""
 
 
 def marked(text: str) -> tuple[str, list[str]]:
-    prompt, spans = read_marks(text)
-    return prompt, [prompt[a:b] for a, b in spans]
+    prompt, ranges = read_marks(text)
+    return prompt, [prompt[a:b] for a, b in ranges]
 
 
-def test_lines():
-    prompt, spans = join_lines("  make her older \n\n\tmake (it:1.2) red\r\n\u200b\nsmile")
-    assert prompt == "make her older and make (it:1.2) red and smile"
-    assert [prompt[a:b] for a, b in spans] == ["make her older", "make (it:1.2) red", "smile"]
-
-
-def test_marks():
-    assert marked("a [[red]] and [[blue hat]]!") == ("a red and blue hat!", ["red", "blue hat"])
-    assert marked("[[make [[the hair]] red]]") == ("make the hair red", ["make the hair red", "the hair"])
-    assert marked(r"\[[x [[y]]") == ("[[x y", ["y"])
-    assert marked(r"a \[[b\]] [[c]]") == ("a [[b]] c", ["c"])
-    assert marked("a[0] [[b]]") == ("a[0] b", ["b"])
-    assert marked("[[a]][[b]]") == ("ab", ["a", "b"])
+@pytest.mark.parametrize("case", SPLITTER_CASES, ids=lambda case: repr(case["text"]))
+def test_splitter(case):
+    if case["prompt"] is None:
+        with pytest.raises(SliderError):
+            SPLITTERS[case["mode"]](case["text"])
+        return
+    prompt, ranges = SPLITTERS[case["mode"]](case["text"])
+    assert (prompt, [list(r) for r in ranges]) == (case["prompt"], case["ranges"])
+    visible = ["".join(segment.text for segment in parse_prompt(prompt[a:b])).strip() for a, b in ranges]
+    assert visible == case["phrases"]
 
 
 @pytest.mark.parametrize(
@@ -43,8 +46,8 @@ def test_marks():
     [
         ("a", "No phrase"),
         ("[[a", "not closed"),
-        ("a]]", "closes nothing"),
-        ("[[ ]]", "marks nothing"),
+        ("a]]", "no matching"),
+        ("[[ ]]", "marks no text"),
         ("", "No phrase"),
     ],
 )
@@ -69,9 +72,9 @@ def test_prompts_are_parsed_as_comfyui_does(prompt):
     theirs = [(unescape_important(text), weight) for text, weight in token_weights(escape_important(prompt), 1.0)]
     assert [(s.text, s.weight) for s in ours] == theirs
     for segment in ours:
-        assert [prompt[i + (prompt[i] == "\\" and c != "\\")] for i, c in zip(segment.at, segment.text)] == list(
-            segment.text
-        )
+        assert [
+            prompt[i + (prompt[i] == "\\" and c != "\\")] for i, c in zip(segment.char_indices, segment.text)
+        ] == list(segment.text)
 
 
 @pytest.mark.parametrize("value", [0.5, 1, (0.0, 1.5), [2], torch.tensor([0.5, 1.0]), torch.tensor(0.25)])
@@ -98,7 +101,7 @@ def test_lists():
     assert parse_strengths("0,0.5;1\n-2") == (0.0, 0.5, 1.0, -2.0)
     for bad, message in {
         "": "empty list",
-        "0, half": "'half' is no number",
+        "0, half": "'half' is not a number",
         "nan": "is nan; expected a number from",
     }.items():
         with pytest.raises(SliderError, match=message):

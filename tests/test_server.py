@@ -392,7 +392,7 @@ BAD = {
     "infinite": (two_sliders(1, math.inf), None, "strength_2 is inf; expected a number"),
     "minus infinite": (one_slider(-math.inf), None, "strength is -inf; expected a number"),
     "huge": (one_slider(1e300), None, "strength is 1e+300; expected a number from -100 to 100"),
-    "many digits": (two_sliders(10**400), None, "strength_1 is a number of many digits"),
+    "many digits": (two_sliders(10**400), None, "strength_1 is an integer out of range"),
     "text as strength": (one_slider("nan"), None, "strength is 'nan'; expected a number"),
     "too many strengths": (
         two_sliders(1, 1, 0.5),
@@ -412,7 +412,7 @@ BAD = {
     "empty prompt": (encode("  \n "), "EncodeSubInstructions", "prompt is empty"),
     "no marks": (encode("make it red", "[[marked]] phrases"), "EncodeSubInstructions", "No phrase is marked"),
     "open mark": (encode("[[make it red", "[[marked]] phrases"), "EncodeSubInstructions", "not closed"),
-    "absent phrase": (select("the wall golden hat"), "SelectPhrase", "closest: 'the wall golden'"),
+    "absent phrase": (select("the wall golden hat"), "SelectPhrase", "the most similar text is 'the wall golden'"),
     "occurrence": (select("make the", occurrence=3), "SelectPhrase", "occurs 2 time(s)"),
     "other encoder": (
         select("older", text=lambda g: g.stock_text(JOINED, length=300)),
@@ -437,12 +437,12 @@ BAD = {
             ),
         ),
         "SubInstructionStrengths",
-        "equally long",
+        "differ in length",
     ),
     "no number": (
         lambda g: g.sample(g.gstlora(g.model(), g.add("EditSlidersStrengthList", values="0, half")), g.stock_text("a")),
         "StrengthList",
-        "'half' is no number",
+        "'half' is not a number",
     ),
     "empty list": (
         lambda g: g.sample(g.gstlora(g.model(), g.add("EditSlidersStrengthList", values=" ")), g.stock_text("a")),

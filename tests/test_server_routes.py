@@ -51,7 +51,7 @@ def test_prompts_without_tokens(server):
     assert "expected a JSON object" in refused(server, "/edit_sliders/tokens", [1])
     [fine, nothing] = tokens(server, "a cat\n()")
     assert fine["error"] == ""
-    assert "'()' has no words in it" in nothing["error"]
+    assert "'()' contains no text" in nothing["error"]
 
 
 def sweep_file(server, kind: str, count: int = 5, **changes) -> bytes:

@@ -426,7 +426,7 @@ def test_a_number_being_typed_is_left_alone(page):
 
 def test_words_that_become_no_token_are_said_while_typing(page):
     typed(page).fill("make it night\n()")
-    page.page.wait_for_function("document.querySelector('.es-error').textContent.includes('has no words in it')")
+    page.page.wait_for_function("document.querySelector('.es-error').textContent.includes('contains no text')")
     typed(page).fill("make it night")
     page.page.wait_for_function("document.querySelector('.es-error').textContent === ''")
 

@@ -127,7 +127,7 @@ def test_bad_pictures_are_left_out(place, accelerator, caplog, tmp_path):
 
 def test_instructions_without_words_are_named(place, accelerator):
     data = {"kind": "combinations", "images": "pictures", "instructions": ["make it red", "()"], "examples": 6}
-    with pytest.raises(TrainingError, match=r"'\(\)' has no words"):
+    with pytest.raises(TrainingError, match=r"'\(\)' contains no text"):
         run_of(place, accelerator, data=data)
 
 

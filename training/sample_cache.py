@@ -124,7 +124,8 @@ class SampleCache:
             if prompt:
                 try:
                     lines = "\n".join(prompt)
-                    conditioning, _, spans = encode_instructions(clip, lines, LINES, self.base.text_rows)
+                    encoded = encode_instructions(clip, lines, LINES, self.base.text_rows)
+                    conditioning, spans = encoded.conditioning, encoded.spans
                 except SliderError as error:
                     raise TrainingError(f"The instructions {list(prompt)} cannot be encoded: {error}") from error
             else:

@@ -1,1 +1,1 @@
-"""From a prompt to its spans of tokens, and to a CONDITIONING that carries them."""
+"""Text: from a prompt to the tokens of its instructions, and to a CONDITIONING that carries these spans."""

@@ -1,4 +1,7 @@
-"""A source prompt and its edits as one batch (Stable Flow, section 3: source and edits are generated in parallel)."""
+"""A source prompt and edit prompts as one batch.
+
+Source: Stable Flow, arXiv 2411.14430, section 3: the source and its edits are sampled in parallel.
+"""
 
 from __future__ import annotations
 
@@ -19,30 +22,32 @@ if TYPE_CHECKING:
 
 
 def split_prompts(lines: str) -> list[str]:
-    """One prompt per line. Raises SliderError when there is none."""
+    """Split text into prompts, one per line; empty lines are skipped. Raises SliderError if there are none."""
     prompts = [line.strip() for line in lines.splitlines() if line.strip()]
     if not prompts:
-        raise SliderError("There is no prompt; expected at least one, one per line.")
+        raise SliderError("There is no prompt; expected one prompt per line. Enter at least one.")
     return prompts
 
 
 def batch_prompts(clip: CLIP, prompts: Sequence[str], guidances: Sequence[float]) -> Conditioning:
-    """One conditioning with a prompt for each image of the batch, and a guidance of its own for each.
+    """Encode one prompt per image of the batch into a single conditioning entry, with a guidance value per image.
 
-    cond: (prompts, rows, width), pooled_output: (prompts, width); texts are padded to 512 rows, or to the longest.
-    Raises SliderError for text encoders of another family, and for prompts that do not become equally long.
+    The entry's text tokens have shape (prompts, tokens, width) and its pooled_output (prompts, width). Prompts are
+    padded to 512 tokens, or to the longest prompt if that is longer.
+    Raises SliderError for text encoders of an unsupported model, for a CLIP with scheduled hooks, and if the prompts
+    cannot be padded to the same length.
     """
     encoder = family_of_encoders(set(tokenizers(clip))).context_encoder
 
-    def encode(prompt: str, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = clip.tokenize(prompt, tokenizer_options={f"{encoder}_min_length": rows})
-        scheduled = clip.encode_from_tokens_scheduled(tokens)
-        if len(scheduled) != 1:
+    def encode(prompt: str, min_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = clip.tokenize(prompt, tokenizer_options={f"{encoder}_min_length": min_tokens})
+        conditioning = clip.encode_from_tokens_scheduled(tokens)
+        if len(conditioning) != 1:
             raise SliderError(
-                f"The text encoders give {len(scheduled)} conditionings for {prompt!r}, one per part of the schedule; "
-                "expected one. Take hooks with a schedule off the CLIP."
+                f"The text encoders return {len(conditioning)} conditionings for {prompt!r}, one for each range of the "
+                "schedule; expected one. Remove the scheduled hooks from the CLIP."
             )
-        [[cond, options]] = scheduled
+        [[cond, options]] = conditioning
         return cond, options["pooled_output"]
 
     encoded = [encode(prompt, T5_TRAINING_TOKENS) for prompt in prompts]
@@ -52,9 +57,9 @@ def batch_prompts(clip: CLIP, prompts: Sequence[str], guidances: Sequence[float]
     lengths = [cond.shape[1] for cond in conds]
     if len(set(lengths)) > 1:
         raise SliderError(
-            f"The prompts cannot be padded to one length: the text encoder {encoder} makes {lengths} rows of them, "
-            f"whatever is asked for; expected {longest} of each. Use a CLIP without nodes that change its padding, or "
-            "prompts of like length."
+            f"The prompts cannot be padded to the same length: the text encoder {encoder} returns {lengths} tokens for "
+            f"them; expected {longest} for each. Use a CLIP without nodes that change its padding, or prompts of "
+            "similar length."
         )
     options = {
         "pooled_output": torch.cat(pooled),

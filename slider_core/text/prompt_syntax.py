@@ -1,6 +1,6 @@
-"""ComfyUI's prompt syntax with character positions: `(word:1.2)` weights and `\\(` escapes.
+"""ComfyUI's prompt syntax, `(text:1.2)` weights and `\\(` escapes, with the position of every character.
 
-Follows comfy.sd1_clip.token_weights character by character; token_spans asserts that the result is the same.
+Follows comfy.sd1_clip.token_weights character by character; token_spans checks that both give the same result.
 """
 
 from __future__ import annotations
@@ -8,24 +8,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 Char = tuple[str, int]
-"""A character (an escaped bracket counts as one) and its index in the raw prompt."""
+"""A character, or an escaped parenthesis with its backslash, and its index in the raw prompt."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of equally weighted text as a tokenizer gets it.
+    """A run of text with one weight, as passed to a tokenizer.
 
-    text: brackets and weights removed, escapes resolved.
-    at: for each character of `text` its index in the raw prompt.
+    text: without parentheses and weights, escapes resolved.
+    char_indices: index in the raw prompt of each character of `text`.
+    weight: factor that ComfyUI applies to its tokens; 1 if no parentheses surround it.
     """
 
     text: str
-    at: tuple[int, ...]
+    char_indices: tuple[int, ...]
     weight: float
 
 
 def parse_prompt(prompt: str) -> list[Segment]:
-    """Split a prompt into weighted segments."""
+    """Split a prompt into segments of equal weight, in order."""
     runs = _weighted_runs(_read_escapes(prompt), 1.0)
     return [Segment("".join(c[-1] for c, _ in run), tuple(i for _, i in run), weight) for run, weight in runs]
 

@@ -1,4 +1,4 @@
-"""What the phrases of a prompt become in each text encoder, for people to see. Needs tokenizers, no models."""
+"""The tokens of each instruction in each text encoder, for display. Needs tokenizers only, no model weights."""
 
 from __future__ import annotations
 
@@ -13,34 +13,40 @@ if TYPE_CHECKING:
 
 
 class PhraseTokens(NamedTuple):
-    """tokens: encoder ('t5xxl', 'clip_l') -> the pieces as its vocabulary spells them. error: why there are none."""
+    """The tokens of one instruction.
+
+    tokens: encoder ('t5xxl', 'clip_l') -> the tokens as strings of its vocabulary; empty if there is an error.
+    error: why the instruction has no tokens, or ''.
+    """
 
     tokens: dict[str, list[str]]
     error: str
 
 
 def phrase_tokens(clip: CLIP, text: str, mode: str) -> list[PhraseTokens]:
-    """The tokens of every sub-instruction of `text`, split as `mode` (a key of SPLITTERS) says.
+    """The tokens of each instruction of `text`, which is split by `mode` (a key of SPLITTERS).
 
-    Raises SliderError for an empty prompt and bad marks.
+    Raises SliderError for an empty prompt and invalid marks.
     """
     prompt, ranges = SPLITTERS[mode](text)
     tokenized = tokenize(clip, prompt)
-    spelled = {name: _spelled(clip, name, prompt) for name in tokenized.tokens}
-    return [_tokens(tokenized, spelled, characters) for characters in ranges]
+    token_strings = {name: _token_strings(clip, name, prompt) for name in tokenized.token_ranges}
+    return [_phrase_tokens(tokenized, token_strings, characters) for characters in ranges]
 
 
-def _tokens(tokenized: TokenizedPrompt, spelled: dict[str, list[str]], characters: CharRange) -> PhraseTokens:
+def _phrase_tokens(
+    tokenized: TokenizedPrompt, token_strings: dict[str, list[str]], characters: CharRange
+) -> PhraseTokens:
     try:
-        words = visible_text_range(tokenized, characters)
-        rows = {name: tokenized.token_indices(name, words) for name in spelled}
+        visible = visible_text_range(tokenized, characters)
+        indices = {name: tokenized.token_indices(name, visible) for name in token_strings}
     except SliderError as error:
         return PhraseTokens({}, str(error))
-    return PhraseTokens({name: [spelled[name][row] for row in found] for name, found in rows.items()}, "")
+    return PhraseTokens({name: [token_strings[name][i] for i in tokens] for name, tokens in indices.items()}, "")
 
 
-def _spelled(clip: CLIP, encoder: str, prompt: str) -> list[str]:
+def _token_strings(clip: CLIP, encoder: str, prompt: str) -> list[str]:
     tokenizer = tokenizers(clip)[encoder]
     batches = tokenizer.tokenize_with_weights(prompt, tokenizer_options=clip.tokenizer_options)
-    rows = [row[0] for batch in batches for row in batch]
-    return [tokenizer.tokenizer.convert_ids_to_tokens(row) if isinstance(row, int) else "embedding" for row in rows]
+    ids = [token[0] for batch in batches for token in batch]
+    return [tokenizer.tokenizer.convert_ids_to_tokens(i) if isinstance(i, int) else "embedding" for i in ids]

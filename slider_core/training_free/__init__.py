@@ -1,1 +1,1 @@
-"""Strengths without an adapter, one method per file."""
+"""Sliders without trained weights, one method per file."""

@@ -1,8 +1,11 @@
-"""Strengths without an adapter or a patch: differences between the prompt and the prompt without a sub-instruction.
+"""Guidance along the difference between a prompt and the prompt without one of its instructions.
 
-v = v(P) + sum_k (s_k - 1) (v(P) - v(P without k)): classifier-free guidance (arXiv 2207.12598) with a scale of its own
-for each sub-instruction. ComfyUI averages the entries of a conditioning by their weights, so this is a conditioning:
-P weighs 1 - sum_k (1 - s_k), and P without k weighs 1 - s_k.
+    v = v(P) + sum_k (s_k - 1) (v(P) - v(P_k))
+
+v(P): velocity for the whole prompt. P_k: the prompt without instruction k. s_k: strength of instruction k. This is
+classifier-free guidance (arXiv 2207.12598) with a guidance scale per instruction. ComfyUI averages the predictions of a
+conditioning's entries by their weights, so v is a conditioning: P has weight 1 - sum_k (1 - s_k), P_k has weight
+1 - s_k.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from ..conditioning.schedule import check_schedule_range, split_by_schedule
 from ..conditioning.span_strengths import Span, check_instruction_numbers, check_strength_count
 from ..errors import SliderError
 from ..strength import Strengths, batch_size, validate_strengths
-from ..text.encode import SPLITTERS, encode_instructions, encode_prompt
+from ..text.encode import encode_instructions, encode_prompt
 from ..text.instructions import remove_instruction
 from ..types import Conditioning
 
@@ -47,12 +50,16 @@ class PromptWeights(StrengthCarrier):
 
 @dataclass(frozen=True, eq=False)
 class PromptDifferences:
-    """A prompt, encoded whole and without each of its sub-instructions."""
+    """The encodings from which with_strengths builds a conditioning.
+
+    prompt: P as text, with `spans`, the tokens of its instructions. full: conditioning of P.
+    leave_one_out: one conditioning per instruction, of the prompt without it (P_k).
+    """
 
     prompt: str
     spans: list[Span]
-    whole: Conditioning
-    without: list[Conditioning]
+    full: Conditioning
+    leave_one_out: list[Conditioning]
 
     def with_strengths(
         self,
@@ -62,72 +69,70 @@ class PromptDifferences:
         end: float = 1.0,
         chosen: Sequence[int] = (),
     ) -> Conditioning:
-        """The conditioning at some strengths: the k-th of `values` (input name -> strength) for the k-th instruction.
+        """The conditioning in which the k-th instruction has the k-th of `values` (input name -> strength).
 
-        mask: (height, width) or (1 or images, height, width), what strengths are multiplied by. start, end: the part of
-        the schedule, 0 to 1, in which they hold; outside they are 0. chosen: the sub-instructions, counted from 1, that
-        mask and part are for; none: all. Entries without weight are left out; each beyond the first costs a model
-        evaluation per step.
-        Raises SliderError as set_strengths does, for a mask that is none or whose number does not fit, for a part that
-        is none and for a chosen sub-instruction that is not there.
+        mask: (height, width) or (1 or images, height, width), 0 to 1; strengths are multiplied by it.
+        start, end: schedule range, as fractions of the sampling steps (0 to 1); outside it the strengths are 0.
+        chosen: numbers, counted from 1, of the instructions that mask and range apply to; empty for all.
+        Entries of weight 0 are left out; each entry after the first costs one model evaluation per step.
+        Raises SliderError as set_strengths does, and for an invalid mask, a number of masks that does not match the
+        lists of strengths, an invalid range, and a chosen instruction that does not exist.
         """
         check_schedule_range(start, end)
         strengths = {name: validate_strengths(value, name) for name, value in values.items()}
         check_strength_count(self.spans, strengths)
         check_instruction_numbers(self.spans, chosen)
         images, everywhere = batch_size(strengths), torch.ones(1, 1, 1)
-        place = everywhere if mask is None else _place(mask, images)
-        placed = [not chosen or k in chosen for k in range(1, len(self.spans) + 1)]
-        absent = [
-            _absence(strength, images, place if here else everywhere)
-            for strength, here in zip(strengths.values(), placed)
+        compact_mask = everywhere if mask is None else _compact_mask(mask, images)
+        limited = [not chosen or k in chosen for k in range(1, len(self.spans) + 1)]
+        inside = [
+            _masked_suppression(strength, images, compact_mask if is_limited else everywhere)
+            for strength, is_limited in zip(strengths.values(), limited)
         ]
-        inside = self._weighing(absent)
-        outside = [everywhere if here else own for own, here in zip(absent, placed)]
-        if all(bool((own == other).all()) for own, other in zip(absent, outside)):
-            return inside
-        return split_by_schedule(inside, self._weighing(outside), start, end)
+        outside = [everywhere if is_limited else own for own, is_limited in zip(inside, limited)]
+        entries = self._weighted_entries(inside)
+        if all(bool((own == other).all()) for own, other in zip(inside, outside)):
+            return entries
+        return split_by_schedule(entries, self._weighted_entries(outside), start, end)
 
-    def _weighing(self, absent: Sequence[torch.Tensor]) -> Conditioning:
-        """The entries where the k-th instruction is absent by the k-th of `absent`: (1 or images, height, width)."""
-        weights = [1 - torch.stack(torch.broadcast_tensors(*absent)).sum(0), *absent]
-        parts = zip([self.whole, *self.without], weights)
+    def _weighted_entries(self, suppressions: Sequence[torch.Tensor]) -> Conditioning:
+        """Entries for the suppression 1 - s_k of each instruction, of shape (1 or images, height, width)."""
+        weights = [1 - torch.stack(torch.broadcast_tensors(*suppressions)).sum(0), *suppressions]
         return [
-            [cond, {**options, keys.PROMPT_WEIGHTS: PromptWeights(), **_weighted(weight)}]
-            for part, weight in parts
+            [cond, {**options, keys.PROMPT_WEIGHTS: PromptWeights(), **_weight_options(weight)}]
+            for conditioning, weight in zip([self.full, *self.leave_one_out], weights)
             if weight.any()
-            for cond, options in part
+            for cond, options in conditioning
         ]
 
 
 def encode_differences(clip: CLIP, text: str, mode: str, pad_to: int | None) -> PromptDifferences:
-    """Encode the sub-instructions of `text` for PromptDifferences; arguments and errors as encode_instructions."""
-    whole, prompt, spans = encode_instructions(clip, text, mode, pad_to)
-    _, ranges = SPLITTERS[mode](text)
-    return PromptDifferences(
-        prompt, spans, whole, [encode_prompt(clip, remove_instruction(prompt, r), pad_to) for r in ranges]
-    )
+    """Encode `text` with and without each of its instructions; arguments and errors as for encode_instructions."""
+    full, prompt, spans, ranges = encode_instructions(clip, text, mode, pad_to)
+    leave_one_out = [encode_prompt(clip, remove_instruction(prompt, r), pad_to) for r in ranges]
+    return PromptDifferences(prompt, spans, full, leave_one_out)
 
 
-def _place(mask: torch.Tensor, images: int) -> torch.Tensor:
-    """The mask as (1 or images, height, width), of one pixel where it is the same everywhere."""
+def _compact_mask(mask: torch.Tensor, images: int) -> torch.Tensor:
+    """The mask as (1 or images, height, width), reduced to one pixel if each of its images is uniform."""
     masks = validate_mask(mask).cpu()
     if len(masks) not in (1, images):
         raise SliderError(
-            f"There are {len(masks)} masks, but {images} strength(s); expected one mask, or one per strength of a list."
+            f"There are {len(masks)} masks for {images} strength(s); expected one mask, or one mask per strength of a "
+            "list."
         )
     pixel = masks[:, :1, :1]
     return pixel if (masks == pixel).all() else masks
 
 
-def _absence(strength: Strengths, images: int, place: torch.Tensor) -> torch.Tensor:
-    """1 - strength where the place is, of shape (images, height, width)."""
+def _masked_suppression(strength: Strengths, images: int, mask: torch.Tensor) -> torch.Tensor:
+    """1 - strength * mask, of shape (images, height, width)."""
     values = torch.tensor(strength, dtype=torch.float64).expand(images)
-    return (1 - values[:, None, None] * place).float()
+    return (1 - values[:, None, None] * mask).float()
 
 
-def _weighted(weight: torch.Tensor) -> dict[str, Any]:
-    """What gives a cond its weight of shape (images, height, width) in the average."""
+def _weight_options(weight: torch.Tensor) -> dict[str, Any]:
+    """Options that give an entry this weight, of shape (images, height, width), in ComfyUI's average."""
     if (weight == 1).all():
         return {}
     if weight.numel() == 1:

@@ -75,7 +75,7 @@ class Miniature:
         """The instructions joined, each a span; none gives the empty prompt."""
         if not instructions:
             return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(""))
-        return encode_instructions(self.clip, "\n".join(instructions), "one per line", None)[0]
+        return encode_instructions(self.clip, "\n".join(instructions), "one per line", None).conditioning
 
     @torch.inference_mode()
     def latent(self, source: Scene) -> Tensor:
@@ -175,9 +175,9 @@ METHODS: dict[str, Method] = {
     "text modulation": text_modulation,
     "attention to text": attention_to_text,
     "token interpolation": token_interpolation,
-    "velocity blending": velocity_blending,
-    "fidelity and steering": fidelity_steering,
-    "prompt difference": prompt_difference,
+    "Velocity Blending": velocity_blending,
+    "FlowSlider": fidelity_steering,
+    "Prompt Difference": prompt_difference,
     "guidance scale": guidance_scale,
     "embedding interpolation": embedding_interpolation,
 }
