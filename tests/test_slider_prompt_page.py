@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
+from conftest import REPO
 from support.browser import ComfyPage
 from support.comfy_server import PromptRefused
 from support.graphs import Graph
@@ -31,6 +35,18 @@ from support.slider_page import (
     wait_for,
     words,
 )
+
+SPLITTER_CASES = REPO / "tests" / "data" / "instruction_splitter_cases.json"  # Python's splitter is tested on them too
+SPLIT = """
+import { readFileSync } from 'node:fs'
+const [phrases, cases] = process.argv.slice(1)
+const { parse } = await import(phrases)
+const results = JSON.parse(readFileSync(cases, 'utf8')).map(({ text, mode }) => {
+    const { phrases, error } = parse(text, mode)
+    return error ? null : phrases.map(phrase => phrase.text)
+})
+console.log(JSON.stringify(results))
+"""
 
 
 @pytest.fixture
@@ -112,6 +128,16 @@ def test_lines_end_where_the_server_ends_them(page):
     )
     assert words(page) == ["older", "golden", "hat"]
     assert page.page.locator(".es-highlights mark").all_inner_texts() == ["older", "golden", "hat"]
+
+
+def test_the_page_splits_prompts_as_the_server_does():
+    node = Path(sys.executable).with_name("node.exe" if sys.platform == "win32" else "node")
+    script = (REPO / "web" / "slider_prompt" / "phrases.mjs").as_uri()
+    command = [node, "--input-type=module", "--eval", SPLIT, script, SPLITTER_CASES]
+    output = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
+    cases = json.loads(SPLITTER_CASES.read_text(encoding="utf-8"))
+    for case, phrases in zip(cases, json.loads(output), strict=True):
+        assert phrases == case["phrases"], case
 
 
 def test_buttons(page):

@@ -1,5 +1,5 @@
 // Splits a prompt into the phrases that get a slider. The server splits the same prompt in
-// slider_core/text/instructions.py (join_lines, read_marks): keep both alike.
+// slider_core/text/instructions.py. tests/data/instruction_splitter_cases.json holds the cases on which both must agree.
 
 /**
  * @typedef {{ start: number, end: number, text: string }} Phrase character range in the prompt, and its text without
