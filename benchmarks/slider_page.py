@@ -24,7 +24,7 @@ sys.path.append(str(ROOT / "tests"))
 from playwright.sync_api import Browser  # noqa: E402
 from support.browser import ComfyPage, browser, write_settings  # noqa: E402
 from support.comfy_server import ComfyServer  # noqa: E402
-from support.slider_page import opened, prompt_graph, slider, typed  # noqa: E402
+from support.slider_page import open_graph, prompt_box, prompt_graph, slider  # noqa: E402
 from support.tiny_models import write_tiny_models  # noqa: E402
 
 LINES = 50
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def _measure(running: Browser, view: ComfyPage) -> Measurement:
-    opened(view, prompt_graph("\n".join(f"make thing number {k} older" for k in range(LINES - 1))))
+    open_graph(view, prompt_graph("\n".join(f"make thing number {k} older" for k in range(LINES - 1))))
     view.page.wait_for_timeout(2000)
     view.page.evaluate(COUNT_FRAMES)
     view.page.wait_for_timeout(2000)
@@ -95,7 +95,7 @@ def _measure(running: Browser, view: ComfyPage) -> Measurement:
     long_tasks = len([task for task in _task_durations(running.stop_tracing()) if task > LONG_MS])
     view.page.mouse.up()
 
-    typed(view).focus()
+    prompt_box(view).focus()
     view.page.keyboard.press("Control+End")
     running.start_tracing(page=view.page, categories=["toplevel", "disabled-by-default-devtools.timeline"])
     view.page.keyboard.type("\nmake it night")

@@ -1,4 +1,4 @@
-"""What the pack adds to ComfyUI's page around its nodes: settings, commands, languages, the about badge."""
+"""The pack's settings, commands, translations and about badge in ComfyUI's page."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from support.slider_page import (
     NODE,
     idle,
     inputs,
-    jobs_of,
+    job_history,
     live,
     live_graph,
     number,
-    opened,
+    open_graph,
     prompt_graph,
     rows,
     show,
@@ -30,20 +30,20 @@ LOCALES = REPO / "locales"
 
 @pytest.fixture
 def settings(view: ComfyPage):
-    """Sets settings of the page, until the test ends."""
+    """A function that sets a setting of the page until the test ends."""
     before: dict[str, object] = {}
 
-    def choose(name: str, value: object) -> None:
-        found = view.page.evaluate("name => app.extensionManager.setting.get(name)", name)
-        before.setdefault(name, found)
+    def set_setting(name: str, value: object) -> None:
+        value_before = view.page.evaluate("name => app.extensionManager.setting.get(name)", name)
+        before.setdefault(name, value_before)
         view.page.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [name, value])
 
-    yield choose
+    yield set_setting
     for name, value in before.items():
         view.page.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [name, value])
 
 
-def new_node(view: ComfyPage) -> None:
+def create_node(view: ComfyPage) -> None:
     view.page.evaluate(
         """type => {
             app.graph.clear()
@@ -57,31 +57,31 @@ def new_node(view: ComfyPage) -> None:
 
 
 @pytest.mark.newer_frontend_too
-def test_new_nodes_begin_as_the_settings_say(view, settings):
+def test_settings_are_the_defaults_of_new_nodes(view, settings):
     settings("EditSliders.Lowest", -1)
     settings("EditSliders.Highest", 3.5)
     settings("EditSliders.Live", True)
-    new_node(view)
+    create_node(view)
     assert slider(view, 0).get_attribute("min") == "-1"
     assert slider(view, 0).get_attribute("max") == "3.5"
     assert live(view).is_checked()
-    opened(view, prompt_graph(lowest=-0.25, highest=1.25))
+    open_graph(view, prompt_graph(lowest=-0.25, highest=1.25))
     assert (inputs(view)["lowest"], inputs(view)["highest"]) == (-0.25, 1.25)
     live(view).uncheck()
     assert view.errors == []
 
 
-def live_and_idle(server, view: ComfyPage) -> set[str]:
-    """Switch live on and let its first run end; the jobs so far."""
+def start_live(server, view: ComfyPage) -> set[str]:
+    """Turn live mode on and wait for its first run. Returns the ids of all jobs so far."""
     live(view).check()
     wait_for(lambda: idle(server))
     view.page.wait_for_timeout(1000)
     wait_for(lambda: idle(server))
-    return set(jobs_of(server))
+    return set(job_history(server))
 
 
-def dragged(view: ComfyPage, to: float) -> None:
-    """Press the mouse on the first slider and move it; it stays pressed."""
+def drag_first_slider(view: ComfyPage, to: float) -> None:
+    """Press the mouse button on the first slider and move it, without releasing it."""
     box = slider(view, 0).bounding_box()
     y = box["y"] + box["height"] / 2
     view.page.mouse.move(box["x"] + box["width"] * 0.6, y)
@@ -89,10 +89,10 @@ def dragged(view: ComfyPage, to: float) -> None:
     view.page.mouse.move(box["x"] + box["width"] * to, y)
 
 
-def sampled(server, before: set[str]) -> list[tuple[int, float]]:
-    """Steps and strength of the jobs that have ended since."""
+def finished_runs(server, before: set[str]) -> list[tuple[int, float]]:
+    """Steps and strength_1 of the jobs that have ended since `before`."""
     done = []
-    for key, job in jobs_of(server).items():
+    for key, job in job_history(server).items():
         if key not in before:
             graph = job["prompt"][2].values()
             [steps] = [node["inputs"]["steps"] for node in graph if node["class_type"] == "KSampler"]
@@ -102,50 +102,50 @@ def sampled(server, before: set[str]) -> list[tuple[int, float]]:
 
 
 @pytest.mark.newer_frontend_too
-def test_few_steps_while_dragging_and_all_on_release(server, view, settings):
+def test_fewer_steps_while_dragging_and_all_on_release(server, view, settings):
     settings("EditSliders.DragSteps", 1)
-    opened(view, live_graph(steps=3))
-    before = live_and_idle(server, view)
-    dragged(view, 0.3)
+    open_graph(view, live_graph(steps=3))
+    before = start_live(server, view)
+    drag_first_slider(view, 0.3)
     view.page.wait_for_timeout(600)
-    wait_for(lambda: sampled(server, before) and idle(server))
+    wait_for(lambda: finished_runs(server, before) and idle(server))
     strength = strengths(view)[0]
-    assert sampled(server, before) == [(1, strength)]
+    assert finished_runs(server, before) == [(1, strength)]
     view.page.mouse.up()
     view.page.wait_for_timeout(600)
-    wait_for(lambda: len(sampled(server, before)) == 2 and idle(server))
-    assert sampled(server, before) == [(1, strength), (3, strength)]
+    wait_for(lambda: len(finished_runs(server, before)) == 2 and idle(server))
+    assert finished_runs(server, before) == [(1, strength), (3, strength)]
     live(view).uncheck()
 
 
-def test_letting_go_queues_nothing_else(server, view):
-    opened(view, live_graph(steps=2))
-    before = live_and_idle(server, view)
-    dragged(view, 0.4)
+def test_release_queues_no_further_job(server, view):
+    open_graph(view, live_graph(steps=2))
+    before = start_live(server, view)
+    drag_first_slider(view, 0.4)
     view.page.wait_for_timeout(600)
-    wait_for(lambda: sampled(server, before) and idle(server))
+    wait_for(lambda: finished_runs(server, before) and idle(server))
     view.page.mouse.up()
     view.page.wait_for_timeout(1500)
     wait_for(lambda: idle(server))
-    assert len(sampled(server, before)) == 1
+    assert len(finished_runs(server, before)) == 1
     live(view).uncheck()
 
 
-def test_a_long_pause_keeps_a_change_waiting(server, view, settings):
+def test_a_live_run_waits_for_the_delay(server, view, settings):
     settings("EditSliders.Debounce", 3000)
-    opened(view, live_graph())
-    before = set(jobs_of(server))
+    open_graph(view, live_graph())
+    before = set(job_history(server))
     live(view).check()
     view.page.wait_for_timeout(1500)
-    assert set(jobs_of(server)) == before
+    assert set(job_history(server)) == before
     assert idle(server)
-    wait_for(lambda: set(jobs_of(server)) - before)
+    wait_for(lambda: set(job_history(server)) - before)
     live(view).uncheck()
 
 
 @pytest.mark.newer_frontend_too
-def test_keys_for_the_chosen_nodes_or_for_all(server, view):
-    opened(view, live_graph())
+def test_keybindings_act_on_selected_nodes_or_on_all(server, view):
+    open_graph(view, live_graph())
     number(view, 0).fill("0.2")
     number(view, 0).press("Enter")
     slider(view, 0).focus()
@@ -167,8 +167,8 @@ def test_keys_for_the_chosen_nodes_or_for_all(server, view):
     assert view.errors == []
 
 
-def test_only_the_chosen_node_is_reset(view):
-    opened(view, prompt_graph(strength_1=0.5))
+def test_only_the_selected_node_is_reset(view):
+    open_graph(view, prompt_graph(strength_1=0.5))
     view.page.evaluate(
         """type => {
             const other = LiteGraph.createNode(type)
@@ -183,7 +183,7 @@ def test_only_the_chosen_node_is_reset(view):
 
 
 @pytest.mark.newer_frontend_too
-def test_the_about_badge_tells_the_version(view):
+def test_the_about_badge_shows_the_version(view):
     version = re.search(r'^version = "(.+)"', (REPO / "pyproject.toml").read_text(), re.MULTILINE)[1]
     view.page.evaluate("app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
     view.page.get_by_text("About", exact=True).first.click()
@@ -192,28 +192,28 @@ def test_the_about_badge_tells_the_version(view):
     view.wait_until_ready()
 
 
-def test_every_setting_and_command_is_in_the_menus(view):
-    known = view.page.evaluate("app.extensionManager.command.commands.map(command => command.id)")
-    assert {"EditSliders.ToggleLive", "EditSliders.Reset", "EditSliders.Sweep"} <= set(known)
+def test_commands_are_registered(view):
+    commands = view.page.evaluate("app.extensionManager.command.commands.map(command => command.id)")
+    assert {"EditSliders.ToggleLive", "EditSliders.Reset", "EditSliders.Sweep"} <= set(commands)
 
 
 def test_the_page_in_chinese(view, settings):
     settings("Comfy.Locale", "zh")
     view.page.reload()
     view.wait_until_ready()
-    opened(view, prompt_graph())
+    open_graph(view, prompt_graph())
     assert "重置" in view.page.locator(".es-bar").first.inner_text()
     title = view.page.evaluate("type => app.graph.findNodesByType(type)[0].title", NODE)
     assert title == json.loads((LOCALES / "zh" / "nodeDefs.json").read_text())[NODE]["display_name"]
     settings("Comfy.Locale", "en")
     view.page.reload()
     view.wait_until_ready()
-    opened(view, prompt_graph())
+    open_graph(view, prompt_graph())
     assert "reset" in view.page.locator(".es-bar").first.inner_text()
     assert rows(view).count() == 2
 
 
-def test_the_languages_are_complete(server):
+def test_translations_are_complete(server):
     read = {file.relative_to(LOCALES).as_posix(): json.loads(file.read_text()) for file in LOCALES.rglob("*.json")}
     english, chinese = read["en/main.json"]["editSliders"], read["zh/main.json"]["editSliders"]
     assert list(english) == list(chinese)
@@ -234,7 +234,7 @@ def test_the_languages_are_complete(server):
         assert len(texts.get("outputs", {})) == len(ours[key]["output"]), key
 
 
-def test_the_page_keeps_to_itself():
+def test_scripts_use_no_globals_of_the_page():
     for file in (REPO / "web").rglob("*js"):
         code = file.read_text()
         assert not re.search(r"\bwindow\b|globalThis|document\.(addEventListener|on\w+\s*=)", code), file.name

@@ -1,4 +1,4 @@
-"""The Slider Prompt over the API and in the real page, on the canvas and in Nodes 2.0."""
+"""The Slider Prompt node over the API and in the page, on the canvas and in Nodes 2.0."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from support.graphs import Graph
 from support.outcomes import far, latents, near
 from support.slider_page import (
     NODE,
-    TWO,
+    TWO_INSTRUCTIONS,
     idle,
     inputs,
-    into_a_subgraph,
-    jobs_of,
+    job_history,
     live,
     live_graph,
+    move_into_subgraph,
     number,
-    opened,
+    open_graph,
+    phrases,
+    prompt_box,
     prompt_graph,
-    queued,
+    queued_job_ids,
     rows,
     show,
     slider,
     strengths,
-    typed,
     wait_for,
-    words,
 )
 
 SPLITTER_CASES = REPO / "tests" / "data" / "instruction_splitter_cases.json"  # Python's splitter is tested on them too
@@ -51,15 +51,15 @@ console.log(JSON.stringify(results))
 
 @pytest.fixture
 def page(view: ComfyPage) -> ComfyPage:
-    opened(view, prompt_graph())
+    open_graph(view, prompt_graph())
     return view
 
 
 @pytest.mark.newer_frontend_too
-def test_a_row_for_each_line(page):
-    assert words(page) == ["make the cat older", "make the wall golden"]
-    typed(page).fill("one\n\n  two \nthree")
-    assert words(page) == ["one", "two", "three"]
+def test_one_slider_per_line(page):
+    assert phrases(page) == ["make the cat older", "make the wall golden"]
+    prompt_box(page).fill("one\n\n  two \nthree")
+    assert phrases(page) == ["one", "two", "three"]
     assert inputs(page)["text"] == "one\n\n  two \nthree"
     assert page.page.locator(".es-highlights mark").all_inner_texts() == ["one", "two", "three"]
     assert page.errors == []
@@ -70,8 +70,8 @@ def test_dragged_by_the_mouse(page):
     box = slider(page, 1).bounding_box()
     page.page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] / 2)
     page.page.mouse.down()
-    for part in (0.5, 0.4, 0.3):
-        page.page.mouse.move(box["x"] + box["width"] * part, box["y"] + box["height"] / 2)
+    for fraction in (0.5, 0.4, 0.3):
+        page.page.mouse.move(box["x"] + box["width"] * fraction, box["y"] + box["height"] / 2)
     page.page.mouse.up()
     first, second, third = strengths(page)
     assert first == third == 1
@@ -98,35 +98,35 @@ def test_moved_by_keys_and_typed(page):
     assert slider(page, 1).get_attribute("aria-label") == "strength of make the wall golden"
 
 
-def test_strengths_stay_with_their_words(page):
+def test_strengths_stay_with_their_phrases(page):
     number(page, 1).fill("0.3")
     number(page, 1).press("Enter")
-    typed(page).fill("make it night\n" + TWO)
+    prompt_box(page).fill("make it night\n" + TWO_INSTRUCTIONS)
     assert strengths(page) == [1, 1, 0.3]
-    typed(page).fill("make the wall (golden:1.2)")
+    prompt_box(page).fill("make the wall (golden:1.2)")
     assert strengths(page) == [0.3, 1, 1]
 
 
 def test_strengths_stay_while_a_mark_is_being_typed(page):
     page.set_widget(NODE, "mode", "[[marked]] phrases")
-    typed(page).fill("a [[red]] b [[blue]]")
+    prompt_box(page).fill("a [[red]] b [[blue]]")
     number(page, 0).fill("0.3")
     number(page, 0).press("Enter")
     number(page, 1).fill("0.7")
     number(page, 1).press("Enter")
-    typed(page).fill("a [red]] b [[blue]]")
-    typed(page).fill("a [[red]] b [[blue]]")
+    prompt_box(page).fill("a [red]] b [[blue]]")
+    prompt_box(page).fill("a [[red]] b [[blue]]")
     assert strengths(page) == [0.3, 0.7, 1]
 
 
-def test_lines_end_where_the_server_ends_them(page):
-    typed(page).evaluate(
+def test_lines_are_split_like_on_the_server(page):
+    prompt_box(page).evaluate(
         """area => {
             area.value = 'older\u2028golden\u0085hat'
             area.dispatchEvent(new Event('input'))
         }"""
     )
-    assert words(page) == ["older", "golden", "hat"]
+    assert phrases(page) == ["older", "golden", "hat"]
     assert page.page.locator(".es-highlights mark").all_inner_texts() == ["older", "golden", "hat"]
 
 
@@ -136,8 +136,8 @@ def test_the_page_splits_prompts_as_the_server_does():
     command = [node, "--input-type=module", "--eval", SPLIT, script, SPLITTER_CASES]
     output = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
     cases = json.loads(SPLITTER_CASES.read_text(encoding="utf-8"))
-    for case, phrases in zip(cases, json.loads(output), strict=True):
-        assert phrases == case["phrases"], case
+    for case, split in zip(cases, json.loads(output), strict=True):
+        assert split == case["phrases"], case
 
 
 def test_buttons(page):
@@ -164,10 +164,10 @@ def test_marked_phrases_and_their_errors(page):
     page.set_widget(NODE, "mode", "[[marked]] phrases")
     error = page.page.locator(".es-error[role=status]")
     assert "No phrase is marked" in error.inner_text()
-    typed(page).fill("a [[red (cat:1.3)]] on a [[sofa")
+    prompt_box(page).fill("a [[red (cat:1.3)]] on a [[sofa")
     assert "not closed" in error.inner_text()
-    typed(page).fill("a [[red (cat:1.3)]] on a [[sofa]]")
-    assert words(page) == ["red cat", "sofa"]
+    prompt_box(page).fill("a [[red (cat:1.3)]] on a [[sofa]]")
+    assert phrases(page) == ["red cat", "sofa"]
     assert error.inner_text() == ""
 
 
@@ -222,13 +222,13 @@ def test_linked_inputs(view):
     g = prompt_graph()
     [key] = [key for key, node in g.items() if node["class_type"] == NODE]
     g[key]["inputs"]["strength_2"] = g.add("PrimitiveFloat", value=0.7)
-    opened(view, g)
+    open_graph(view, g)
     assert slider(view, 1).is_disabled()
     assert slider(view, 0).is_enabled()
-    g[key]["inputs"]["text"] = g.add("PrimitiveStringMultiline", value=TWO)
-    opened(view, g)
-    assert typed(view).is_disabled()
-    assert words(view) == ["1", "2", "3", "4"]
+    g[key]["inputs"]["text"] = g.add("PrimitiveStringMultiline", value=TWO_INSTRUCTIONS)
+    open_graph(view, g)
+    assert prompt_box(view).is_disabled()
+    assert phrases(view) == ["1", "2", "3", "4"]
     assert view.errors == []
 
 
@@ -244,15 +244,15 @@ def test_two_nodes_in_one_graph(view):
         }
     view.page.evaluate("graph => app.loadApiJson(graph, 'test')", g)
     rows(view).nth(2).wait_for(state="attached")
-    assert sorted(words(view)) == ["make it night", "make the cat older", "make the wall golden"]
+    assert sorted(phrases(view)) == ["make it night", "make the cat older", "make the wall golden"]
 
 
-def test_the_picture_is_that_of_the_two_nodes(server):
+def test_same_image_as_with_separate_encode_and_strength_nodes(server):
     def one_node(g: Graph):
         conditioning = g.add(
             NODE,
             clip=g.clip(),
-            text=TWO,
+            text=TWO_INSTRUCTIONS,
             mode="one per line",
             pad_to_512=True,
             lowest=-0.5,
@@ -263,14 +263,14 @@ def test_the_picture_is_that_of_the_two_nodes(server):
         return g.sample(g.stlora(g.model()), g.edited(conditioning))
 
     def two_nodes(*values: float):
-        return lambda g: g.sample(g.stlora(g.model()), g.edited(g.strengths(g.instructions(TWO), *values)))
+        return lambda g: g.sample(g.stlora(g.model()), g.edited(g.strengths(g.instructions(TWO_INSTRUCTIONS), *values)))
 
     ours, same, other = latents(server, one_node, two_nodes(0.2, 1.4), two_nodes(1, 1))
     assert near(ours, same)
     assert far(ours, other)
 
 
-def test_numbers_that_are_none(server):
+def test_invalid_strengths_are_refused(server):
     with pytest.raises(PromptRefused) as refusal:
         server.submit(prompt_graph(strength_2="nan"))
     assert "strength_2 is 'nan'; expected a number" in str(refusal.value)
@@ -283,8 +283,8 @@ def test_numbers_that_are_none(server):
 
 @pytest.mark.newer_frontend_too
 def test_live_runs_the_newest_state_only(server, view):
-    opened(view, live_graph())
-    before = set(jobs_of(server))
+    open_graph(view, live_graph())
+    before = set(job_history(server))
     live(view).check()
     box = slider(view, 0).bounding_box()
     y = box["y"] + box["height"] / 2
@@ -297,7 +297,7 @@ def test_live_runs_the_newest_state_only(server, view):
     assert last != 1
 
     def new_jobs() -> list[dict]:
-        return [job for key, job in jobs_of(server).items() if key not in before]
+        return [job for key, job in job_history(server).items() if key not in before]
 
     def strength_of(job: dict) -> float:
         [sent] = [node["inputs"] for node in job["prompt"][2].values() if node["class_type"] == NODE]
@@ -309,42 +309,42 @@ def test_live_runs_the_newest_state_only(server, view):
     assert len(new) <= 2
     assert strength_of(new[-1]) == last
     view.page.wait_for_function("document.querySelector('.es-image')?.src.includes('/view?')")
-    picture = view.page.locator(".es-image").get_attribute("src")
+    url = view.page.locator(".es-image").get_attribute("src")
     [image] = [out["images"] for out in new[-1]["outputs"].values() if "images" in out]
-    assert image[0]["filename"] in picture
+    assert image[0]["filename"] in url
     live(view).uncheck()
     assert view.errors == []
 
 
-def test_live_drops_its_own_job_and_no_other(server, view):
+def test_live_cancels_its_own_job_and_no_other(server, view):
     foreign = Graph()
     foreign.save(foreign.sample(foreign.model(), foreign.edited(foreign.stock_text("a cat")), steps=150))
-    opened(view, live_graph(steps=3000))
-    before = set(jobs_of(server))
+    open_graph(view, live_graph(steps=3000))
+    before = set(job_history(server))
     live(view).check()
-    wait_for(lambda: queued(server, "running"))
-    [own] = queued(server, "running")
+    wait_for(lambda: queued_job_ids(server, "running"))
+    [own] = queued_job_ids(server, "running")
     strange = server.submit(foreign)
     slider(view, 0).focus()
     view.page.keyboard.press("ArrowLeft")
-    wait_for(lambda: queued(server, "running") == [strange])
+    wait_for(lambda: queued_job_ids(server, "running") == [strange])
     live(view).uncheck()
     assert server.wait(strange).ok
-    # What was dropped does not stay as an error.
-    wait_for(lambda: idle(server) and set(jobs_of(server)) - before == {strange})
+    # The cancelled job does not stay in the history as an error.
+    wait_for(lambda: idle(server) and set(job_history(server)) - before == {strange})
     assert own != strange
     assert view.errors == []
 
 
-def test_live_drops_its_waiting_job_and_not_the_running_one(server, view):
+def test_live_cancels_its_pending_job_and_not_the_running_one(server, view):
     foreign = Graph()
     foreign.save(foreign.sample(foreign.model(), foreign.edited(foreign.stock_text("a dog")), steps=300))
-    opened(view, live_graph())
+    open_graph(view, live_graph())
     strange = server.submit(foreign)
     wait_for(lambda: json.loads(server.get("/queue"))["queue_running"])
 
     def waiting() -> list[str]:
-        return queued(server, "pending")
+        return queued_job_ids(server, "pending")
 
     live(view).check()
     wait_for(waiting)
@@ -356,28 +356,28 @@ def test_live_drops_its_waiting_job_and_not_the_running_one(server, view):
     live(view).uncheck()
     wait_for(lambda: not waiting())
     assert server.wait(strange).ok
-    assert not {*first} & set(jobs_of(server))
+    assert not {*first} & set(job_history(server))
     assert view.errors == []
 
 
-def test_live_goes_on_after_somebody_has_cleared_the_queue(server, view):
+def test_live_continues_after_the_queue_was_cleared(server, view):
     foreign = Graph()
     foreign.save(foreign.sample(foreign.model(), foreign.edited(foreign.stock_text("a bird")), steps=100))
-    opened(view, live_graph())
+    open_graph(view, live_graph())
     strange = server.submit(foreign)
-    wait_for(lambda: queued(server, "running"))
+    wait_for(lambda: queued_job_ids(server, "running"))
     live(view).check()
-    wait_for(lambda: queued(server, "pending"))
+    wait_for(lambda: queued_job_ids(server, "pending"))
     server.post("/queue", {"clear": True})
-    before = set(jobs_of(server))
+    before = set(job_history(server))
     slider(view, 0).focus()
     view.page.keyboard.press("ArrowLeft")
-    wait_for(lambda: len(set(jobs_of(server)) - before - {strange}) == 1 and idle(server))
+    wait_for(lambda: len(set(job_history(server)) - before - {strange}) == 1 and idle(server))
     live(view).uncheck()
 
 
-def test_a_muted_node_is_said(view):
-    opened(view, live_graph())
+def test_a_muted_node_is_reported(view):
+    open_graph(view, live_graph())
     view.page.evaluate("type => { app.graph.findNodesByType(type)[0].mode = 2 }", NODE)
     view.page.locator(".es-sweep").click()
     view.page.wait_for_function("document.querySelector('[role=alert]')?.textContent.includes('muted or bypassed')")
@@ -387,14 +387,14 @@ def test_a_muted_node_is_said(view):
     live(view).uncheck()
 
 
-def test_live_shows_what_went_wrong(server, view):
-    opened(view, live_graph())
+def test_live_shows_errors(server, view):
+    open_graph(view, live_graph())
     view.set_widget("UNETLoader", "unet_name", "gone.safetensors")
     live(view).check()
     view.page.wait_for_function("document.querySelector('[role=alert]')?.textContent.includes('gone.safetensors')")
     live(view).uncheck()
     unsaved = {key: node for key, node in prompt_graph().items() if node["class_type"] != "TinyTestSaveLatent"}
-    opened(view, unsaved)
+    open_graph(view, unsaved)
     live(view).check()
     view.page.wait_for_function("document.querySelector('[role=alert]')?.textContent.includes('Nothing to run')")
     live(view).uncheck()
@@ -402,14 +402,14 @@ def test_live_shows_what_went_wrong(server, view):
 
 @pytest.mark.newer_frontend_too
 def test_in_a_subgraph(server, view):
-    opened(view, live_graph())
-    before = set(jobs_of(server))
-    into_a_subgraph(view)
+    open_graph(view, live_graph())
+    before = set(job_history(server))
+    move_into_subgraph(view)
     number(view, 1).fill("0.35")
     number(view, 1).press("Enter")
     live(view).check()
-    wait_for(lambda: set(jobs_of(server)) - before and idle(server))
-    [job] = [job for key, job in jobs_of(server).items() if key not in before]
+    wait_for(lambda: set(job_history(server)) - before and idle(server))
+    [job] = [job for key, job in job_history(server).items() if key not in before]
     [(key, node)] = [item for item in job["prompt"][2].items() if item[1]["class_type"] == NODE]
     assert ":" in key
     assert node["inputs"]["strength_2"] == 0.35
@@ -420,7 +420,7 @@ def test_in_a_subgraph(server, view):
 
 
 @pytest.mark.newer_frontend_too
-def test_the_tokens_of_the_words_under_the_pointer(page):
+def test_tokens_of_the_phrase_under_the_pointer(page):
     rows(page).nth(1).locator(".es-phrase").hover()
     tokens = page.page.locator(".es-tokens")
     page.page.wait_for_function("document.querySelector('.es-tokens').textContent.includes('t5xxl')")
@@ -437,7 +437,7 @@ def test_the_tokens_of_the_words_under_the_pointer(page):
 
 def test_a_number_being_typed_is_left_alone(page):
     number(page, 1).fill("0.3")
-    page.set_widget(NODE, "highest", 3)  # as when anything else is shown anew meanwhile
+    page.set_widget(NODE, "highest", 3)  # triggers a refresh
     assert number(page, 1).input_value() == "0.3"
     number(page, 1).press("Enter")
     assert strengths(page) == [1, 0.3, 1]
@@ -450,15 +450,15 @@ def test_a_number_being_typed_is_left_alone(page):
     assert strengths(page) == [1, 5, 1]
 
 
-def test_words_that_become_no_token_are_said_while_typing(page):
-    typed(page).fill("make it night\n()")
+def test_phrases_without_tokens_are_reported_while_typing(page):
+    prompt_box(page).fill("make it night\n()")
     page.page.wait_for_function("document.querySelector('.es-error').textContent.includes('contains no text')")
-    typed(page).fill("make it night")
+    prompt_box(page).fill("make it night")
     page.page.wait_for_function("document.querySelector('.es-error').textContent === ''")
 
 
 def test_the_wheel_zooms_where_nothing_scrolls(view):
-    opened(view, prompt_graph("\n".join(f"edit number {k}" for k in range(40))))
+    open_graph(view, prompt_graph("\n".join(f"edit number {k}" for k in range(40))))
     scale = "app.canvas.ds.scale"
     before = view.page.evaluate(scale)
     view.page.locator(".es-rows").hover()
@@ -473,8 +473,8 @@ def test_the_wheel_zooms_where_nothing_scrolls(view):
 
 
 @pytest.mark.newer_frontend_too
-def test_a_picture_on_its_way_is_shown(server, view):
-    opened(view, live_graph(steps=200))
+def test_previews_are_shown_during_a_run(server, view):
+    open_graph(view, live_graph(steps=200))
     live(view).check()
     view.page.wait_for_function("document.querySelector('.es-image')?.src.startsWith('blob:')", timeout=60_000)
     width = view.page.locator(".es-progress").evaluate("bar => parseFloat(bar.style.width)")

@@ -1,4 +1,4 @@
-"""Sweeps of the Slider Prompt in the real page: the filmstrip, scrubbing, saving."""
+"""Sweeps of the Slider Prompt node in the page: the filmstrip, selecting an image, saving."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from support.pictures import FILMSTRIP, picture_of
 from support.slider_page import (
     NODE,
     idle,
-    into_a_subgraph,
-    jobs_of,
+    job_history,
     live,
     live_graph,
+    move_into_subgraph,
     number,
-    opened,
+    open_graph,
+    prompt_box,
     show,
     slider,
     strengths,
-    typed,
     wait_for,
 )
 
 
 @pytest.fixture
 def page(view: ComfyPage) -> ComfyPage:
-    opened(view, live_graph())
+    open_graph(view, live_graph())
     set_sweep(view, [{"slider": 0, "from": 0, "to": 1.5, "count": 4}], 2)
     return view
 
 
 def set_sweep(view: ComfyPage, axes: list[dict], batch_size: int) -> None:
-    """As if typed into the form."""
+    """Fill in the form of the sweep."""
     details = view.page.locator(".es-filmstrip details")
     details.evaluate("element => element.open = true")
     for k, axis in enumerate(axes):
@@ -56,7 +56,7 @@ def frames(view: ComfyPage) -> Locator:
     return view.page.locator(".es-frame")
 
 
-def swept(view: ComfyPage, count: int) -> None:
+def run_sweep(view: ComfyPage, count: int) -> None:
     sweep_button(view).click()
     view.page.wait_for_function(
         "count => document.querySelectorAll('.es-frame img').length === count"
@@ -69,70 +69,72 @@ def image_shown(view: ComfyPage) -> str:
     return view.page.evaluate("document.querySelector('.es-image').src")
 
 
-def pixels(view: ComfyPage, address: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(view.page.request.get(address).body())).convert("RGB")).astype(float)
+def pixels(view: ComfyPage, url: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(view.page.request.get(url).body())).convert("RGB")).astype(float)
 
 
-def addresses(view: ComfyPage) -> list[str]:
+def image_urls(view: ComfyPage) -> list[str]:
     return view.page.evaluate("[...document.querySelectorAll('.es-frame img')].map(image => image.src)")
 
 
 @pytest.mark.newer_frontend_too
 def test_one_job_fills_the_filmstrip_and_scrubbing_queues_nothing(server, page):
-    before = set(jobs_of(server))
-    swept(page, 4)
-    [new] = set(jobs_of(server)) - before
-    copied = [node["class_type"] for key, node in jobs_of(server)[new]["prompt"][2].items() if key.startswith("sweep")]
+    before = set(job_history(server))
+    run_sweep(page, 4)
+    [new] = set(job_history(server)) - before
+    copied = [
+        node["class_type"] for key, node in job_history(server)[new]["prompt"][2].items() if key.startswith("sweep")
+    ]
     assert copied.count("KSampler") == 2
     assert "UNETLoader" not in copied
     assert frames(page).all_inner_texts() == ["0", "0.5", "1", "1.5"]
     live(page).check()
-    wait_for(lambda: len(set(jobs_of(server)) - before) == 2 and idle(server))
+    wait_for(lambda: len(set(job_history(server)) - before) == 2 and idle(server))
     page.page.wait_for_timeout(500)
-    after = set(jobs_of(server))
+    after = set(job_history(server))
 
     page.page.locator(".es-scrub").focus()
     page.page.keyboard.press("End")
     page.page.keyboard.press("Home")
-    seen = [image_shown(page)]
+    shown = [image_shown(page)]
     for _ in range(3):
         page.page.keyboard.press("ArrowRight")
-        seen.append(image_shown(page))
-    assert seen == addresses(page)
+        shown.append(image_shown(page))
+    assert shown == image_urls(page)
     box = page.page.locator(".es-frames").bounding_box()
     page.page.mouse.move(box["x"] + box["width"] * 0.9, box["y"] + 8)
     page.page.mouse.down()
     page.page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + 8)
-    assert image_shown(page) == addresses(page)[1]
+    assert image_shown(page) == image_urls(page)[1]
     page.page.mouse.move(box["x"] - 50, box["y"] + 300)
     page.page.mouse.up()
-    assert image_shown(page) == addresses(page)[0]
+    assert image_shown(page) == image_urls(page)[0]
     assert strengths(page) == [1, 1, 1]
     page.page.wait_for_timeout(800)
-    assert set(jobs_of(server)) == after
+    assert set(job_history(server)) == after
     live(page).uncheck()
     assert page.errors == []
 
 
-def test_the_pictures_are_those_of_single_runs(server, page):
-    swept(page, 4)
-    sweep = [pixels(page, address) for address in addresses(page)]
-    before = set(jobs_of(server))
+def test_images_are_those_of_single_runs(server, page):
+    run_sweep(page, 4)
+    sweep = [pixels(page, url) for url in image_urls(page)]
+    before = set(job_history(server))
     number(page, 0).fill("0.5")
     number(page, 0).press("Enter")
     live(page).check()
-    wait_for(lambda: set(jobs_of(server)) - before and idle(server))
+    wait_for(lambda: set(job_history(server)) - before and idle(server))
     page.page.wait_for_function("!document.querySelector('.es-image').src.startsWith('blob:')")
     page.page.wait_for_timeout(300)
     single = pixels(page, image_shown(page))
     live(page).uncheck()
-    distances = [np.abs(picture - single).mean() for picture in sweep]
+    distances = [np.abs(image - single).mean() for image in sweep]
     assert np.argmin(distances) == 1
     assert distances[1] < 0.5 < 1.5 * min(distances[0], distances[2])
 
 
-def test_the_shown_picture_s_strengths_are_taken_over(page):
-    swept(page, 4)
+def test_strengths_of_the_selected_image_are_applied(page):
+    run_sweep(page, 4)
     page.page.locator(".es-frames").focus()
     page.page.keyboard.press("End")
     page.page.locator(".es-filmstrip button", has_text="apply this strength").click()
@@ -144,15 +146,15 @@ def test_the_shown_picture_s_strengths_are_taken_over(page):
 def test_two_sliders_make_a_grid(server, page):
     across = {"slider": 1, "from": -0.5, "to": 1, "count": 3}
     set_sweep(page, [across, {"slider": 0, "from": 0, "to": 1, "count": 2}], 4)
-    swept(page, 6)
+    run_sweep(page, 6)
     assert page.page.locator(".es-scrub").is_hidden()
     captions = [frame.get_attribute("aria-label") for frame in frames(page).all()]
     assert captions == ["-0.5 / 0", "0.25 / 0", "1 / 0", "-0.5 / 1", "0.25 / 1", "1 / 1"]
     box = page.page.locator(".es-frames").bounding_box()
     page.page.mouse.click(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.75)
-    assert image_shown(page) == addresses(page)[4]
+    assert image_shown(page) == image_urls(page)[4]
     page.page.keyboard.press("ArrowUp")
-    assert image_shown(page) == addresses(page)[1]
+    assert image_shown(page) == image_urls(page)[1]
     page.page.locator(".es-filmstrip button", has_text="apply this strength").click()
     assert strengths(page) == [0, 0.25, 1]
 
@@ -161,7 +163,7 @@ def test_two_sliders_make_a_grid(server, page):
     ("kind", "name"), [("webp", "sweep.webp"), ("strip", "sweep_strip.png"), ("grid", "sweep_grid.png")]
 )
 def test_saved_as_one_file(page, kind, name):
-    swept(page, 4)
+    run_sweep(page, 4)
     page.page.locator(".es-filmstrip .es-bar select").select_option(kind)
     with page.page.expect_download() as download:
         page.page.locator(".es-filmstrip button", has_text="save").click()
@@ -178,26 +180,26 @@ def test_saved_as_one_file(page, kind, name):
 def test_frames_survive_undo_and_other_tabs(page):
     tracker = "app.extensionManager.workflow.activeWorkflow.changeTracker"
     page.page.evaluate(f"{tracker}.captureCanvasState()")
-    swept(page, 4)
-    kept = addresses(page)
+    run_sweep(page, 4)
+    urls = image_urls(page)
     number(page, 0).fill("0.4")
     number(page, 0).press("Enter")
     page.page.evaluate(f"{tracker}.captureCanvasState()")
-    for _ in range(2):  # the second one takes back what the sweep itself has changed
+    for _ in range(2):  # the second undo reverts the change of the node's size
         page.page.evaluate(f"{tracker}.undo()")
         page.page.wait_for_timeout(1000)
         show(page)
-        assert addresses(page) == kept
+        assert image_urls(page) == urls
     page.page.locator(".es-frames").focus()
     page.page.keyboard.press("End")
-    assert image_shown(page) == kept[3]
+    assert image_shown(page) == urls[3]
 
     name = page.page.evaluate("app.extensionManager.workflow.activeWorkflow.path")
     page.page.evaluate("app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
     page.page.wait_for_function("app.graph.nodes.length === 0")
-    opened(page, live_graph())
+    open_graph(page, live_graph())
     page.page.wait_for_timeout(700)
-    assert addresses(page) == []
+    assert image_urls(page) == []
     assert image_shown(page) == ""
     page.page.evaluate(
         """async path => {
@@ -209,40 +211,40 @@ def test_frames_survive_undo_and_other_tabs(page):
         name,
     )
     page.page.wait_for_function("kept => document.querySelectorAll('.es-frame img').length === kept", arg=4)
-    assert addresses(page) == kept
+    assert image_urls(page) == urls
     assert page.errors == []
 
 
 def test_a_sweep_can_be_stopped(server, view):
-    opened(view, live_graph(steps=3000))
-    before = set(jobs_of(server))
+    open_graph(view, live_graph(steps=3000))
+    before = set(job_history(server))
     sweep_button(view).click()
     wait_for(lambda: not idle(server))
     view.page.wait_for_function("document.querySelector('.es-sweep').textContent.includes('stop')")
     sweep_button(view).click()
-    wait_for(lambda: idle(server) and set(jobs_of(server)) == before)
+    wait_for(lambda: idle(server) and set(job_history(server)) == before)
     view.page.wait_for_function("document.querySelector('.es-sweep').textContent.includes('sweep')")
-    assert addresses(view) == []
+    assert image_urls(view) == []
 
 
 def test_a_moved_slider_leaves_a_sweep_alone(server, view):
-    opened(view, live_graph(steps=8))
+    open_graph(view, live_graph(steps=8))
     set_sweep(view, [{"slider": 0, "from": 0, "to": 1, "count": 2}], 1)
-    before = set(jobs_of(server))
+    before = set(job_history(server))
     live(view).check()
     sweep_button(view).click()
     wait_for(lambda: not idle(server))
     slider(view, 0).focus()
     view.page.keyboard.press("ArrowLeft")
-    wait_for(lambda: idle(server) and len(set(jobs_of(server)) - before) >= 2)
+    wait_for(lambda: idle(server) and len(set(job_history(server)) - before) >= 2)
     live(view).uncheck()
     assert frames(view).locator("img").count() == 2
 
 
-def test_a_sweep_stays_with_its_words(page):
+def test_a_sweep_stays_with_its_phrase(page):
     set_sweep(page, [{"slider": 1, "from": 0, "to": 1, "count": 2}], 2)
-    swept(page, 2)
-    typed(page).fill("make it night\n" + typed(page).input_value())
+    run_sweep(page, 2)
+    prompt_box(page).fill("make it night\n" + prompt_box(page).input_value())
     summary = page.page.locator(".es-filmstrip summary")
     assert summary.inner_text() == "make the wall golden: 0 to 1, 2 images"
     page.page.locator(".es-frames").focus()
@@ -251,8 +253,8 @@ def test_a_sweep_stays_with_its_words(page):
     assert strengths(page) == [1, 1, 0]
 
 
-def test_what_is_made_of_a_graph(view):
-    """The pure part: chained samplers, a way through pixels, nodes outside, steps."""
+def test_graphs_of_sweeps_and_of_fewer_steps(view):
+    """Chained samplers, decoding and encoding between them, nodes that are not copied, limited steps."""
     found = view.page.evaluate(
         """async () => {
             const { sweepGraph, limitSteps, descendants, queuedNodeIds, sweepStrengths } =
@@ -301,36 +303,36 @@ def test_what_is_made_of_a_graph(view):
     assert found["nothing"]
 
 
-def test_what_cannot_be_swept_is_said(page):
+def test_sliders_that_cannot_be_swept_are_reported(page):
     alert = page.page.locator("[role=alert]")
     set_sweep(page, [{"slider": 1, "from": 0, "to": 1, "count": 2}], 2)
-    typed(page).fill("make it night")
+    prompt_box(page).fill("make it night")
     sweep_button(page).click()
     assert "The sweep uses slider 2, but the number of sliders is 1" in alert.inner_text()
     graph = live_graph()
     [key] = [key for key, node in graph.items() if node["class_type"] == NODE]
     graph[key]["inputs"]["strength_1"] = graph.add("PrimitiveFloat", value=0.7)
-    opened(page, graph)
+    open_graph(page, graph)
     sweep_button(page).click()
     assert "Slider 1 comes from another node" in alert.inner_text()
 
 
-def test_a_sweep_that_fails_says_why(page):
+def test_a_failed_sweep_shows_the_error(page):
     page.set_widget("UNETLoader", "unet_name", "gone.safetensors")
     sweep_button(page).click()
     page.page.wait_for_function("document.querySelector('[role=alert]')?.textContent.includes('gone.safetensors')")
     assert "sweep" in sweep_button(page).inner_text()
 
 
-def test_the_help_page_s_picture_of_a_filmstrip(view, same_or_redrawn):
-    opened(view, live_graph())
+def test_the_filmstrip_image_of_the_help_page_is_current(view, same_or_redrawn):
+    open_graph(view, live_graph())
     if not view.page.evaluate("app.extensionManager.setting.get('Comfy.VueNodes.Enabled')"):
         return
-    swept(view, 7)
+    run_sweep(view, 7)
     same_or_redrawn(FILMSTRIP, picture_of(view, (NODE,), 384))
 
 
-def test_the_form_is_saved_and_nonsense_is_mended(page):
+def test_the_form_is_saved_and_invalid_values_are_replaced(page):
     set_sweep(page, [{"slider": 1, "from": -1, "to": 0.5, "count": 3}], 3)
     workflow = page.page.evaluate("app.graph.serialize()")
     page.open(workflow)
@@ -346,7 +348,7 @@ def test_the_form_is_saved_and_nonsense_is_mended(page):
 
 
 def test_in_a_subgraph(server, page):
-    into_a_subgraph(page)
+    move_into_subgraph(page)
     set_sweep(page, [{"slider": 0, "from": 0, "to": 1, "count": 2}], 2)
-    swept(page, 2)
+    run_sweep(page, 2)
     assert page.errors == []

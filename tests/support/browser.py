@@ -1,4 +1,4 @@
-"""ComfyUI's page in a real, headless Chromium. As a program: exit status 0 if there is one to be had."""
+"""ComfyUI's page in a headless Chromium. As a program: exits with status 0 if a browser can be launched."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from playwright.sync_api import Browser, Error, Page, sync_playwright
 
 from .comfy_server import ComfyServer
 
-SIZE = (1600, 900)
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge")
-CHANNELS = ("chrome", "msedge", None)  # None is playwright's own browser
-QUIET = (
+VIEWPORT = (1600, 900)
+EXECUTABLES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge")
+CHANNELS = ("chrome", "msedge", None)  # None: playwright's own browser
+LAUNCH_ARGS = (
     "--no-sandbox",
     "--disable-gpu",
     "--disable-quic",
@@ -36,12 +36,12 @@ SETTINGS = {
 
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:
-    """A Chromium, Chrome or Edge of this machine, else the one that playwright has downloaded."""
-    installed = next(filter(None, map(shutil.which, NAMES)), None)
-    ways: list[dict[str, Any]] = [{"executable_path": installed}] if installed else []
-    ways += [{"channel": channel} for channel in CHANNELS]
+    """An installed Chromium, Chrome or Edge, else the browser that playwright has downloaded."""
+    installed = next(filter(None, map(shutil.which, EXECUTABLES)), None)
+    launch_options: list[dict[str, Any]] = [{"executable_path": installed}] if installed else []
+    launch_options += [{"channel": channel} for channel in CHANNELS]
     with sync_playwright() as playwright:
-        running = _launch(playwright.chromium, ways)
+        running = _launch(playwright.chromium, launch_options)
         try:
             yield running
         finally:
@@ -49,21 +49,21 @@ def browser() -> Iterator[Browser]:
 
 
 def write_settings(base: Path) -> None:
-    """Before a server starts: no first-run dialog, every page starts with an empty graph."""
+    """Write user settings: no first-run dialogs, an empty graph on start. To be called before a server starts."""
     file = base / "user" / "default" / "comfy.settings.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(SETTINGS))
 
 
 class ComfyPage:
-    """A page that shows ComfyUI's frontend.
+    """A page with ComfyUI's frontend.
 
-    vue: Nodes 2.0 instead of the canvas.
-    errors: what went wrong in the page by itself, such as an exception nobody caught.
+    vue: whether nodes are drawn as Nodes 2.0 instead of on the canvas.
+    errors: messages of uncaught exceptions in the page.
     """
 
     def __init__(self, running: Browser, server: ComfyServer, vue: bool) -> None:
-        self.page: Page = running.new_page(viewport={"width": SIZE[0], "height": SIZE[1]})
+        self.page: Page = running.new_page(viewport={"width": VIEWPORT[0], "height": VIEWPORT[1]})
         self.errors: list[str] = []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.goto(server.url)
@@ -71,28 +71,28 @@ class ComfyPage:
         self.page.evaluate("vue => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue)", vue)
 
     def wait_until_ready(self) -> None:
-        """Wait until the page, opened or loaded again, can show graphs."""
+        """Wait until the page can load graphs, after it was opened or reloaded."""
         self.page.wait_for_function(
             "window.app?.extensionManager && app.vueAppReady && app.graph && !document.querySelector('#splash-loader')",
             timeout=120_000,
         )
 
     def open(self, workflow: dict[str, Any]) -> None:
-        """Show a workflow as saved by the frontend, in full."""
+        """Load a workflow as saved by the frontend, and wait for all of its nodes."""
         self.leave_subgraph()
         self.page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
         self.page.wait_for_function("count => app.graph.nodes.length === count", arg=len(workflow["nodes"]))
 
     def leave_subgraph(self) -> None:
-        """Show the outermost graph: the frontend loads a graph into the one that is shown."""
+        """Show the root graph: the frontend loads a graph into the one that is shown."""
         self.page.evaluate("app.canvas.graph.isRootGraph || app.canvas.setGraph(app.canvas.graph.rootGraph)")
 
     def prompt(self) -> dict[str, dict[str, Any]]:
-        """The graph as the page would queue it, in API format."""
+        """The graph in API format, as the page would queue it."""
         return self.page.evaluate("async () => (await app.graphToPrompt()).output")
 
     def set_widget(self, node_type: str, name: str, value: Any) -> None:
-        """Set a widget of the only node of this type, as if by hand."""
+        """Set a widget of the first node of this type and call its callback."""
         self.page.evaluate(
             """([type, name, value]) => {
                 const widget = app.graph.findNodesByType(type)[0].widgets.find(widget => widget.name === name)
@@ -103,17 +103,17 @@ class ComfyPage:
         )
 
     def saved_values(self, node_type: str) -> list[Any]:
-        """widgets_values of the only node of this type, as a saved workflow has them."""
+        """The widgets_values of the first node of this type in the saved workflow."""
         return self.page.evaluate(
             "type => app.graph.serialize().nodes.find(node => node.type === type).widgets_values", node_type
         )
 
     def run(self) -> None:
-        """Queue the graph by the page's Run button."""
+        """Queue the graph with the page's Run button."""
         self.page.get_by_test_id("queue-button").click()
 
     def wait_until_shown(self, text: str) -> None:
-        """Wait for a text box of some node to hold `text`."""
+        """Wait until a text box of any node contains `text`."""
         self.page.wait_for_function(
             "text => [...document.querySelectorAll('textarea')].some(box => box.value.includes(text))", arg=text
         )
@@ -122,14 +122,14 @@ class ComfyPage:
         self.page.close()
 
 
-def _launch(chromium: Any, ways: Sequence[dict[str, Any]]) -> Browser:
+def _launch(chromium: Any, launch_options: Sequence[dict[str, Any]]) -> Browser:
     reasons = []
-    for way in ways:
+    for options in launch_options:
         try:
-            return chromium.launch(args=QUIET, **way)
+            return chromium.launch(args=LAUNCH_ARGS, **options)
         except Error as error:
             reasons.append(str(error).splitlines()[0])
-    raise RuntimeError("No browser for the tests: install Chromium, Chrome or Edge.\n" + "\n".join(reasons))
+    raise RuntimeError("The tests need a browser. Install Chromium, Chrome or Edge.\n" + "\n".join(reasons))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Graphs with a Slider Prompt, and where its parts are in the page."""
+"""Graphs with a Slider Prompt node, and locators of its elements in the page."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from .comfy_server import ComfyServer
 from .graphs import Graph
 
 NODE = "EditSlidersSliderPrompt"
-TWO = "make the cat older\nmake the wall (golden:1.2)"
+TWO_INSTRUCTIONS = "make the cat older\nmake the wall (golden:1.2)"
 
 
-def prompt_graph(text: str = TWO, **strengths: object) -> Graph:
-    """One Slider Prompt into a sampler, as API JSON."""
+def prompt_graph(text: str = TWO_INSTRUCTIONS, **strengths: object) -> Graph:
+    """A Slider Prompt node and a sampler, in API format."""
     g = Graph()
-    ones = {f"strength_{k}": 1.0 for k in range(1, 51)}  # the page would keep those of the graph before
+    defaults = {f"strength_{k}": 1.0 for k in range(1, 51)}  # otherwise the page keeps the values of the graph before
     inputs: dict[str, Any] = {
         "mode": "one per line",
         "pad_to_512": True,
         "lowest": -0.5,
         "highest": 2.0,
-        **ones,
+        **defaults,
         **strengths,
     }
     conditioning = g.add(NODE, clip=g.clip(), text=text, **inputs)
@@ -34,27 +34,27 @@ def prompt_graph(text: str = TWO, **strengths: object) -> Graph:
     return g
 
 
-def opened(view: ComfyPage, graph: Graph) -> None:
+def open_graph(view: ComfyPage, graph: Graph) -> None:
     view.leave_subgraph()
     view.page.evaluate("graph => app.loadApiJson(graph, 'test')", graph)
     show(view)
 
 
 def show(view: ComfyPage) -> None:
-    bring_into_sight(view, NODE, rows(view))
+    scroll_into_view(view, NODE, rows(view))
 
 
-def bring_into_sight(view: ComfyPage, node_type: str, part: Locator) -> None:
-    """Bring the node where the page shows it in full; the page may move the view itself after a graph is opened."""
+def scroll_into_view(view: ComfyPage, node_type: str, element: Locator) -> None:
+    """Move the node to where the page shows all of it; repeatedly, since the page moves the view after loading."""
     for _ in range(10):
-        _bring(view, node_type)
+        _center(view, node_type)
         view.page.wait_for_timeout(400)
-        if part.first.is_visible():
+        if element.first.is_visible():
             return
-    part.first.wait_for()
+    element.first.wait_for()
 
 
-def _bring(view: ComfyPage, node_type: str) -> None:
+def _center(view: ComfyPage, node_type: str) -> None:
     view.page.evaluate(
         """type => {
             const node = app.canvas.graph.nodes.find(node => node.type === type)
@@ -79,7 +79,7 @@ def number(view: ComfyPage, k: int) -> Locator:
     return rows(view).nth(k).locator("input[type=number]")
 
 
-def typed(view: ComfyPage) -> Locator:
+def prompt_box(view: ComfyPage) -> Locator:
     return view.page.locator(".es-text textarea")
 
 
@@ -92,7 +92,7 @@ def strengths(view: ComfyPage, count: int = 3) -> list[float]:
     return [inputs(view)[f"strength_{k}"] for k in range(1, count + 1)]
 
 
-def words(view: ComfyPage) -> list[str]:
+def phrases(view: ComfyPage) -> list[str]:
     return rows(view).locator(".es-phrase").all_inner_texts()
 
 
@@ -109,7 +109,7 @@ def live_graph(steps: int = 1) -> Graph:
     return g
 
 
-def jobs_of(server: ComfyServer) -> dict[str, Any]:
+def job_history(server: ComfyServer) -> dict[str, Any]:
     return json.loads(server.get("/history"))
 
 
@@ -125,13 +125,13 @@ def idle(server: ComfyServer) -> bool:
     return not queue["queue_running"] and not queue["queue_pending"]
 
 
-def queued(server: ComfyServer, which: str) -> list[str]:
-    """Ids of the jobs that are 'running' or 'pending'."""
-    return [job[1] for job in json.loads(server.get("/queue"))[f"queue_{which}"]]
+def queued_job_ids(server: ComfyServer, status: str) -> list[str]:
+    """Ids of the jobs with this status: 'running' or 'pending'."""
+    return [job[1] for job in json.loads(server.get("/queue"))[f"queue_{status}"]]
 
 
-def into_a_subgraph(view: ComfyPage) -> None:
-    """Put the node into a subgraph and open that."""
+def move_into_subgraph(view: ComfyPage) -> None:
+    """Convert the Slider Prompt node into a subgraph and open the subgraph."""
     view.page.evaluate(
         """type => {
             const outer = app.graph.convertToSubgraph(new Set(app.graph.findNodesByType(type)))
