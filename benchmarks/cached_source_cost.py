@@ -19,6 +19,7 @@ from random_flux import Model, models, options, synchronize, text  # isort: skip
 import comfy.sample
 import comfy.samplers
 
+from slider_core.sampling.sampling_settings import SamplingSettings
 from slider_core.stable_flow.source_kv_cache import cache_source_kv, inject_cached
 from slider_core.stable_flow.vital_layers import block_count, inject_key_values
 
@@ -38,7 +39,7 @@ def _report(model: Model, empty: torch.Tensor, steps: int, repeats: int) -> None
     both = [[torch.cat([source[0][0], edit[0][0]]), {**edit[0][1], "pooled_output": torch.randn(2, 768)}]]
     noise = torch.randn_like(empty)
     kept, recomputed = (
-        cache_source_kv(model, source, empty, noise, layers, 0, steps, "euler", "simple", limit)[0]
+        cache_source_kv(model, source, empty, noise, layers, SamplingSettings(steps, seed=0), limit)[0]
         for limit in (0.0, 1e-9)
     )
     print(f"layers {layers}; cached source: {kept.describe()}")

@@ -10,15 +10,13 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from comfy_api.latest import io, ui
 
-from ..slider_core.stable_flow.inversion import FOLLOWS, FREE, NUDGING, PUBLISHED, edit_from_trajectory, invert
+from ..slider_core.stable_flow.inversion import NUDGING, SourceMode, edit_from_trajectory, invert
 from ..slider_core.stable_flow.source_kv_cache import check_cached_source
 from ..slider_core.stable_flow.trajectory import Trajectory, load_trajectory, save_trajectory
 from ..slider_core.text.batched_prompts import batch_prompts, split_prompts
 from .common.files import TRAJECTORY, trajectory_fingerprint, trajectory_names, trajectory_path
 from .common.progress import previews
 from .common.sockets import CATEGORY, TrajectorySocket
-
-REMEMBERED = "remembered by the model"
 
 
 class InvertPhotograph(io.ComfyNode):
@@ -107,7 +105,7 @@ class EditFromTrajectory(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "source",
-                    options=[FOLLOWS, PUBLISHED, REMEMBERED],
+                    options=[mode.value for mode in SourceMode],
                     tooltip="The first picture of the batch, from which the edits take what they keep. 'follows the "
                     "trajectory': it is put back to the inverted picture after every step. 'as in the published "
                     "code': to that of another step, to reproduce its results. 'remembered by the model': no source "
@@ -121,16 +119,16 @@ class EditFromTrajectory(io.ComfyNode):
     def execute(
         cls, model: ModelPatcher, clip: CLIP, trajectory: Trajectory, edits: str, edit_guidance: float, source: str
     ) -> io.NodeOutput:
-        alone = source == REMEMBERED
-        if alone:
+        mode = SourceMode(source)
+        if mode is SourceMode.CACHED:
             check_cached_source(model, trajectory)
         prompts = split_prompts(edits)
         guidances = [edit_guidance] * len(prompts)
-        if not alone:
+        if mode is not SourceMode.CACHED:
             prompts, guidances = [trajectory.prompt, *prompts], [1.0, *guidances]
         text = batch_prompts(clip, prompts, guidances)
         on_step = previews(model, trajectory.steps)
-        samples = edit_from_trajectory(model, text, trajectory, FREE if alone else source, on_step)
+        samples = edit_from_trajectory(model, text, trajectory, mode, on_step)
         return io.NodeOutput({"samples": samples})
 
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import folder_paths
 import torch
 from comfy.clip_vision import ClipVisionModel
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from comfy_api.latest import io
-from node_helpers import conditioning_set_values
 
-from ..slider_core.errors import SliderError
-from ..slider_core.figures.plots import attention_plot, check_matplotlib, layer_plot
+from ..slider_core.figures.plots import check_matplotlib
+from ..slider_core.sampling.sampling_settings import SamplingSettings
 from ..slider_core.stable_flow.attention_maps import measure_attention
+from ..slider_core.stable_flow.stable_flow_plots import attention_plot, vitality_plot
 from ..slider_core.stable_flow.vital_layers import block_count
-from ..slider_core.stable_flow.vitality_search import check_count, latent_features, picture_features, scores_of
-from ..slider_core.text.batched_prompts import batch_prompts, split_prompts
+from ..slider_core.stable_flow.vitality_search import (
+    RenderPlan,
+    check_block_count,
+    choose_features,
+    encode_prompts,
+    measure_vitality,
+)
 from ..slider_core.types import Conditioning
 from .common.latents import fitting_latent, noise_for
 from .common.layer_inputs import chosen_layers, layer_inputs
@@ -116,33 +119,15 @@ class FindVitalLayers(io.ComfyNode):
     ) -> io.NodeOutput:
         check_matplotlib()
         if choose == MOST_VITAL:
-            check_count(count, block_count(model))
-        features, compared_by = latent_features, "the latent itself"
-        if clip_vision is not None:
-            if vae is None:
-                raise SliderError("clip_vision compares pictures; expected a vae too, to decode them. Connect one.")
-            features, compared_by = picture_features(vae, clip_vision), clip_vision.model_type
-
-        def with_reference(conditioning: Conditioning) -> Conditioning:
-            if reference is None:
-                return conditioning
-            return conditioning_set_values(conditioning, {"reference_latents": [reference["samples"]]}, append=True)
-
+            check_block_count(count, block_count(model))
+        features = choose_features(vae, clip_vision)
+        conditionings = encode_prompts(clip, prompts, guidance, reference and reference["samples"])
+        plan = RenderPlan(conditionings, range(seed, seed + seeds), fitting_latent(model, latent), steps)
         folder, name, *_ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
-        scores = scores_of(
-            model,
-            {words: with_reference(batch_prompts(clip, [words], [guidance])) for words in split_prompts(prompts)},
-            range(seed, seed + seeds),
-            fitting_latent(model, latent),
-            steps,
-            features,
-            Path(folder),
-            name,
-            {"guidance": guidance, "compared by": compared_by},
-            previews_of_pictures(model),
-        )
+        settings = {"guidance": guidance, "compared by": features.name}
+        scores = measure_vitality(model, plan, features, f"{folder}/{name}", settings, previews_of_pictures(model))
         chosen = scores.most_vital(count) if choose == MOST_VITAL else scores.above(threshold)
-        return io.NodeOutput(", ".join(map(str, chosen)), scores.as_json(), layer_plot(scores, chosen))
+        return io.NodeOutput(", ".join(map(str, chosen)), scores.as_json(), vitality_plot(scores, chosen))
 
 
 class ViewAttention(io.ComfyNode):
@@ -210,7 +195,7 @@ class ViewAttention(io.ComfyNode):
         vital, point = chosen_layers(model, layers, list), (across, down)
         empty, noise = fitting_latent(model, latent), noise_for(model, latent, seed)
         attention, samples = measure_attention(
-            model, conditioning, empty, noise, seed, steps, picture, point, previews(model, steps)
+            model, conditioning, empty, noise, SamplingSettings(steps, seed), picture, point, previews(model, steps)
         )
         shown: torch.Tensor = vae.decode(samples[picture : picture + 1])[0]
         return io.NodeOutput(attention_plot(attention, shown, point, vital), {"samples": samples})

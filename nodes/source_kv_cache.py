@@ -7,12 +7,14 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
+from ..slider_core.conditioning.active_region import ActiveRegion
 from ..slider_core.sampling.deterministic_samplers import ONE_CALL_PER_STEP
+from ..slider_core.sampling.sampling_settings import SamplingSettings
 from ..slider_core.stable_flow.source_kv_cache import (
     SourceKVCache,
     cache_source_kv,
     cache_trajectory_kv,
-    describe_need,
+    describe_memory,
     inject_cached,
 )
 from ..slider_core.stable_flow.trajectory import Trajectory
@@ -91,12 +93,10 @@ class RememberSource(io.ComfyNode):
         memory_limit: float,
     ) -> io.NodeOutput:
         chosen, empty = chosen_layers(model, layers, list), fitting_latent(model, latent)
-        say(cls, describe_need(model, chosen, empty.shape, steps, memory_limit))
+        say(cls, describe_memory(model, chosen, empty.shape, steps, memory_limit))
         on_step = previews(model, steps)
-        noise = noise_for(model, latent, seed)
-        cache, samples = cache_source_kv(
-            model, conditioning, empty, noise, chosen, seed, steps, sampler_name, scheduler, memory_limit, on_step
-        )
+        noise, settings = noise_for(model, latent, seed), SamplingSettings(steps, seed, sampler_name, scheduler)
+        cache, samples = cache_source_kv(model, conditioning, empty, noise, chosen, settings, memory_limit, on_step)
         return io.NodeOutput(cache, {"samples": samples}, ui=ui.PreviewText(cache.describe()))
 
 
@@ -128,7 +128,7 @@ class RememberTrajectory(io.ComfyNode):
         cls, model: ModelPatcher, trajectory: Trajectory, layers: str, list: str, memory_limit: float
     ) -> io.NodeOutput:
         chosen, latent = chosen_layers(model, layers, list), trajectory.latents[:1]
-        say(cls, describe_need(model, chosen, latent.shape, trajectory.steps, memory_limit))
+        say(cls, describe_memory(model, chosen, latent.shape, trajectory.steps, memory_limit))
         on_step = previews(model, trajectory.steps)
         cache = cache_trajectory_kv(model, trajectory, chosen, memory_limit, on_step)
         return io.NodeOutput(cache, ui=ui.PreviewText(cache.describe()))
@@ -171,4 +171,4 @@ class InjectRememberedSource(io.ComfyNode):
         end: float,
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        return io.NodeOutput(inject_cached(model, remembered, preservation, start, end, mask))
+        return io.NodeOutput(inject_cached(model, remembered, preservation, ActiveRegion(mask, start, end)))

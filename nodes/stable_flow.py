@@ -7,6 +7,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from comfy_api.latest import io
 
+from ..slider_core.conditioning.active_region import ActiveRegion
 from ..slider_core.stable_flow.vital_layers import inject_key_values
 from ..slider_core.sweep import repeat_latent
 from ..slider_core.text.batched_prompts import batch_prompts, split_prompts
@@ -133,5 +134,5 @@ class InjectVitalLayers(io.ComfyNode):
         chain: bool = False,
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        chosen = chosen_layers(model, layers, list)
-        return io.NodeOutput(inject_key_values(model, chosen, reference, preservation, start, end, chain, mask))
+        chosen, region = chosen_layers(model, layers, list), ActiveRegion(mask, start, end)
+        return io.NodeOutput(inject_key_values(model, chosen, reference, preservation, region, chain))

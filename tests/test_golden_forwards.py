@@ -28,8 +28,8 @@ from slider_core.adapters.strength_projector import (
 )
 from slider_core.conditioning.span_strengths import Span, attach_spans, set_strengths
 from slider_core.patching.forward_patches import add_patch, patches_of
-from slider_core.stable_flow.inversion import FOLLOWS, FREE, PUBLISHED, InverseEuler, edit_from_trajectory, invert
-from slider_core.stable_flow.vital_layers import bypass, inject_key_values
+from slider_core.stable_flow.inversion import InverseEuler, SourceMode, edit_from_trajectory, invert
+from slider_core.stable_flow.vital_layers import bypass_blocks, inject_key_values
 
 STLORA = GOLDEN / "examples" / "selective_lora.pt"
 GSTLORA = GOLDEN / "examples" / "gstlora_pytorch_lora_weights.safetensors"
@@ -354,7 +354,7 @@ def test_wrong_injections_are_told_apart(stable_flow, golden_model):
     [patch] = patches_of(fixed)
     patch.forward_wrappers = lambda context: type(patch).forward_wrappers(patch, replace(context, num_text_tokens=512))
     assert not torch.allclose(batch_velocity(case, stable_flow, fixed), want, **case["suggested"])
-    other = inject_key_values(golden_model, layers, reference=1)
+    other = inject_key_values(golden_model, layers, source_index=1)
     assert not torch.allclose(batch_velocity(case, stable_flow, other), want, **case["suggested"])
 
 
@@ -364,17 +364,17 @@ def test_bypass(stable_flow, golden_model):
     none = stable_flow[case["none_key"]]
     assert torch.allclose(batch_velocity(case, stable_flow, golden_model), none, **case["suggested"])
     for k, want in enumerate(wanted):
-        out = batch_velocity(case, stable_flow, bypass(golden_model, [k]))
+        out = batch_velocity(case, stable_flow, bypass_blocks(golden_model, [k]))
         assert torch.allclose(out, want.reshape(out.shape), **case["suggested"]), k
     assert not torch.allclose(
-        batch_velocity(case, stable_flow, bypass(golden_model, [0])), wanted[-1].reshape(out.shape)
+        batch_velocity(case, stable_flow, bypass_blocks(golden_model, [0])), wanted[-1].reshape(out.shape)
     )
 
 
 def test_bypass_of_several(stable_flow, golden_model):
     case = next(c for c in CASES if c["kind"] == "layer_bypass_multi")
     layers = layers_of(golden_model, case["skip_double"], case["skip_single"])
-    out = batch_velocity(case, stable_flow, bypass(golden_model, layers))
+    out = batch_velocity(case, stable_flow, bypass_blocks(golden_model, layers))
     assert torch.allclose(out, stable_flow[case["outputs"]["out"]], **case["suggested"])
 
 
@@ -444,7 +444,9 @@ def test_the_velocity_at_the_source_sigma_is_told_apart(stable_flow, inverted, m
     assert not torch.allclose(inverted().latents[:-1].flip(0), want, **case["suggested"])
 
 
-@pytest.mark.parametrize(("kind", "source"), [("stableflow_edit", PUBLISHED), ("stableflow_edit_aligned", FOLLOWS)])
+@pytest.mark.parametrize(
+    ("kind", "source"), [("stableflow_edit", SourceMode.PUBLISHED), ("stableflow_edit_aligned", SourceMode.TRAJECTORY)]
+)
 def test_edit_from_a_trajectory(kind, source, stable_flow, inverted, golden_model):
     [case] = [c for c in CASES if c["kind"] == kind]
     layers = layers_of(golden_model, case["double_blocks"], case["single_blocks"])
@@ -455,7 +457,7 @@ def test_edit_from_a_trajectory(kind, source, stable_flow, inverted, golden_mode
     wanted = stable_flow[case["outputs"]["steps"]]
     for k, (out, want) in enumerate(zip(steps, wanted, strict=True)):
         assert torch.allclose(out, want, **case["suggested"]), k
-    other = FOLLOWS if source == PUBLISHED else PUBLISHED
-    for wrong in (other, FREE):
+    other = SourceMode.TRAJECTORY if source == SourceMode.PUBLISHED else SourceMode.PUBLISHED
+    for wrong in (other, SourceMode.CACHED):
         out = edit_from_trajectory(model, text, trajectory, wrong)
         assert not torch.allclose(golden_model.model.latent_format.process_in(out), wanted[-1], **case["suggested"])

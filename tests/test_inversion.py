@@ -16,7 +16,7 @@ from support.outcomes import far, near
 from support.stable_flow import LATENT, photo, sigmas_of, source_text, stacked_text
 
 from slider_core.errors import SliderError
-from slider_core.stable_flow.inversion import FOLLOWS, FREE, PUBLISHED, edit_from_trajectory, invert
+from slider_core.stable_flow.inversion import SourceMode, edit_from_trajectory, invert
 from slider_core.stable_flow.trajectory import Trajectory, load_trajectory, save_trajectory
 from slider_core.stable_flow.vital_layers import inject_key_values
 
@@ -35,7 +35,7 @@ def trajectory(golden_model) -> Trajectory:
 def regeneration_error(model, **more) -> float:
     """Of sampling forwards again, against the nudged picture: relative, in the model's own scaling."""
     trajectory = inverted(model, **more)
-    out = edit_from_trajectory(model, source_text(guidance=1.0), trajectory, FREE)
+    out = edit_from_trajectory(model, source_text(guidance=1.0), trajectory, SourceMode.CACHED)
     picture = trajectory.latents[-1:]
     return float((model.model.latent_format.process_in(out) - picture).norm() / picture.norm())
 
@@ -66,12 +66,15 @@ def test_a_batch_of_prompts_uses_the_first(golden_model, trajectory):
 
 def test_the_source_follows(golden_model, trajectory):
     model, text = inject_key_values(golden_model, [0, 4]), stacked_text((1.0, 3.0, 3.0))
-    outs = {mode: edit_from_trajectory(model, text, trajectory, mode) for mode in (FOLLOWS, PUBLISHED, FREE)}
+    outs = {
+        mode: edit_from_trajectory(model, text, trajectory, mode)
+        for mode in (SourceMode.TRAJECTORY, SourceMode.PUBLISHED, SourceMode.CACHED)
+    }
     picture = golden_model.model.latent_format.process_out(trajectory.latents[-1:])
-    assert near(outs[FOLLOWS][:1], picture)
-    assert far(outs[FREE][:1], picture)
-    assert far(outs[FOLLOWS][1:], outs[PUBLISHED][1:])
-    assert far(outs[FOLLOWS][1:], outs[FREE][1:])
+    assert near(outs[SourceMode.TRAJECTORY][:1], picture)
+    assert far(outs[SourceMode.CACHED][:1], picture)
+    assert far(outs[SourceMode.TRAJECTORY][1:], outs[SourceMode.PUBLISHED][1:])
+    assert far(outs[SourceMode.TRAJECTORY][1:], outs[SourceMode.CACHED][1:])
 
 
 def test_torch_compile(golden_model, trajectory):
@@ -112,7 +115,7 @@ def test_a_file_that_cannot_be_written(trajectory, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(SliderError, match=r"cannot be written .*No space left on device.* Make room"):
+    with pytest.raises(SliderError, match=r"cannot be written .*No space left on device.* Free some disk"):
         save_trajectory(inverted_otherwise(trajectory), path)
     assert path.read_bytes() == whole
     assert os.listdir(tmp_path) == ["cat.safetensors"]
@@ -140,18 +143,21 @@ def changed(path, **changes) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "other"}, "its header says 'other'"),
-        ({"format": None}, "its header says 'nothing'"),
-        ({"latents": None}, "no usable 'latents'"),
-        ({"text": torch.zeros(3)}, "no usable 'text'; expected 3 dimensions"),
-        ({"sigmas": torch.tensor([1, 0])}, "no usable 'sigmas'"),
-        ({"sigmas": torch.tensor([1.0, 0.5, 0.0])}, "5 latents for 3 noise levels"),
-        ({"latents": torch.full((5, 16, 8, 8), torch.nan)}, "no usable 'latents'; expected 4 dimensions of finite"),
-        ({"pooled": torch.full((1, 768), torch.inf)}, "no usable 'pooled'"),
-        ({"text": torch.zeros(2, 24, 64)}, "2 prompts; expected a latent for each, and one prompt"),
+        ({"format": "other"}, "in its header is 'other'"),
+        ({"format": None}, "in its header is 'missing'"),
+        ({"latents": None}, "no valid 'latents'"),
+        ({"text": torch.zeros(3)}, "no valid 'text'; expected a tensor of 3 dimensions"),
+        ({"sigmas": torch.tensor([1, 0])}, "no valid 'sigmas'"),
+        ({"sigmas": torch.tensor([1.0, 0.5, 0.0])}, "5 latents, 3 sigmas and"),
+        (
+            {"latents": torch.full((5, 16, 8, 8), torch.nan)},
+            "no valid 'latents'; expected a tensor of 4 dimensions with finite",
+        ),
+        ({"pooled": torch.full((1, 768), torch.inf)}, "no valid 'pooled'"),
+        ({"text": torch.zeros(2, 24, 64)}, "2 prompts; expected as many latents as sigmas, and one"),
         ({"sigmas": torch.tensor([1.0, 0.5, 0.6, 0.1, 0.0])}, "noise levels .* expected at least two that fall"),
-        ({"nudging": "much"}, "does not tell how it was made"),
-        ({"prompt": None}, "does not tell how it was made"),
+        ({"nudging": "much"}, "header of cat.safetensors is incomplete"),
+        ({"prompt": None}, "header of cat.safetensors is incomplete"),
     ],
 )
 def test_damaged_files(trajectory, tmp_path, changes, message):
@@ -202,7 +208,7 @@ def test_a_lora_does_not_make_another_model(golden_model):
 def test_bad_input(golden_model, trajectory):
     text, picture, sigmas = source_text(), photo(golden_model), sigmas_of(golden_model)
     bad = [
-        (picture.repeat(2, 1, 1, 1), sigmas, "The latent has 2 pictures"),
+        (picture.repeat(2, 1, 1, 1), sigmas, "The latent has 2 images"),
         (torch.zeros(LATENT), sigmas, "is empty, holds numbers that are none, .* expected 16 channels"),
         (picture[:, :4], sigmas, r"The latent \(1, 4, 8, 8\) .* expected 16 channels"),
         (picture[:, :, None], sigmas, "expected 16 channels"),
@@ -217,10 +223,10 @@ def test_bad_input(golden_model, trajectory):
             invert(golden_model, text, latent, levels, PROMPT)
     with pytest.raises(SliderError, match="no pooled vector"):
         invert(golden_model, [[text[0][0], {}]], picture, sigmas, PROMPT)
-    with pytest.raises(SliderError, match=r"The batch is one prompt, .* choose 'is left alone'"):
+    with pytest.raises(SliderError, match=r"There is one prompt, .* choose 'remembered by the model'"):
         edit_from_trajectory(golden_model, source_text(), trajectory)
     [[cond, options]] = stacked_text()
-    with pytest.raises(SliderError, match=r"The source prompt is not what the picture was inverted with \('a “photo”"):
+    with pytest.raises(SliderError, match=r"The source prompt differs from the prompt of the inversion \('a “photo”"):
         edit_from_trajectory(golden_model, [[cond.flip(0), options]], trajectory)
     with pytest.raises(SliderError, match=r"is \(20, 64\) here, but was \(24, 64\)"):
         edit_from_trajectory(golden_model, [[cond[:, :20], options]], trajectory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import comfy.sample
 import comfy.sd
@@ -16,10 +17,17 @@ from support.stable_flow import LATENT, ROWS, edit_text, source_text, stacked_te
 from support.tiny_models import tiny_vae
 
 from slider_core.errors import SliderError
-from slider_core.figures.plots import attention_plot, layer_plot
-from slider_core.stable_flow import vitality_search as layer_analysis
-from slider_core.stable_flow.attention_maps import PointAttention, measure_attention
-from slider_core.stable_flow.vitality_search import LayerScores, latent_features, picture_features, scores_of
+from slider_core.sampling.sampling_settings import SamplingSettings
+from slider_core.stable_flow import vitality_search
+from slider_core.stable_flow.attention_maps import AttentionMaps, measure_attention
+from slider_core.stable_flow.stable_flow_plots import attention_plot, vitality_plot
+from slider_core.stable_flow.vitality_search import (
+    LATENT_FEATURES,
+    RenderPlan,
+    VitalityScores,
+    choose_features,
+    measure_vitality,
+)
 
 EMPTY = torch.zeros(LATENT)
 
@@ -61,15 +69,16 @@ def vision(kind: str, projection_dim: int = 16) -> ClipVisionModel:
     return model
 
 
-def analysed(model, folder, name="s", features=latent_features, prompts=None, seeds=(3,), **more) -> LayerScores:
+def analysed(model, folder, name="s", features=LATENT_FEATURES, prompts=None, seeds=(3,), **more) -> VitalityScores:
     prompts = prompts or {"one": source_text(), "two": edit_text(1)}
-    return scores_of(model, prompts, seeds, EMPTY, 2, features, folder, name, {"compared by": "test"}, **more)
+    plan = RenderPlan(prompts, seeds, EMPTY, 2)
+    return measure_vitality(model, plan, features, f"{folder}/{name}", {"compared by": "test"}, **more)
 
 
 @pytest.mark.parametrize("layer", [1, 5])
 @pytest.mark.parametrize("kind", [None, "clip_vision_model", "dinov2", "siglip_vision_model"])
 def test_the_important_layer_is_found(recipe, manifest, tmp_path, layer, kind):
-    features = picture_features(tiny_vae(), vision(kind)) if kind else latent_features
+    features = choose_features(tiny_vae(), vision(kind)) if kind else LATENT_FEATURES
     scores = analysed(model_that_needs(layer, recipe, manifest), tmp_path, "s", features)
     assert scores.most_vital(1) == [layer]
     others = [scores.vitality(k) for k in range(7) if k != layer]
@@ -120,14 +129,14 @@ def test_an_interrupted_run_goes_on(golden_model, tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        analysed(golden_model, tmp_path, "cut", on_picture=stop_after_11)
+        analysed(golden_model, tmp_path, "cut", on_image=stop_after_11)
     assert renders == [(k, 16) for k in range(1, 12)]
     again = []
-    resumed = analysed(golden_model, tmp_path, "cut", on_picture=lambda *counts: again.append(counts[:2]))
+    resumed = analysed(golden_model, tmp_path, "cut", on_image=lambda *counts: again.append(counts[:2]))
     assert again == [(k, 16) for k in (1, 9, 11, 12, 13, 14, 15, 16)]
     assert resumed.similarities == whole.similarities
     again.clear()
-    analysed(golden_model, tmp_path, "cut", on_picture=lambda *counts: again.append(counts[:2]))
+    analysed(golden_model, tmp_path, "cut", on_image=lambda *counts: again.append(counts[:2]))
     assert again == [(1, 16)]
     assert not list(tmp_path.glob("*.part"))
 
@@ -138,7 +147,7 @@ def test_what_else_changed_is_noticed(golden_model, tmp_path):
     patched, key = golden_model.clone(), "diffusion_model.double_blocks.0.img_attn.qkv.weight"
     patched.add_patches({key: ("diff", (0.05 * noise(768, 256, seed=3),))})
     other_text = {"one": edit_text(2), "two": edit_text(1)}
-    doubled = picture_features(tiny_vae(), vision("dinov2"))
+    doubled = choose_features(tiny_vae(), vision("dinov2"))
     for model, more in (
         (patched, {}),
         (golden_model, {"prompts": other_text}),
@@ -156,10 +165,9 @@ def test_what_else_changed_is_noticed(golden_model, tmp_path):
 def test_every_setting_has_a_file_of_its_own(golden_model, tmp_path, more):
     inputs = {"steps": 2, "latent": EMPTY, "settings": {"guidance": 1}}
 
-    def run(steps: int, latent: torch.Tensor, settings: dict) -> LayerScores:
-        return scores_of(
-            golden_model, {"one": source_text()}, [3], latent, steps, latent_features, tmp_path, "s", settings
-        )
+    def run(steps: int, latent: torch.Tensor, settings: dict) -> VitalityScores:
+        plan = RenderPlan({"one": source_text()}, [3], latent, steps)
+        return measure_vitality(golden_model, plan, LATENT_FEATURES, f"{tmp_path}/s", settings)
 
     run(**inputs)
     run(**inputs | more)
@@ -174,50 +182,50 @@ def test_every_seed_has_noise_of_its_own(golden_model, tmp_path):
 def test_scores_are_written_whole_or_not_at_all(golden_model, tmp_path, monkeypatch):
     scores = analysed(golden_model, tmp_path, "s")
     [file] = tmp_path.iterdir()
-    before, real = file.read_text(encoding="utf-8"), type(file).write_text
+    before = file.read_text(encoding="utf-8")
 
-    def broken(path, content, **options):
-        real(path, content[:50], **options)
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(file), "write_text", broken)
+    monkeypatch.setattr(os, "fsync", full)
     del scores.similarities[0]["one (3)"]
     with pytest.raises(SliderError, match="No space left on device"):
-        layer_analysis._write(file, scores)
+        vitality_search._save_scores(file, scores)
     assert file.read_text(encoding="utf-8") == before
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_other_settings_and_damaged_files_start_anew(golden_model, tmp_path):
     analysed(golden_model, tmp_path, "s")
     [file] = tmp_path.iterdir()
     rendered = []
-    analysed(golden_model, tmp_path, "s", seeds=(8,), on_picture=lambda *_: rendered.append(1))
+    analysed(golden_model, tmp_path, "s", seeds=(8,), on_image=lambda *_: rendered.append(1))
     assert len(rendered) == 16
     assert len(list(tmp_path.iterdir())) == 2
     for damage in ("", "{}", "[]", '{"similarities": {"a": {}}}', file.read_text()[:300]):
         file.write_text(damage)
         rendered.clear()
-        analysed(golden_model, tmp_path, "s", on_picture=lambda *_: rendered.append(1))
+        analysed(golden_model, tmp_path, "s", on_image=lambda *_: rendered.append(1))
         assert len(rendered) == 16
 
 
 def test_bad_input(golden_model, tmp_path):
-    with pytest.raises(SliderError, match="There is no prompt"):
-        scores_of(golden_model, {}, [1], EMPTY, 2, latent_features, tmp_path, "s", {})
+    with pytest.raises(SliderError, match="There are no prompts"):
+        measure_vitality(golden_model, RenderPlan({}, [1], EMPTY, 2), LATENT_FEATURES, f"{tmp_path}/s", {})
     (tmp_path / "file").touch()
-    with pytest.raises(SliderError, match=r"scores cannot be written to .* Make room"):
+    with pytest.raises(SliderError, match=r"scores cannot be written to .* Free some disk"):
         analysed(golden_model, tmp_path / "file")
-    scores = LayerScores({}, {0: {"a": 0.9}, 1: {"a": 0.5}})
+    scores = VitalityScores({}, {0: {"a": 0.9}, 1: {"a": 0.5}})
     for count in (0, 3):
-        with pytest.raises(SliderError, match=f"{count} layers were asked for; expected 1 to 2"):
+        with pytest.raises(SliderError, match=f"count is {count}; expected 1 to 2"):
             scores.most_vital(count)
-    with pytest.raises(SliderError, match=r"No layer has a vitality of 0\.6; the highest is 0\.5000"):
+    with pytest.raises(SliderError, match=r"No layer has a vitality of at least 0\.6; the highest is 0\.5000"):
         scores.above(0.6)
 
 
-def test_layer_plot():
-    scores = LayerScores({"compared by": "a test"}, {k: {"a": 1 - 0.1 * k} for k in range(7)})
-    plot, other = layer_plot(scores, [5, 6]), layer_plot(scores, [1])
+def test_vitality_plot():
+    scores = VitalityScores({"compared by": "a test"}, {k: {"a": 1 - 0.1 * k} for k in range(7)})
+    plot, other = vitality_plot(scores, [5, 6]), vitality_plot(scores, [1])
     assert plot.shape == (1, 500, 1100, 3)
     assert 0 <= float(plot.min()) < 0.5 < float(plot.max()) <= 1
     assert not torch.equal(plot, other)
@@ -228,7 +236,7 @@ def test_layer_plot():
 
 def viewed(model, text=None, latent=EMPTY, picture: int = 0, point=(0.3, 0.9), steps: int = 2):
     start = comfy.sample.prepare_noise(EMPTY, 3).repeat(latent.shape[0], 1, 1, 1)
-    return measure_attention(model, text or source_text(), latent, start, 3, steps, picture, point)
+    return measure_attention(model, text or source_text(), latent, start, SamplingSettings(steps, 3), picture, point)
 
 
 def test_attention_is_what_softmax_gives(golden_model, monkeypatch):
@@ -245,25 +253,25 @@ def test_attention_is_what_softmax_gives(golden_model, monkeypatch):
     monkeypatch.setattr(flux_math, "optimized_attention", attention)
     found, _ = viewed(golden_model, steps=1)
     token = ROWS + 3 * 4 + 1  # 4 x 4 tokens, .9 down and .3 across
-    assert list(found.maps) == list(range(7))
+    assert list(found.image) == list(range(7))
     for layer, (q, k) in enumerate(seen):
         scores = torch.einsum("hd,hnd->hn", q[0, :, token], k[0]) / math.sqrt(q.shape[-1])
         want = scores.softmax(-1).mean(0)
         assert found.text[layer] == pytest.approx(float(want[:ROWS].sum()), abs=1e-5)
-        assert torch.allclose(found.maps[layer].flatten(), want[ROWS:], atol=1e-5)
+        assert torch.allclose(found.image[layer].flatten(), want[ROWS:], atol=1e-5)
 
 
 def test_shares(golden_model):
     found, samples = viewed(golden_model)
     assert samples.shape == LATENT
     for layer in range(7):
-        assert found.text[layer] + float(found.maps[layer].sum()) == pytest.approx(1, abs=1e-5)
-    assert found.share_of_text([1, 4]) == pytest.approx((found.text[1] + found.text[4]) / 2)
-    assert found.share_of_image([1, 4]) == pytest.approx(1 - found.share_of_text([1, 4]), abs=1e-5)
+        assert found.text[layer] + float(found.image[layer].sum()) == pytest.approx(1, abs=1e-5)
+    assert found.mean_text([1, 4]) == pytest.approx((found.text[1] + found.text[4]) / 2)
+    assert float(found.mean_image([1, 4]).sum()) == pytest.approx(1 - found.mean_text([1, 4]), abs=1e-5)
     reference = {"reference_latents": [noise(1, 16, 8, 4, seed=5)], "reference_latents_method": "offset"}
     with_reference, _ = viewed(golden_model, source_text(**reference))
-    assert with_reference.text[0] + float(with_reference.maps[0].sum()) < 0.99
-    assert with_reference.maps[0].shape == (4, 4)
+    assert with_reference.text[0] + float(with_reference.image[0].sum()) < 0.99
+    assert with_reference.image[0].shape == (4, 4)
 
 
 def test_a_picture_of_a_batch(golden_model):
@@ -271,7 +279,7 @@ def test_a_picture_of_a_batch(golden_model):
     alone, one = viewed(golden_model, edit_text(2))
     assert near(samples[2:], one)
     for layer in range(7):
-        assert torch.allclose(batch.maps[layer], alone.maps[layer], atol=1e-4)
+        assert torch.allclose(batch.image[layer], alone.image[layer], atol=1e-4)
 
 
 def test_viewing_changes_nothing(golden_model):
@@ -284,14 +292,14 @@ def test_viewing_changes_nothing(golden_model):
 
 
 def test_what_cannot_be_viewed(golden_model):
-    with pytest.raises(SliderError, match="no picture 1 in a batch of 1; expected 0 to 0"):
+    with pytest.raises(SliderError, match="no image 1 in a batch of 1, counted from 0; expected 0 to 0"):
         viewed(golden_model, picture=1)
     with pytest.raises(SliderError, match=r"compiled \(torch.compile\)"):
         viewed(compiled(golden_model))
 
 
 def test_attention_plot():
-    seen = PointAttention({k: 0.1 * k for k in range(7)}, {k: torch.rand(4, 4) / 16 for k in range(7)}, 1)
+    seen = AttentionMaps({k: 0.1 * k for k in range(7)}, {k: torch.rand(4, 4) / 16 for k in range(7)}, 1)
     picture = torch.rand(64, 64, 3)
     outs = [attention_plot(seen, picture, (0.3, 0.9), vital) for vital in ([1, 2], [6], list(range(7)))]
     for out in outs:

@@ -16,30 +16,33 @@ from support.stable_flow import LATENT, ROWS, edit_text, euler, photo, sigmas_of
 
 from slider_core.adapters.adapter_file import read_adapter
 from slider_core.adapters.gstlora import apply_gstlora
+from slider_core.conditioning.active_region import ActiveRegion
 from slider_core.errors import SliderError
 from slider_core.patching.batch_splitting import split_batches
 from slider_core.sampling.deterministic_samplers import ONE_CALL_PER_STEP
+from slider_core.sampling.sampling_settings import SamplingSettings
 from slider_core.stable_flow import source_kv_cache
-from slider_core.stable_flow.inversion import FOLLOWS, FREE, edit_from_trajectory, invert
+from slider_core.stable_flow.inversion import SourceMode, edit_from_trajectory, invert
 from slider_core.stable_flow.source_kv_cache import (
     cache_source_kv,
     cache_trajectory_kv,
     check_cached_source,
-    describe_need,
+    describe_memory,
     inject_cached,
-    memory_needed,
+    kv_num_bytes,
 )
-from slider_core.stable_flow.vital_layers import bypass, inject_key_values
+from slider_core.stable_flow.vital_layers import bypass_blocks, inject_key_values
 
 LAYERS, STEPS = [0, 2, 4, 6], 3
 GSTLORA = GOLDEN / "examples" / "gstlora_pytorch_lora_weights.safetensors"
 
 
-def remembered(model, limit: float = 0.0, layers=LAYERS, text=None, steps: int = STEPS, latent=LATENT, **more):
-    options = {"seed": 5, "sampler": "euler", "scheduler": "simple", "limit": limit, **more}
-    empty = torch.zeros(latent)
+def remembered(
+    model, limit: float = 0.0, layers=LAYERS, text=None, steps: int = STEPS, latent=LATENT, sampler: str = "euler"
+):
+    empty, settings = torch.zeros(latent), SamplingSettings(steps, 5, sampler)
     start = comfy.sample.prepare_noise(empty, 5)
-    return cache_source_kv(model, text or source_text(), empty, start, layers, steps=steps, **options)
+    return cache_source_kv(model, text or source_text(), empty, start, layers, settings, limit)
 
 
 def edited(model, text, pictures: int = 1, sampler: str = "euler", steps: int = STEPS, latent=LATENT) -> torch.Tensor:
@@ -54,7 +57,7 @@ def edited(model, text, pictures: int = 1, sampler: str = "euler", steps: int = 
 def test_equals_the_source_in_the_batch(golden_model, limit, strength):
     together = edited(inject_key_values(golden_model, LAYERS, strength=strength), stacked_text(), 3)
     cache, source = remembered(golden_model, limit)
-    assert cache.kept == (limit == 0)
+    assert cache.in_memory == (limit == 0)
     model = inject_cached(golden_model, cache, strength)
     assert near(source, together[:1])
     for k in (1, 2):
@@ -67,9 +70,9 @@ def test_equals_the_source_in_the_batch(golden_model, limit, strength):
 def test_a_mask_acts_as_on_a_source_in_the_batch(golden_model, limit):
     mask = torch.zeros(1, 64, 64)
     mask[:, :24, :40] = 0.8
-    together = edited(inject_key_values(golden_model, LAYERS, mask=mask), stacked_text(), 3)
+    together = edited(inject_key_values(golden_model, LAYERS, region=ActiveRegion(mask)), stacked_text(), 3)
     cache, _ = remembered(golden_model, limit)
-    found = edited(inject_cached(golden_model, cache, mask=mask), edit_text(1))
+    found = edited(inject_cached(golden_model, cache, region=ActiveRegion(mask)), edit_text(1))
     assert near(found, together[1:2])
     assert far(found, edited(inject_cached(golden_model, cache), edit_text(1)))
 
@@ -130,7 +133,11 @@ def test_cond_and_uncond(golden_model, limit, rows):
 
 def test_parts_of_the_schedule(golden_model):
     cache, _ = remembered(golden_model)
-    for part in ({"end": 0.3}, {"start": 0.3}, {"strength": 0.0}):
+    for part in (
+        {"region": ActiveRegion(None, 0.0, 0.3)},
+        {"region": ActiveRegion(None, 0.3, 1.0)},
+        {"strength": 0.0},
+    ):
         together = edited(inject_key_values(golden_model, LAYERS, **part), stacked_text(), 3)
         assert near(edited(inject_cached(golden_model, cache, **part), edit_text(1)), together[1:2])
         assert far(edited(inject_cached(golden_model, cache), edit_text(1)), together[1:2])
@@ -140,20 +147,20 @@ def test_parts_of_the_schedule(golden_model):
 def test_from_a_trajectory(golden_model, limit):
     trajectory = invert(golden_model, source_text(guidance=1.0), photo(golden_model), sigmas_of(golden_model), "a")
     together = edit_from_trajectory(
-        inject_key_values(golden_model, LAYERS), stacked_text((1.0, 3.0, 3.0)), trajectory, FOLLOWS
+        inject_key_values(golden_model, LAYERS), stacked_text((1.0, 3.0, 3.0)), trajectory, SourceMode.TRAJECTORY
     )
     cache = cache_trajectory_kv(golden_model, trajectory, LAYERS, limit)
-    assert cache.kept == (limit == 0)
+    assert cache.in_memory == (limit == 0)
     model = inject_cached(golden_model, cache)
     for k in (1, 2):
-        alone = edit_from_trajectory(model, edit_text(k, guidance=3.0), trajectory, FREE)
+        alone = edit_from_trajectory(model, edit_text(k, guidance=3.0), trajectory, SourceMode.CACHED)
         assert near(alone, together[k : k + 1])
 
 
 def test_what_is_said_about_memory(golden_model):
-    needed = memory_needed(golden_model, LAYERS, LATENT, STEPS)
+    needed = kv_num_bytes(golden_model, LAYERS, LATENT, STEPS)
     cache, _ = remembered(golden_model)
-    assert needed == sum(moment.key_values.nbytes for moment in cache.moments) == cache.needed
+    assert needed == sum(step.key_values.nbytes for step in cache.cached_steps) == cache.num_bytes
     assert "3 steps x 4 layers: 0.4 MB" in cache.describe()
     assert "costs two generations" in remembered(golden_model, 1e-9)[0].describe()
 
@@ -172,14 +179,14 @@ def test_memory_that_runs_out_midway(golden_model, monkeypatch):
         patch.setattr(source_kv_cache, "_allocate_kv", room)
         cache, _ = remembered(golden_model)
     assert len(rooms) == 2
-    assert not cache.kept
-    assert all(moment.key_values is None for moment in cache.moments)
+    assert not cache.in_memory
+    assert all(step.key_values is None for step in cache.cached_steps)
     assert near(edited(inject_cached(golden_model, cache), edit_text(1)), want)
 
 
 def test_free_memory_is_not_used_up(golden_model, monkeypatch):
     """By itself half of what is free; with a limit no more than that, and never more than is free."""
-    needed = memory_needed(golden_model, LAYERS, LATENT, STEPS)
+    needed = kv_num_bytes(golden_model, LAYERS, LATENT, STEPS)
     for free, limit, kept in (
         (2 * needed + 2, 0.0, True),
         (2 * needed - 2, 0.0, False),
@@ -188,10 +195,10 @@ def test_free_memory_is_not_used_up(golden_model, monkeypatch):
         (4 * needed, 0.5 * needed / 1e9, False),
     ):
         monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, free=free, **__: free)
-        assert remembered(golden_model, limit)[0].kept == kept
-        said = describe_need(golden_model, LAYERS, LATENT, STEPS, limit)
+        assert remembered(golden_model, limit)[0].in_memory == kept
+        said = describe_memory(golden_model, LAYERS, LATENT, STEPS, limit)
         assert "The source takes 0.4 MB of RAM" in said
-        assert ("computed again" in said) != kept
+        assert ("recomputed" in said) != kept
 
 
 def test_the_dtype_of_the_model_is_kept(recipe, manifest):
@@ -199,7 +206,7 @@ def test_the_dtype_of_the_model_is_kept(recipe, manifest):
     model = comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": torch.bfloat16})
     model.set_model_compute_dtype(torch.bfloat16)
     cache, _ = remembered(model)
-    assert {moment.key_values.dtype for moment in cache.moments} == {torch.bfloat16}
+    assert {step.key_values.dtype for step in cache.cached_steps} == {torch.bfloat16}
     together = edited(inject_key_values(model, LAYERS), stacked_text(), 3)
     alone, bare = edited(inject_cached(model, cache), edit_text(1)), edited(model, edit_text(1))
     assert (alone - together[1:2]).norm() < 0.1 * (bare - together[1:2]).norm()
@@ -214,7 +221,7 @@ def test_comfyui_sees_how_much_memory_it_holds(golden_model):
         return value.nbytes if isinstance(value, torch.Tensor) else 0
 
     cache, _ = remembered(golden_model)
-    assert held(cache) > cache.needed
+    assert held(cache) > cache.num_bytes
 
 
 def test_samplers(golden_model):
@@ -233,17 +240,17 @@ def test_bad_input(golden_model, recipe, manifest):
     model = inject_cached(golden_model, cache)
     with pytest.raises(SliderError, match=r"not computed at noise level .* \(3 steps, scheduler simple\)"):
         edited(model, edit_text(1), steps=4)
-    with pytest.raises(SliderError, match="latent of 8 x 8, this picture one of 12 x 8; expected the same size"):
+    with pytest.raises(SliderError, match="latent of 8 x 8, this image one of 12 x 8; expected the same size"):
         edited(model, edit_text(1), latent=(1, 16, 8, 12))
     with pytest.raises(SliderError, match="no layer 7; expected layers from 0 to 6"):
         remembered(golden_model, layers=[0, 7])
-    with pytest.raises(SliderError, match="has 2 pictures; expected one, the source"):
+    with pytest.raises(SliderError, match="has 2 images; expected one, the source"):
         remembered(golden_model, latent=(2, *LATENT[1:]))
     with pytest.raises(SliderError, match="several conditionings"):
         remembered(golden_model, text=[*source_text(), *edit_text(1)])
     with pytest.raises(SliderError, match="expected 0 <= start < end"):
-        inject_cached(golden_model, cache, start=0.6, end=0.4)
-    with pytest.raises(SliderError, match=r"remembered source was made with a different FLUX\.1 model"):
+        inject_cached(golden_model, cache, region=ActiveRegion(None, 0.6, 0.4))
+    with pytest.raises(SliderError, match=r"cached source was made with a different FLUX\.1 model"):
         inject_cached(other_model(recipe, manifest["model"] | {"seed": 99}), cache)
     with pytest.raises(SliderError, match=r"256 wide; this one is FLUX\.1, 128 wide"):
         inject_cached(other_model(recipe, manifest["model"] | {"hidden": 128}), cache)
@@ -295,7 +302,7 @@ def test_layers_that_are_skipped(golden_model):
     with pytest.raises(SliderError, match="not computed in a step"):
         edited(inject_cached(golden_model, cache), edit_text(1))
     with pytest.raises(SliderError, match="not computed in a step"):
-        remembered(bypass(golden_model, [4]))
+        remembered(bypass_blocks(golden_model, [4]))
 
 
 def test_sources_that_cannot_be_kept(golden_model):
@@ -304,7 +311,7 @@ def test_sources_that_cannot_be_kept(golden_model):
     with pytest.raises(SliderError, match="covers 8 x 4 of a latent of 8 x 8"):
         remembered(golden_model, text=area)
     half = [[cond, {**options, "start_percent": 0.0, "end_percent": 0.5}]]
-    with pytest.raises(SliderError, match="Take time ranges off"):
+    with pytest.raises(SliderError, match="Remove timestep ranges"):
         remembered(golden_model, text=half)
     guided = golden_model.clone()
     guided.set_model_sampler_post_cfg_function(lambda args: args["denoised"], disable_cfg1_optimization=True)
@@ -339,11 +346,11 @@ def test_trajectories_that_do_not_fit(golden_model, recipe, manifest):
         cache_trajectory_kv(sampled_by_eps(golden_model), one, LAYERS)
     model = inject_cached(golden_model, cache_trajectory_kv(golden_model, one, LAYERS))
     check_cached_source(model, one)
-    with pytest.raises(SliderError, match="remembers another source than this trajectory"):
+    with pytest.raises(SliderError, match="cached source is not this trajectory"):
         check_cached_source(model, two)
-    with pytest.raises(SliderError, match="remembers another source"):
+    with pytest.raises(SliderError, match="cached source is not this trajectory"):
         check_cached_source(inject_cached(golden_model, remembered(golden_model)[0]), one)
-    with pytest.raises(SliderError, match="remembers no source"):
+    with pytest.raises(SliderError, match="has no cached source"):
         check_cached_source(inject_key_values(golden_model, LAYERS), one)
 
 

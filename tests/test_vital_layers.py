@@ -11,9 +11,16 @@ from support.graphs import Graph, Link
 from support.model_calls import compiled, noise, velocity_of
 from support.outcomes import far, latents, near
 
+from slider_core.conditioning.active_region import ActiveRegion
 from slider_core.conditioning.masks import mask_coverage
 from slider_core.errors import SliderError
-from slider_core.stable_flow.vital_layers import LAYER_SETS, bypass, inject_key_values, layer_set, parse_block_indices
+from slider_core.stable_flow.vital_layers import (
+    LAYER_SETS,
+    bypass_blocks,
+    inject_key_values,
+    layer_set,
+    parse_block_indices,
+)
 
 SIGMA, LAYERS = 0.7, [0, 2, 4, 6]
 GUIDANCES = {"source_guidance": 1.0, "edit_guidance": 3.0}
@@ -90,7 +97,7 @@ def test_a_mask_chooses_places(golden_model):
     share = share.flatten()[:, None]
     x = torch.cat([noise(1, 16, 8, 12, seed=k) for k in range(3)])
     injections = [
-        inject_key_values(golden_model, [0], strength=strength, chained=chained, mask=mask)
+        inject_key_values(golden_model, [0], strength=strength, chained=chained, region=ActiveRegion(mask))
         for strength, chained in ((1.0, False), (0.6, False), (1.0, True))
     ]
     own, whole, partly, chained = seen_keys(golden_model, x, golden_model, *injections)
@@ -139,7 +146,9 @@ def test_masks_that_are_the_same_everywhere(golden_model):
         (torch.zeros(64, 64), own),
         (torch.full((8, 8), 0.5), half),
     ):
-        assert torch.equal(velocity_of(inject_key_values(golden_model, [0], mask=mask), X, SIGMA, text()), want)
+        assert torch.equal(
+            velocity_of(inject_key_values(golden_model, [0], region=ActiveRegion(mask)), X, SIGMA, text()), want
+        )
     assert far(own[1:], kept[1:])
     for mask, message in (
         (torch.ones(2, 8, 8), "There are 2 masks; expected one"),
@@ -147,7 +156,7 @@ def test_masks_that_are_the_same_everywhere(golden_model):
         (torch.ones(8), r"the shape \(8,\); expected"),
     ):
         with pytest.raises(SliderError, match=message):
-            inject_key_values(golden_model, [0], mask=mask)
+            inject_key_values(golden_model, [0], region=ActiveRegion(mask))
 
 
 def test_samplers_that_add_noise_are_refused(golden_model):
@@ -190,7 +199,7 @@ def test_parts_of_the_schedule(golden_model):
     middle = next(p / 100 for p in range(100) if percent_to_sigma(p / 100) < SIGMA)
     always = velocity_of(inject_key_values(golden_model, LAYERS), X, SIGMA, text())
     for start, end, acts in ((0, middle, True), (middle, 1, False), (middle - 0.05, middle + 0.05, True)):
-        model = inject_key_values(golden_model, LAYERS, start=start, end=end)
+        model = inject_key_values(golden_model, LAYERS, region=ActiveRegion(None, start, end))
         assert torch.equal(velocity_of(model, X, SIGMA, text()), always if acts else own)
 
 
@@ -232,12 +241,12 @@ def test_layers(golden_model):
 
 
 def test_bad_input(golden_model):
-    for method in (inject_key_values, bypass):
+    for method in (inject_key_values, bypass_blocks):
         with pytest.raises(SliderError, match="no layer 17; expected layers from 0 to 6"):
             method(golden_model, [0, 17])
     with pytest.raises(SliderError, match="expected 0 <= start < end"):
-        inject_key_values(golden_model, LAYERS, start=0.6, end=0.4)
-    with pytest.raises(SliderError, match=r"reference is image 3 .* the batch has 3"):
+        inject_key_values(golden_model, LAYERS, region=ActiveRegion(None, 0.6, 0.4))
+    with pytest.raises(SliderError, match=r"reference is image 3 .* the batch has 3 images; expected 0 to 2"):
         velocity_of(inject_key_values(golden_model, LAYERS, 3), X, SIGMA, text())
     with pytest.raises(SliderError, match=r"The batch has one image; expected source and edits in one batch"):
         velocity_of(inject_key_values(golden_model, LAYERS), X[:1], SIGMA, text())

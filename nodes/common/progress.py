@@ -11,7 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from server import PromptServer
 
-from ...slider_core.stable_flow.vitality_search import OnPicture
+from ...slider_core.stable_flow.vitality_search import OnImage
 from ...slider_core.types import OnStep
 
 
@@ -20,7 +20,7 @@ def previews(model: ModelPatcher, steps: int) -> OnStep:
     return latent_preview.prepare_callback(model, steps)
 
 
-def previews_of_pictures(model: ModelPatcher) -> OnPicture:
+def previews_of_pictures(model: ModelPatcher) -> OnImage:
     """A progress bar with the picture that was rendered last."""
     previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
     bar = comfy.utils.ProgressBar(1)

@@ -76,7 +76,9 @@ def distances_of_features(features: torch.Tensor, name: str, source: int = 0) ->
 
 
 @torch.inference_mode()
-def vision_features(images: torch.Tensor, vision: ClipVisionModel, crop: bool = False) -> torch.Tensor:
+def vision_features(
+    images: torch.Tensor, vision: ClipVisionModel, crop: bool = False, average_tokens: bool = True
+) -> torch.Tensor:
     """(n, width), float32: the embeddings of pictures; of models that give one vector per part of them, the mean.
 
     crop: see only the square in the middle of the pictures, as CLIP was trained to.
@@ -85,8 +87,11 @@ def vision_features(images: torch.Tensor, vision: ClipVisionModel, crop: bool = 
     for pictures in images.split(_AT_ONCE):
         output = vision.encode_image(pictures[..., :3], crop=crop)
         embedding = output["image_embeds"]
-        embedding = output["last_hidden_state"] if embedding is None else embedding
-        found.append((embedding.mean(1) if embedding.ndim == 3 else embedding).float())
+        if embedding is None:
+            embedding = output["last_hidden_state"].mean(1)
+        elif embedding.ndim == 3:
+            embedding = embedding.mean(1) if average_tokens else embedding.flatten(1)
+        found.append(embedding.float())
     return torch.cat(found)
 
 

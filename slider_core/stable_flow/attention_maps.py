@@ -1,4 +1,11 @@
-"""How the attention of one point of a picture is shared among text and image tokens (Stable Flow, figure 6)."""
+"""Attention of one image point, split into text and image tokens (Stable Flow, arXiv 2411.14430, figure 6).
+
+For the query token q of the point, with keys K of all tokens and head dimension d,
+
+    a = mean over heads, and over the model calls of a sampling, of softmax(q K^T / sqrt(d))
+
+The sum of a over the text tokens is the block's text attention; a over the image tokens is its image map.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import comfy.sample
 import torch
 from comfy.model_patcher import ModelPatcher
 
@@ -14,30 +20,36 @@ from ..errors import SliderError
 from ..families import family_of
 from ..families.network import diffusion_model_of
 from ..patching.forward_patches import AttentionPatch, ForwardContext, ModelPatch, Phase, add_patch
+from ..sampling.sampling_settings import SamplingSettings
 from ..types import Conditioning, OnStep
 
 
 @dataclass
-class PointAttention:
-    """Mean over heads and model calls, per layer counted as in the paper.
+class AttentionMaps:
+    """Attention of one point, by block index.
 
-    text: share that goes to text tokens. maps: (rows, columns) of shares that go to the picture's own tokens. What is
-    missing to 1 goes to reference latents.
+    text: attention to all text tokens, 0 to 1. image: attention to each image token, (grid height, grid width).
+    The two need not sum to 1; the rest is attention to reference latents.
+    num_calls: number of model calls that are added up.
     """
 
     text: dict[int, float] = field(default_factory=dict)
-    maps: dict[int, torch.Tensor] = field(default_factory=dict)
-    calls: int = 0
+    image: dict[int, torch.Tensor] = field(default_factory=dict)
+    num_calls: int = 0
 
-    def share_of_text(self, layers: Sequence[int]) -> float:
-        return sum(self.text[layer] for layer in layers) / len(layers)
+    def mean_text(self, block_indices: Sequence[int]) -> float:
+        """Attention to the text, averaged over blocks."""
+        return sum(self.text[index] for index in block_indices) / len(block_indices)
 
-    def share_of_image(self, layers: Sequence[int]) -> float:
-        return float(self.map_of(layers).sum())
+    def mean_image(self, block_indices: Sequence[int]) -> torch.Tensor:
+        """Attention to each image token, averaged over blocks: (grid height, grid width)."""
+        return torch.stack([self.image[index] for index in block_indices]).mean(0)
 
-    def map_of(self, layers: Sequence[int]) -> torch.Tensor:
-        """Mean of the layers' maps."""
-        return torch.stack([self.maps[layer] for layer in layers]).mean(0)
+    def mean_over_calls(self) -> AttentionMaps:
+        """The sums over model calls, divided by their number."""
+        text = {index: total / self.num_calls for index, total in self.text.items()}
+        image = {index: total / self.num_calls for index, total in self.image.items()}
+        return AttentionMaps(text, image, 1)
 
 
 def measure_attention(
@@ -45,57 +57,53 @@ def measure_attention(
     conditioning: Conditioning,
     latent: torch.Tensor,
     noise: torch.Tensor,
-    seed: int,
-    steps: int,
-    picture: int,
+    settings: SamplingSettings,
+    image_index: int,
     point: tuple[float, float],
     on_step: OnStep | None = None,
-) -> tuple[PointAttention, torch.Tensor]:
-    """Sample as KSampler does (cfg 1, euler, simple) and watch one point; its attention, and the samples.
+) -> tuple[AttentionMaps, torch.Tensor]:
+    """Sample at cfg 1 and record the attention of one point. Returns its maps and the sampled latents.
 
-    latent, noise: (batch, channels, height, width). picture: of the batch, from 0. point: (across, down), each 0 to 1.
-    Raises SliderError for a picture that is not in the batch and for a compiled model, whose attention is hidden.
+    latent, noise: (batch, channels, height, width). image_index: image of the batch. point: (x, y), each 0 to 1.
+    Raises SliderError for an image_index outside the batch, and for a compiled model, whose attention is inaccessible.
     """
-    if not 0 <= picture < latent.shape[0]:
+    if not 0 <= image_index < latent.shape[0]:
         raise SliderError(
-            f"There is no picture {picture} in a batch of {latent.shape[0]}; expected 0 to {latent.shape[0] - 1}."
+            f"There is no image {image_index} in a batch of {latent.shape[0]}, counted from 0; expected 0 to "
+            f"{latent.shape[0] - 1}."
         )
-    watch = _Watch(model, picture, point)
-    watched = add_patch(model, watch)
-    inputs = (noise, steps, 1.0, "euler", "simple", conditioning, conditioning, latent)
-    samples = comfy.sample.sample(watched, *inputs, callback=on_step, disable_pbar=True, seed=seed)
-    seen = watch.seen
-    seen.text = {layer: share / seen.calls for layer, share in seen.text.items()}
-    seen.maps = {layer: shares / seen.calls for layer, shares in seen.maps.items()}
-    return seen, samples
+    probe = _AttentionProbe(model, image_index, point)
+    samples = settings.sample(add_patch(model, probe), conditioning, latent, noise, on_step)
+    return probe.maps.mean_over_calls(), samples
 
 
-class _Watch(ModelPatch):
-    """Operation: sums up the attention of one point over all calls; changes nothing."""
+class _AttentionProbe(ModelPatch):
+    """Adds up the attention of one point over all model calls; does not change the model's output."""
 
     phase = Phase.OBSERVE
 
-    def __init__(self, model: ModelPatcher, picture: int, point: tuple[float, float]):
+    def __init__(self, model: ModelPatcher, image_index: int, point: tuple[float, float]):
         self.family, self.model = family_of(model), diffusion_model_of(model.model)
-        self.picture, self.point = picture, point
-        self.seen = PointAttention()
+        self.image_index, self.point = image_index, point
+        self.maps = AttentionMaps()
 
     def attention_patches(self, context: ForwardContext) -> Sequence[AttentionPatch]:
-        rows, columns = self.family.image_grid(context.latent_shape)
-        row, column = (min(int(place * size), size - 1) for place, size in zip(reversed(self.point), (rows, columns)))
-        first, query = context.num_text_tokens, context.num_text_tokens + row * columns + column
-        self.seen.calls += 1
+        height, width = self.family.image_grid(context.latent_shape)
+        column, row = (min(int(position * size), size - 1) for position, size in zip(self.point, (width, height)))
+        num_text = context.num_text_tokens
+        query = num_text + row * width + column
+        self.maps.num_calls += 1
 
         def patch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **inputs: Any) -> dict[str, torch.Tensor]:
-            one, positions = slice(self.picture, self.picture + 1), inputs["pe"]
-            positions = positions if positions.shape[0] == 1 else positions[one]
-            queries, keys = self.family.apply_rope(q[one], k[one], positions)
+            image, positions = slice(self.image_index, self.image_index + 1), inputs["pe"]
+            positions = positions if positions.shape[0] == 1 else positions[image]
+            queries, keys = self.family.apply_rope(q[image], k[image], positions)
             scores = queries[0, :, query : query + 1].float() @ keys[0].float().transpose(-1, -2)
-            shares = (scores / keys.shape[-1] ** 0.5).softmax(-1).mean((0, 1)).cpu()
-            layer = self.family.block_index_of(inputs["extra_options"], self.model)
-            of_picture = shares[first : first + rows * columns].reshape(rows, columns)
-            self.seen.text[layer] = self.seen.text.get(layer, 0.0) + float(shares[:first].sum())
-            self.seen.maps[layer] = self.seen.maps.get(layer, torch.zeros(rows, columns)) + of_picture
+            attention = (scores / keys.shape[-1] ** 0.5).softmax(-1).mean((0, 1)).cpu()
+            index = self.family.block_index_of(inputs["extra_options"], self.model)
+            text, image_map = attention[:num_text], attention[num_text : num_text + height * width]
+            self.maps.text[index] = self.maps.text.get(index, 0.0) + float(text.sum())
+            self.maps.image[index] = self.maps.image.get(index, 0.0) + image_map.reshape(height, width)
             return {}
 
         return (patch,)

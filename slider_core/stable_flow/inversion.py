@@ -1,8 +1,18 @@
-"""Real pictures: nudged inversion, and edits that start from it (Stable Flow, section 3.3)."""
+"""Editing real images: inversion with latent nudging and latent caching (Stable Flow, arXiv 2411.14430, section 3.3).
+
+The image latent z_0 is multiplied by the nudging factor lambda and integrated from image to noise by the inverse Euler
+ODE, with the source prompt. For rising noise levels sigma:
+
+    z <- lambda z_0        z_next = z + (sigma_next - sigma) v(z, sigma_next)
+
+All z are kept as a trajectory. Edits start from its last latent and are integrated back to sigma 0; after each step the
+source in the batch is set to the trajectory's latent of that noise level.
+"""
 
 from __future__ import annotations
 
 import itertools
+from enum import Enum
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -22,9 +32,18 @@ from .trajectory import Trajectory
 
 NUDGING = 1.15
 
-FOLLOWS = "follows the trajectory"
-PUBLISHED = "as in the published code"
-FREE = "is left alone"
+
+class SourceMode(Enum):
+    """What is done with the source when edits of a trajectory are sampled; the values are saved in workflows.
+
+    TRAJECTORY: image 0 of the batch is set to the trajectory's latent of the same noise level after each step.
+    PUBLISHED: image 0 is set to the latent two steps earlier, as the published code does.
+    CACHED: the source is not in the batch; all images are sampled freely.
+    """
+
+    TRAJECTORY = "follows the trajectory"
+    PUBLISHED = "as in the published code"
+    CACHED = "remembered by the model"
 
 
 def invert(
@@ -37,20 +56,20 @@ def invert(
     refinements: int = 0,
     on_step: OnStep | None = None,
 ) -> Trajectory:
-    """Run a picture backwards to noise, and keep every latent on the way.
+    """Integrate an image from sigma 0 to noise and keep the latent of every noise level.
 
-    latent: (1, channels, height, width) as an autoencoder gives it. sigmas: noise levels falling to 0. conditioning:
-    the source prompt, at guidance 1; prompt: its words. refinements: times that each step is repeated with the
-    velocity at its own result (0 = the paper); each costs a model evaluation per step. on_step: see OnStep.
-    Raises SliderError for a batch, a model or noise levels that are not those of flow matching.
+    latent: (1, channels, height, width), as encoded by the VAE. sigmas: noise levels falling to 0. conditioning: the
+    source prompt at guidance 1; prompt: its text. refinements: how often each step is repeated with the velocity
+    evaluated at the step's own result (0 = the paper); each costs one more model evaluation per step.
+    Raises SliderError for a batch, and for a model, latent, prompt or sigmas that cannot be inverted.
     """
     if latent.shape[0] != 1:
-        raise SliderError(f"The latent has {latent.shape[0]} pictures; expected one to invert.")
+        raise SliderError(f"The latent has {latent.shape[0]} images; expected one to invert.")
     check_flow_matching(model)
     check_sigmas(sigmas)
     check_image_latent(model, latent)
     if conditioning[0][1].get("pooled_output") is None:
-        raise SliderError("The source prompt has no pooled vector; expected one, from FLUX.1's text encoders.")
+        raise SliderError("The source prompt has no pooled vector; expected one, from the text encoders of FLUX.1.")
     sampler = InverseEuler(nudging, refinements)
     run_sampler(model, conditioning, sampler, sigmas.flip(0), latent, on_step)
     text, options = conditioning[0]
@@ -70,32 +89,30 @@ def edit_from_trajectory(
     model: ModelPatcher,
     conditioning: Conditioning,
     trajectory: Trajectory,
-    source: str = FOLLOWS,
+    mode: SourceMode = SourceMode.TRAJECTORY,
     on_step: OnStep | None = None,
 ) -> torch.Tensor:
-    """Render a batch of prompts from the noise that a picture was inverted to: (prompts, channels, height, width).
+    """Sample a batch of prompts from the trajectory's noise: (prompts, channels, height, width).
 
-    conditioning: one cond with a prompt per picture. source: what becomes of the first picture after each step. It
-    takes the trajectory's latent of the same noise level; or that two steps earlier, as in the published code; or is
-    left alone (when the source is not in the batch).
-    Raises SliderError for a trajectory of another model, and for a batch of one that would only hold the source.
+    conditioning: one cond entry with a prompt per image; unless mode is CACHED, the first is the source prompt.
+    Raises SliderError for a trajectory of another model or source prompt, and for a batch that has only the source.
     """
     trajectory.check_model(model)
     check_flow_matching(model)
-    pictures = conditioning[0][0].shape[0]
-    if source != FREE:
-        if pictures < 2:
+    batch_size = conditioning[0][0].shape[0]
+    if mode is not SourceMode.CACHED:
+        if batch_size < 2:
             raise SliderError(
-                f"The batch is one prompt, which would be the source itself; expected the source and at least one "
-                f"edit. For a source outside of the batch choose {FREE!r}."
+                "There is one prompt, which would be the source itself; expected the source and at least one edit. "
+                f"For a source that is not in the batch, choose {SourceMode.CACHED.value!r}."
             )
         trajectory.check_source(conditioning)
-    empty = torch.zeros(pictures, *trajectory.latents.shape[1:])
-    return run_sampler(model, conditioning, EulerFromTrajectory(trajectory, source), trajectory.sigmas, empty, on_step)
+    empty = torch.zeros(batch_size, *trajectory.latents.shape[1:])
+    return run_sampler(model, conditioning, EulerFromTrajectory(trajectory, mode), trajectory.sigmas, empty, on_step)
 
 
 class InverseEuler(StepSampler):
-    """From picture to noise. sigmas rise; the velocity is taken at the noise level that a step leads to."""
+    """Inverse Euler steps from image to noise, for rising sigmas; `latents` holds the result of every step."""
 
     def __init__(self, nudging: float, refinements: int):
         self.nudging, self.refinements = nudging, refinements
@@ -106,11 +123,11 @@ class InverseEuler(StepSampler):
     ) -> torch.Tensor:
         x = latent * self.nudging
         self.latents = [x.cpu()]
-        for step, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
+        for step, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas)):
             estimate = x
             for _ in range(1 + self.refinements):
-                denoised = denoise(estimate, following)
-                estimate = x + (following - sigma) * (estimate - denoised) / following
+                denoised = denoise(estimate, next_sigma)
+                estimate = x + (next_sigma - sigma) * (estimate - denoised) / next_sigma
             x = estimate
             self.latents.append(x.cpu())
             on_step(step, denoised, x, len(sigmas) - 1)
@@ -118,27 +135,27 @@ class InverseEuler(StepSampler):
 
 
 class EulerFromTrajectory(StepSampler):
-    """From the end of a trajectory to a batch of pictures."""
+    """Euler steps from a trajectory's noise to a batch of images."""
 
-    def __init__(self, trajectory: Trajectory, source: str):
-        self.trajectory, self.source = trajectory, source
+    def __init__(self, trajectory: Trajectory, mode: SourceMode):
+        self.trajectory, self.mode = trajectory, mode
 
     def sample_loop(
         self, denoise: Denoise, sigmas: torch.Tensor, latent: torch.Tensor, on_step: OnStep
     ) -> torch.Tensor:
-        latents, steps = self.trajectory.latents.to(latent), len(sigmas) - 1
+        latents, num_steps = self.trajectory.latents.to(latent), len(sigmas) - 1
         x = latents[:1].repeat(len(latent), 1, 1, 1)
-        for step, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
+        for step, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas)):
             denoised = denoise(x, sigma)
-            x = x + (following - sigma) * (x - denoised) / sigma
-            if self.source == FOLLOWS:
+            x = x + (next_sigma - sigma) * (x - denoised) / sigma
+            if self.mode is SourceMode.TRAJECTORY:
                 x[0] = latents[step + 1]
-            elif self.source == PUBLISHED:
-                x[0] = latents[_published_entry(step, steps)]
-            on_step(step, denoised, x, steps)
+            elif self.mode is SourceMode.PUBLISHED:
+                x[0] = latents[_published_index(step, num_steps)]
+            on_step(step, denoised, x, num_steps)
         return x
 
 
-def _published_entry(step: int, steps: int) -> int:
-    """Stable Flow's code takes entry -step of its list, which runs from the least noisy latent to noise."""
-    return steps - 1 if step == 0 else step - 1
+def _published_index(step: int, num_steps: int) -> int:
+    """Index into Trajectory.latents that the published code uses after a step: item -step of its reversed list."""
+    return num_steps - 1 if step == 0 else step - 1

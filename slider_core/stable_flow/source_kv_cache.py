@@ -1,6 +1,13 @@
-"""Keys and values of a source, computed once and injected into every later edit (Stable Flow's injection, cached).
+"""Source KV cache: keys and values of a source image, computed once and injected into every later edit.
 
-Where they do not fit into memory, the source is computed again beside each model call of an edit.
+The injection of Stable Flow (arXiv 2411.14430, section 3.2; see vital_layers.py) without the source in the batch: for
+each model call of the source, at noise level sigma, the image tokens' K and V of the chosen blocks are kept in RAM, and
+at the same sigma
+
+    K <- K + w (K_source(sigma) - K)        V <- V + w (V_source(sigma) - V)
+
+in every image of an edit. When they do not fit into memory, only the inputs of the source's model calls are kept, and
+each call is repeated during the edit.
 """
 
 from __future__ import annotations
@@ -12,10 +19,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import comfy.model_management
-import comfy.sample
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from .. import node_names as names
+from ..conditioning.active_region import ActiveRegion
 from ..errors import SliderError
 from ..patching.forward_patches import (
     ForwardContext,
@@ -29,92 +37,104 @@ from ..patching.forward_patches import (
 from ..patching.model_fingerprint import ModelFingerprint, fingerprint_of
 from ..sampling.deterministic_samplers import ONE_CALL_PER_STEP
 from ..sampling.flow_matching import Denoise, StepSampler, check_flow_matching, run_sampler
+from ..sampling.sampling_settings import SamplingSettings
 from ..types import Conditioning, OnStep
 from .trajectory import Trajectory
 from .vital_layers import InjectionWeight, KVSlots
 
-_SHARE_OF_FREE_MEMORY = 0.5
-_SAME_SIGMA = 1e-4
+_FRACTION_OF_FREE_MEMORY = 0.5
+_SIGMA_TOLERANCE = 1e-4
+_EVERYWHERE = ActiveRegion()
 
 
-class _CachedStep(NamedTuple):
-    """One model call of the source. key_values: (layers, tokens, 2 * width), or None where they are not kept."""
+class CachedStep(NamedTuple):
+    """One model call of the source.
+
+    inputs: on the CPU. weight_patches_id: ForwardContext.weight_patches_id of the call.
+    key_values: (blocks, image tokens, 2 * hidden), or None if they are recomputed.
+    """
 
     sigma: float
     inputs: ModelInputs
-    weights: object
+    weight_patches_id: object
     key_values: torch.Tensor | None
 
 
 class SourceKVCache(NamedTuple):
-    """What a source leaves behind for its edits. A tuple, so that ComfyUI's cache sees how much memory it holds.
+    """All that edits need of a source. A tuple, so that ComfyUI's cache can count the memory of its tensors.
 
-    how: the schedule that edits have to follow, in words. latent: (channels, height, width).
-    needed: bytes that its keys and values take. start: the noise of its trajectory, if it has one.
+    schedule_description: the schedule that edits have to use, for messages. patches: the source model's patches of this
+    pack. latent_shape: (channels, height, width). num_bytes: size of the keys and values.
+    initial_noise: first latent of the trajectory, (1, channels, height, width); None for a source sampled from a seed.
     """
 
-    how: str
-    steps: int
-    layers: tuple[int, ...]
+    schedule_description: str
+    num_steps: int
+    block_indices: tuple[int, ...]
     model: ModelFingerprint
     patches: tuple[ModelPatch, ...]
-    latent: tuple[int, ...]
-    needed: int
-    start: torch.Tensor | None
-    moments: list[_CachedStep]
+    latent_shape: tuple[int, ...]
+    num_bytes: int
+    initial_noise: torch.Tensor | None
+    cached_steps: list[CachedStep]
 
     @property
-    def kept(self) -> bool:
-        """Whether keys and values are in memory."""
-        return all(moment.key_values is not None for moment in self.moments)
+    def in_memory(self) -> bool:
+        """Whether keys and values are in memory; else they are recomputed during each edit."""
+        return all(step.key_values is not None for step in self.cached_steps)
 
-    def at(self, sigma: float) -> _CachedStep:
-        """The source's call at a noise level. Raises SliderError when there was none."""
-        nearest = min(self.moments, key=lambda moment: abs(moment.sigma - sigma))
-        if abs(nearest.sigma - sigma) > _SAME_SIGMA:
+    def step_at(self, sigma: float) -> CachedStep:
+        """The source's model call at a noise level. Raises SliderError when there was none."""
+        nearest = min(self.cached_steps, key=lambda step: abs(step.sigma - sigma))
+        if abs(nearest.sigma - sigma) > _SIGMA_TOLERANCE:
             raise SliderError(
-                f"The source was not computed at noise level {sigma:.4f}, the nearest is {nearest.sigma:.4f}. "
-                f"Sample edits with the same schedule as the source ({self.how}) and one of the samplers "
+                f"The source was not computed at noise level {sigma:.4f}; the nearest one is {nearest.sigma:.4f}. "
+                f"Sample the edits with the source's schedule ({self.schedule_description}) and one of the samplers "
                 f"{', '.join(ONE_CALL_PER_STEP)}."
             )
         return nearest
 
     def digest(self) -> str:
         """Hash of the source's first model call: equal for equal sources."""
-        inputs, digest = self.moments[0].inputs, hashlib.sha256()
+        inputs, digest = self.cached_steps[0].inputs, hashlib.sha256()
         for tensor in (inputs.x, inputs.c_crossattn):
             if tensor is not None:
                 digest.update(tensor.float().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def describe(self) -> str:
-        """What is kept, for the user."""
-        size = f"{self.steps} steps x {len(self.layers)} layers: {_gigabytes(self.needed)}"
-        if self.kept:
+        """Size of the cache and cost of an edit, for the user."""
+        size = f"{self.num_steps} steps x {len(self.block_indices)} layers: {_format_bytes(self.num_bytes)}"
+        if self.in_memory:
             return f"{size} of keys and values in RAM. An edit costs one generation."
         return (
-            f"{size} of keys and values, too much for the memory. The source is computed again with every edit, which "
-            "costs two generations. Choose fewer layers, fewer steps or a smaller picture, or raise the limit."
+            f"{size} of keys and values, too much for the memory. The source is recomputed with every edit, which "
+            "costs two generations. Choose fewer layers, fewer steps or a smaller image, or raise memory_limit."
         )
 
 
-def memory_needed(model: ModelPatcher, layers: Sequence[int], latent: Sequence[int], steps: int) -> int:
-    """Bytes of the keys and values of a source of this latent shape."""
-    return steps * math.prod(KVSlots(model, layers).shape(latent)) * model.model.get_dtype_inference().itemsize
+def kv_num_bytes(model: ModelPatcher, block_indices: Sequence[int], latent_shape: Sequence[int], steps: int) -> int:
+    """Size of the keys and values of a source with this latent shape, in bytes."""
+    num_values = steps * math.prod(KVSlots(model, block_indices).shape(latent_shape))
+    return num_values * model.model.get_dtype_inference().itemsize
 
 
-def describe_need(
-    model: ModelPatcher, layers: Sequence[int], latent: Sequence[int], steps: int, limit: float = 0.0
+def describe_memory(
+    model: ModelPatcher,
+    block_indices: Sequence[int],
+    latent_shape: Sequence[int],
+    steps: int,
+    memory_limit_gb: float = 0.0,
 ) -> str:
-    """What remembering will take of memory, for the user to see before it does. limit: as in cache_source_kv."""
-    needed, allowed = memory_needed(model, layers, latent, steps), _allowed(limit)
-    found = f"The source takes {_gigabytes(needed)} of RAM ({_gigabytes(allowed)} may be used)"
-    return f"{found}." if needed <= allowed else f"{found}: too much, it will be computed again with every edit."
+    """How much RAM a source will take, as text for the user. memory_limit_gb: as in cache_source_kv."""
+    num_bytes, available = kv_num_bytes(model, block_indices, latent_shape, steps), _available_bytes(memory_limit_gb)
+    text = f"The source takes {_format_bytes(num_bytes)} of RAM; {_format_bytes(available)} may be used."
+    return text if num_bytes <= available else f"{text} That is too much, so it is recomputed with every edit."
 
 
-def _allowed(limit: float) -> int:
+def _available_bytes(memory_limit_gb: float) -> int:
     free = comfy.model_management.get_free_memory(torch.device("cpu"))
-    return int(min(limit * 1e9, free) if limit else _SHARE_OF_FREE_MEMORY * free)
+    return int(min(memory_limit_gb * 1e9, free) if memory_limit_gb else _FRACTION_OF_FREE_MEMORY * free)
 
 
 def cache_source_kv(
@@ -122,136 +142,133 @@ def cache_source_kv(
     conditioning: Conditioning,
     latent: torch.Tensor,
     noise: torch.Tensor,
-    layers: Sequence[int],
-    seed: int,
-    steps: int,
-    sampler: str,
-    scheduler: str,
-    limit: float = 0.0,
+    block_indices: Sequence[int],
+    settings: SamplingSettings,
+    memory_limit_gb: float = 0.0,
     on_step: OnStep | None = None,
 ) -> tuple[SourceKVCache, torch.Tensor]:
-    """Sample a source from noise, as KSampler does at cfg 1; what its edits need, and its latent.
+    """Sample a source from noise at cfg 1, and return its cache and its latent.
 
-    latent: (1, channels, height, width), empty; noise: as large. sampler: one of ONE_CALL_PER_STEP. limit: GB of memory
-    that may be used, 0 for half of what is free.
-    Raises SliderError for a batch, other samplers, absent layers, and where nodes on the model or the conditioning keep
-    some of its keys and values from being computed.
+    latent: (1, channels, height, width), empty; noise: of the same shape. settings.sampler: one of ONE_CALL_PER_STEP.
+    memory_limit_gb: RAM that the cache may take, in 10^9 bytes; 0 for half of the free RAM.
+    Raises SliderError for a batch, other samplers, blocks that the model does not have, and when nodes on the model or
+    the conditioning prevent some keys and values from being computed or cached.
     """
-    if sampler not in ONE_CALL_PER_STEP:
+    if settings.sampler not in ONE_CALL_PER_STEP:
         raise SliderError(
-            f"The sampler {sampler!r} calls the model several times per step or adds noise of its own; expected one "
-            f"of {', '.join(ONE_CALL_PER_STEP)}."
+            f"The sampler {settings.sampler!r} calls the model several times per step or adds noise of its own; "
+            f"expected one of {', '.join(ONE_CALL_PER_STEP)}."
         )
     check_flow_matching(model)
-    how = f"{steps} steps, scheduler {scheduler}"
-    recorder = _Recorder(model, layers, latent.shape, steps, how, limit)
-    samples = comfy.sample.sample(
-        recorder.model,
-        noise,
-        steps,
-        1.0,
-        sampler,
-        scheduler,
-        conditioning,
-        conditioning,
-        latent,
-        callback=on_step,
-        disable_pbar=True,
-        seed=seed,
-    )
-    return recorder.finished(), samples
+    schedule_description = f"{settings.steps} steps, scheduler {settings.scheduler}"
+    recorder = _Recorder(model, block_indices, latent.shape, settings.steps, schedule_description, memory_limit_gb)
+    samples = settings.sample(recorder.model, conditioning, latent, noise, on_step)
+    return recorder.result(), samples
 
 
 def cache_trajectory_kv(
     model: ModelPatcher,
     trajectory: Trajectory,
-    layers: Sequence[int],
-    limit: float = 0.0,
+    block_indices: Sequence[int],
+    memory_limit_gb: float = 0.0,
     on_step: OnStep | None = None,
 ) -> SourceKVCache:
-    """What edits from a trajectory need, so that the source need not be in their batch. limit: as cache_source_kv.
+    """The cache of an inverted image, for edits of its trajectory. memory_limit_gb: as in cache_source_kv.
 
-    Raises SliderError for a trajectory of another model and for absent layers.
+    Raises SliderError for a trajectory of another model and for blocks that the model does not have.
     """
     trajectory.check_model(model)
     check_flow_matching(model)
-    latent = trajectory.latents[:1]
-    how = f"the trajectory's {trajectory.steps} steps"
-    recorder = _Recorder(model, layers, latent.shape, trajectory.steps, how, limit, latent)
-    visits = _TrajectoryReplay(trajectory)
-    run_sampler(recorder.model, trajectory.conditioning(), visits, trajectory.sigmas, torch.zeros_like(latent), on_step)
-    return recorder.finished()
+    initial_noise = trajectory.latents[:1]
+    schedule_description = f"the trajectory's {trajectory.steps} steps"
+    recorder = _Recorder(
+        model,
+        block_indices,
+        initial_noise.shape,
+        trajectory.steps,
+        schedule_description,
+        memory_limit_gb,
+        initial_noise,
+    )
+    sampler, empty = _TrajectoryReplay(trajectory), torch.zeros_like(initial_noise)
+    run_sampler(recorder.model, trajectory.conditioning(), sampler, trajectory.sigmas, empty, on_step)
+    return recorder.result()
 
 
 def inject_cached(
-    model: ModelPatcher,
-    cache: SourceKVCache,
-    strength: float = 1.0,
-    start: float = 0.0,
-    end: float = 1.0,
-    mask: torch.Tensor | None = None,
+    model: ModelPatcher, cache: SourceKVCache, strength: float = 1.0, region: ActiveRegion = _EVERYWHERE
 ) -> ModelPatcher:
-    """A clone of `model` that renders every picture with the cached source's K and V.
+    """A clone of `model` that samples every image with the cached source's K and V.
 
-    strength, start, end, mask: as in vital_layers.inject_key_values. Raises SliderError for a cache of another model, a
-    part that ends before it starts and a mask that is none or several; when sampling, for another size or schedule, and
-    samplers that add noise.
+    strength, region: as in vital_layers.inject_key_values. Raises SliderError for a cache of another model and for
+    invalid or several masks; when sampling, for another size or schedule, samplers that add noise, and a mask combined
+    with a conditioning area.
     """
-    cache.model.check(model, "The remembered source")
-    share = InjectionWeight(strength, start, end, mask)
-    return share.applied(add_patch(model, _CachedInjection(KVSlots(model, cache.layers), cache, share)))
+    cache.model.check(model, "The cached source")
+    weight = InjectionWeight(strength, region)
+    injection = _CachedInjection(KVSlots(model, cache.block_indices), cache, weight)
+    return weight.add_sampling_checks(add_patch(model, injection))
 
 
 def check_cached_source(model: ModelPatcher, trajectory: Trajectory) -> None:
-    """Raise SliderError unless `model` injects what was remembered of this trajectory."""
+    """Raise SliderError unless `model` injects the cache of this trajectory."""
     caches = [patch.cache for patch in patches_of(model) if isinstance(patch, _CachedInjection)]
     if not caches:
         raise SliderError(
-            "The model remembers no source; expected one from 'Inject Remembered Source'. Connect it, or let the "
-            "source be in the batch."
+            f"The model has no cached source; expected a model from '{names.KEEP_CACHED_SOURCE}'. Connect one, or "
+            "choose a source that is in the batch."
         )
-    start = trajectory.latents[0]
-    if not any(cache.start is not None and torch.equal(cache.start[0], start) for cache in caches):
+    initial_noise = trajectory.latents[:1]
+    noises = [cache.initial_noise for cache in caches if cache.initial_noise is not None]
+    if not any(torch.equal(noise, initial_noise) for noise in noises):
         raise SliderError(
-            "The model remembers another source than this trajectory. Use one trajectory for 'Remember Trajectory' and "
-            "'Edit from Trajectory'."
+            f"The model's cached source is not this trajectory. Link the same trajectory to '{names.CACHE_TRAJECTORY}' "
+            f"and '{names.EDIT_INVERTED_IMAGE}'."
         )
 
 
 class _Recorder:
-    """A model that notes its calls; once it has been sampled, they are finished()."""
+    """A patched model that records its calls; once it has been sampled, result() returns the cache."""
 
     def __init__(
         self,
         model: ModelPatcher,
-        layers: Sequence[int],
-        latent: Sequence[int],
-        steps: int,
-        how: str,
-        limit: float,
-        start: torch.Tensor | None = None,
+        block_indices: Sequence[int],
+        latent_shape: Sequence[int],
+        num_steps: int,
+        schedule_description: str,
+        memory_limit_gb: float,
+        initial_noise: torch.Tensor | None = None,
     ):
-        if latent[0] != 1:
-            raise SliderError(f"The latent has {latent[0]} pictures; expected one, the source.")
-        places, needed = KVSlots(model, layers), memory_needed(model, layers, latent, steps)
-        identity, patches = fingerprint_of(model), patches_of(model)
+        if latent_shape[0] != 1:
+            raise SliderError(f"The latent has {latent_shape[0]} images; expected one, the source.")
+        num_bytes = kv_num_bytes(model, block_indices, latent_shape, num_steps)
         self.cache = SourceKVCache(
-            how, steps, tuple(dict.fromkeys(layers)), identity, patches, tuple(latent[1:]), needed, start, []
+            schedule_description,
+            num_steps,
+            tuple(dict.fromkeys(block_indices)),
+            fingerprint_of(model),
+            patches_of(model),
+            tuple(latent_shape[1:]),
+            num_bytes,
+            initial_noise,
+            [],
         )
-        self.model = add_patch(model, _Recording(places, self.cache, keep=needed <= _allowed(limit)))
+        keep = num_bytes <= _available_bytes(memory_limit_gb)
+        self.model = add_patch(model, _Recording(KVSlots(model, block_indices), self.cache, keep))
 
-    def finished(self) -> SourceKVCache:
-        """The cache, complete. Raises SliderError when something kept the model from computing all of it."""
-        moments = self.cache.moments
-        if len(moments) != self.cache.steps:
+    def result(self) -> SourceKVCache:
+        """The complete cache. Raises SliderError when steps, or keys and values of a step, are missing."""
+        steps = self.cache.cached_steps
+        if len(steps) != self.cache.num_steps:
             raise SliderError(
-                f"The source was computed in {len(moments)} model calls; expected one in each of its "
-                f"{self.cache.steps} steps. Take time ranges off its conditioning."
+                f"The source was computed in {len(steps)} model calls; expected one in each of its "
+                f"{self.cache.num_steps} steps. Remove timestep ranges from its conditioning."
             )
-        if self.cache.kept:
-            for moment in moments:
-                _check_written(moment.key_values)
-            moments[:] = [moment._replace(key_values=_pinned(moment.key_values)) for moment in moments]
+        if self.cache.in_memory:
+            for step in steps:
+                _check_written(step.key_values)
+            steps[:] = [step._replace(key_values=_pinned(step.key_values)) for step in steps]
         return self.cache
 
 
@@ -261,90 +278,95 @@ _NOT_WRITTEN = float("nan")
 def _check_written(key_values: torch.Tensor | None) -> None:
     if key_values is None or key_values[:, 0, 0].isnan().any():
         raise SliderError(
-            "Some layers of the source were not computed in a step, or gave no numbers: a node on its model skips them "
-            "(EasyCache, layer skipping). Take it off the source's model, or do not choose those layers."
+            "Some layers of the source were not computed in a step, or their output is NaN: a node on its model skips "
+            "them (EasyCache, layer skipping). Remove it from the source's model, or do not choose these layers."
         )
 
 
 def _pinned(key_values: torch.Tensor | None) -> torch.Tensor | None:
-    """The same in memory that a GPU reads faster, for as long as it is used, where ComfyUI allows that."""
+    """The tensor in pinned memory, which a GPU reads faster, where ComfyUI allows it; unpinned when collected."""
     if key_values is None or not comfy.model_management.pin_memory(key_values):
         return key_values
-    used = key_values.view_as(key_values)
-    weakref.finalize(used, comfy.model_management.unpin_memory, key_values)
-    return used
+    view = key_values.view_as(key_values)
+    weakref.finalize(view, comfy.model_management.unpin_memory, key_values)
+    return view
 
 
-def _allocate_kv(places: KVSlots, context: ForwardContext, device: torch.device) -> torch.Tensor:
-    """Memory for keys and values of one call: (layers, tokens, 2 * width), each layer marked as not written."""
-    room = torch.empty(places.shape(context.latent_shape), dtype=context.dtype, device=device)
-    room[:, 0, 0] = _NOT_WRITTEN
-    return room
+def _allocate_kv(slots: KVSlots, context: ForwardContext, device: torch.device) -> torch.Tensor:
+    """Memory for the keys and values of one call: (blocks, tokens, 2 * hidden), each block marked as not written."""
+    key_values = torch.empty(slots.shape(context.latent_shape), dtype=context.dtype, device=device)
+    key_values[:, 0, 0] = _NOT_WRITTEN
+    return key_values
 
 
-def _capture_kv(places: KVSlots, context: ForwardContext, room: torch.Tensor) -> Mapping[str, ForwardWrapper]:
-    def keep(layer: int, part: torch.Tensor) -> None:
-        room[layer].copy_(part[0])
+def _capture_kv(slots: KVSlots, context: ForwardContext, key_values: torch.Tensor) -> Mapping[str, ForwardWrapper]:
+    """Wrappers that copy K and V of the first image into key_values; they do not change the model's output."""
 
-    return places.changed(context, keep)
+    def capture(index: int, kv: torch.Tensor) -> None:
+        key_values[index].copy_(kv[0])
+
+    return slots.forward_wrappers(context, capture)
 
 
 class _Recording(ModelPatch):
-    """Operation: notes every call of a source, with K and V while memory lasts."""
+    """Records every model call of a source, with its K and V as long as there is memory for them."""
 
     phase = Phase.OBSERVE
 
-    def __init__(self, places: KVSlots, cache: SourceKVCache, keep: bool):
-        self.places, self.cache, self.keep = places, cache, keep
+    def __init__(self, slots: KVSlots, cache: SourceKVCache, keep: bool):
+        self.slots, self.cache, self.keep = slots, cache, keep
 
     def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:
-        if context.num_images * context.num_conds != 1:
-            raise SliderError(
-                "The source has several conditionings or pictures, or a node on its model computes the negative prompt "
-                "too (SAG, for example); expected one conditioning and one picture."
-            )
-        if tuple(context.latent_shape[1:]) != self.cache.latent:
-            raise SliderError(
-                f"The source's conditioning covers {_size(context.latent_shape[1:])} of a latent of "
-                f"{_size(self.cache.latent)}; expected all of it. Take the area off the conditioning."
-            )
-        if context.inputs.control is not None:
-            raise SliderError("The source has a ControlNet, whose effect cannot be kept. Take it off the source.")
-        moments, key_values = self.cache.moments, None
+        self._check(context)
+        steps, key_values = self.cache.cached_steps, None
         if self.keep:
             try:
-                key_values = _allocate_kv(self.places, context, torch.device("cpu"))
+                key_values = _allocate_kv(self.slots, context, torch.device("cpu"))
             except (RuntimeError, MemoryError):
                 self.keep = False
-                moments[:] = [moment._replace(key_values=None) for moment in moments]
-        known = moments[-1].inputs if moments else None
-        inputs = _moved(context.inputs, torch.device("cpu"), known)
-        moments.append(_CachedStep(context.sigma.item(), inputs, context.weight_patches_id, key_values))
-        return {} if key_values is None else _capture_kv(self.places, context, key_values)
+                steps[:] = [step._replace(key_values=None) for step in steps]
+        previous = steps[-1].inputs if steps else None
+        inputs = _copied_to(context.inputs, torch.device("cpu"), previous)
+        steps.append(CachedStep(context.sigma.item(), inputs, context.weight_patches_id, key_values))
+        return {} if key_values is None else _capture_kv(self.slots, context, key_values)
+
+    def _check(self, context: ForwardContext) -> None:
+        if context.num_images * context.num_conds != 1:
+            raise SliderError(
+                "The source has several conditionings or images, or a node on its model computes the negative prompt "
+                "too (SAG, for example); expected one conditioning and one image."
+            )
+        if tuple(context.latent_shape[1:]) != self.cache.latent_shape:
+            raise SliderError(
+                f"The source's conditioning covers {_size(context.latent_shape[1:])} of a latent of "
+                f"{_size(self.cache.latent_shape)}; expected the entire latent. Remove the area from the conditioning."
+            )
+        if context.inputs.control is not None:
+            raise SliderError("The source has a ControlNet, whose effect cannot be cached. Remove it from the source.")
 
 
 class _Capture(ModelPatch):
-    """Operation: takes the K and V of one call, on its device."""
+    """Keeps K and V of one model call, on the call's device."""
 
     phase = Phase.OBSERVE
 
-    def __init__(self, places: KVSlots):
-        self.places = places
+    def __init__(self, slots: KVSlots):
+        self.slots = slots
         self.key_values: torch.Tensor | None = None
 
     def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:
-        self.key_values = _allocate_kv(self.places, context, context.device)
-        return _capture_kv(self.places, context, self.key_values)
+        self.key_values = _allocate_kv(self.slots, context, context.device)
+        return _capture_kv(self.slots, context, self.key_values)
 
 
 class _CachedInjection(ModelPatch):
-    """Operation: K and V of the image tokens of every picture become those of a cached source."""
+    """Replaces K and V of the image tokens of every image by those of a cached source."""
 
     phase = Phase.REPLACE
     batch_independent = True
 
-    def __init__(self, places: KVSlots, cache: SourceKVCache, share: InjectionWeight):
-        self.places, self.cache, self.share = places, cache, share
+    def __init__(self, slots: KVSlots, cache: SourceKVCache, weight: InjectionWeight):
+        self.slots, self.cache, self.weight = slots, cache, weight
         self._digest = cache.digest()
 
     @property
@@ -352,39 +374,40 @@ class _CachedInjection(ModelPatch):
         return ("from a cache", self._digest)
 
     def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:
-        if tuple(context.latent_shape[1:]) != self.cache.latent:
+        if tuple(context.latent_shape[1:]) != self.cache.latent_shape:
             raise SliderError(
-                f"The remembered source has a latent of {_size(self.cache.latent)}, this picture one of "
-                f"{_size(context.latent_shape[1:])}; expected the same size. Use one latent for both."
+                f"The cached source has a latent of {_size(self.cache.latent_shape)}, this image one of "
+                f"{_size(context.latent_shape[1:])}; expected the same size. Use the same latent for both."
             )
-        moment = self.cache.at(context.sigma.item())
-        if not self.share.acts(context):
+        step = self.cache.step_at(context.sigma.item())
+        if not self.weight.is_active(context):
             return {}
-        kept = moment.key_values
-        source = self._computed_again(context, moment) if kept is None else kept
-        share = self.share.of_tokens(self.places, context)
-        soon = comfy.model_management.device_supports_non_blocking(context.device)
+        source = self._recomputed(context, step) if step.key_values is None else step.key_values
+        weights = self.weight.token_weights(self.slots, context)
+        non_blocking = comfy.model_management.device_supports_non_blocking(context.device)
 
-        def inject(layer: int, part: torch.Tensor) -> None:
-            part.lerp_(source[layer].to(part, non_blocking=soon), share.to(part))
+        def inject(index: int, kv: torch.Tensor) -> None:
+            kv.lerp_(source[index].to(kv, non_blocking=non_blocking), weights.to(kv))
 
-        return self.places.changed(context, inject)
+        return self.slots.forward_wrappers(context, inject)
 
-    def _computed_again(self, context: ForwardContext, moment: _CachedStep) -> torch.Tensor:
-        if context.weight_patches_id != moment.weights:
+    def _recomputed(self, context: ForwardContext, step: CachedStep) -> torch.Tensor:
+        """K and V of the source's model call, which is run again within the edit's call."""
+        if context.weight_patches_id != step.weight_patches_id:
             raise SliderError(
-                "There is too little memory to keep the source, and it cannot be computed again because this model has "
-                "other LoRAs than the source's. Give both the same (from one LoRA node), or raise memory_limit."
+                "There is too little memory to keep the source, and it cannot be recomputed because this model has "
+                "other LoRAs than the source's model. Give both the same LoRAs (from one LoRA node), or raise "
+                "memory_limit."
             )
-        capture = _Capture(self.places)
-        context.run((*self.cache.patches, capture), _moved(moment.inputs, context.device))
+        capture = _Capture(self.slots)
+        context.run((*self.cache.patches, capture), _copied_to(step.inputs, context.device))
         _check_written(capture.key_values)
         assert capture.key_values is not None
         return capture.key_values
 
 
 class _TrajectoryReplay(StepSampler):
-    """Calls the model once at every noise level of a trajectory, with the latent that lies there."""
+    """Calls the model once at every noise level of a trajectory, with the trajectory's latent."""
 
     def __init__(self, trajectory: Trajectory):
         self.trajectory = trajectory
@@ -398,30 +421,31 @@ class _TrajectoryReplay(StepSampler):
         return latent
 
 
-def _moved(inputs: ModelInputs, device: torch.device, known: ModelInputs | None = None) -> ModelInputs:
-    """A copy on a device; tensors that `known` has too are taken from there. The options stay as they are."""
-    moved = _moved_value(inputs._replace(transformer_options={}), device, known)
-    return moved._replace(transformer_options=inputs.transformer_options)
+def _copied_to(inputs: ModelInputs, device: torch.device, previous: ModelInputs | None = None) -> ModelInputs:
+    """A copy on a device that shares tensors equal to those of `previous`. transformer_options are not copied."""
+    copied = _copied_value(inputs._replace(transformer_options={}), device, previous)
+    return copied._replace(transformer_options=inputs.transformer_options)
 
 
-def _moved_value(value: Any, device: torch.device, known: Any) -> Any:
+def _copied_value(value: Any, device: torch.device, previous: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        if isinstance(known, torch.Tensor) and known.shape == value.shape and torch.equal(known, value.to(known)):
-            return known
+        is_tensor = isinstance(previous, torch.Tensor)
+        if is_tensor and previous.shape == value.shape and torch.equal(previous, value.to(previous)):
+            return previous
         return value.to(device, copy=True)
     if isinstance(value, Mapping):
-        known = known or {}
-        return {key: _moved_value(item, device, known.get(key)) for key, item in value.items()}
+        previous = previous or {}
+        return {key: _copied_value(item, device, previous.get(key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        known = known if known is not None and len(known) == len(value) else [None] * len(value)
-        items = [_moved_value(item, device, other) for item, other in zip(value, known)]
+        previous = previous if previous is not None and len(previous) == len(value) else [None] * len(value)
+        items = [_copied_value(item, device, other) for item, other in zip(value, previous)]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
 
-def _size(latent: Sequence[int]) -> str:
-    return f"{latent[-1]} x {latent[-2]}"
+def _size(latent_shape: Sequence[int]) -> str:
+    return f"{latent_shape[-1]} x {latent_shape[-2]}"
 
 
-def _gigabytes(size: int) -> str:
+def _format_bytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

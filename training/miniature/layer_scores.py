@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from slider_core.stable_flow.vitality_search import LayerScores, latent_features, scores_of
+from slider_core.stable_flow.vitality_search import LATENT_FEATURES, RenderPlan, VitalityScores, measure_vitality
 
 from .evaluate import held_out_tasks
 from .slider_methods import GUIDANCE, STEPS, Miniature
@@ -14,7 +14,7 @@ from .slider_methods import GUIDANCE, STEPS, Miniature
 SEED = 0
 
 
-def layer_scores(models: Path, scenes: int, folder: Path) -> LayerScores:
+def layer_scores(models: Path, scenes: int, folder: Path) -> VitalityScores:
     """Every layer left out in turn, over held-out scenes with one edit each; scores so far are kept in `folder`."""
     it = Miniature(models)
     tasks = held_out_tasks(scenes, 1)
@@ -24,5 +24,8 @@ def layer_scores(models: Path, scenes: int, folder: Path) -> LayerScores:
         for number, ((_, [edit]), latent) in enumerate(zip(tasks, latents))
     }
     empty = torch.zeros_like(latents[0])
-    settings = {"guidance": GUIDANCE, "compared by": "the latent itself"}
-    return scores_of(it.model, prompts, [SEED], empty, STEPS, latent_features, folder, "miniature", settings)
+    plan, settings = (
+        RenderPlan(prompts, [SEED], empty, STEPS),
+        {"guidance": GUIDANCE, "compared by": LATENT_FEATURES.name},
+    )
+    return measure_vitality(it.model, plan, LATENT_FEATURES, f"{folder}/miniature", settings)
