@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 
@@ -238,3 +239,11 @@ def test_scripts_use_no_globals_of_the_page():
     for file in (REPO / "web").rglob("*js"):
         code = file.read_text()
         assert not re.search(r"\bwindow\b|globalThis|document\.(addEventListener|on\w+\s*=)", code), file.name
+
+
+def test_nodes_that_return_a_text_have_the_flag_that_the_page_looks_for():
+    """web/shared/text_output.mjs shows the text of ui.PreviewText on nodes with has_intermediate_output."""
+    for file in (REPO / "nodes").glob("*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            source = ast.unparse(node)
+            assert "PreviewText(" not in source or "has_intermediate_output=True" in source, source.splitlines()[0]

@@ -1,4 +1,4 @@
-// What ComfyUI's page gives to extensions, by the address they import it from, and names for its types.
+// The modules that ComfyUI serves to page extensions, by their URLs, and short names for some of its types.
 
 declare module '*/scripts/app.js' {
   export const app: import('@comfyorg/comfyui-frontend-types').ComfyApp
@@ -12,8 +12,8 @@ type ComfyExtension = import('@comfyorg/comfyui-frontend-types').ComfyExtension
 type LGraphNode = Parameters<NonNullable<ComfyExtension['nodeCreated']>>[0] & {
   onExecuted?(output: { text?: string[] }): void
 }
-type NodeWithElements = LGraphNode & {
+type NodeWithDOMWidgets = LGraphNode & {
   addDOMWidget(name: string, type: string, element: HTMLElement, options: object): Widget
 }
 type Widget = NonNullable<LGraphNode['widgets']>[number]
-type ElementWidget = Widget & { element: HTMLTextAreaElement }
+type TextAreaWidget = Widget & { element: HTMLTextAreaElement }

@@ -81,7 +81,7 @@ class CurveView {
     this.element.append(element('style', '', { textContent: STYLE }), this.plot, this.keepButton)
     this.element.addEventListener('wheel', forwardWheel)
     this.drawnState = ''
-    const widget = /** @type {NodeWithElements} */ (node).addDOMWidget('drawing', 'EDIT_SLIDERS_CURVE', this.element, {
+    const widget = /** @type {NodeWithDOMWidgets} */ (node).addDOMWidget('drawing', 'EDIT_SLIDERS_CURVE', this.element, {
       serialize: false,
       getMinHeight: () => MIN_HEIGHT + 2 * MARGIN
     })

@@ -21,7 +21,7 @@ export function registerTextOutput({ name, has_intermediate_output }) {
 export function addTextOutput(node) {
   if (!nodeTypes.has(node.comfyClass ?? '')) return
   const created = app.widgets.STRING(node, 'shown', ['STRING', { multiline: true }], app)
-  const widget = /** @type {ElementWidget} */ (created.widget)
+  const widget = /** @type {TextAreaWidget} */ (created.widget)
   widget.label = ' '
   widget.serialize = false
   Object.assign(widget.options, { serialize: false, read_only: true, getMinHeight: () => MIN_HEIGHT })

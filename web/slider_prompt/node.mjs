@@ -83,7 +83,7 @@ class SliderPrompt {
     /** Whether runs are limited to the setting dragSteps since a slider was dragged. */
     this.reducedSteps = false
     const { element } = this.view
-    const widget = /** @type {NodeWithElements} */ (node).addDOMWidget('sliders', 'EDIT_SLIDERS_PROMPT', element, {
+    const widget = /** @type {NodeWithDOMWidgets} */ (node).addDOMWidget('sliders', 'EDIT_SLIDERS_PROMPT', element, {
       serialize: false,
       getMinHeight: () => MIN_HEIGHT,
       hideOnZoom: false
