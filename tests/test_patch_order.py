@@ -1,0 +1,136 @@
+"""The order of Apply nodes in a graph does not change the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import combinations
+
+import comfy.sample
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from conftest import GOLDEN
+from support.model_calls import noise
+from support.outcomes import near
+
+from slider_core.adapters.adapter_file import read_adapter
+from slider_core.adapters.gstlora import GSTLoRAPatch, apply_gstlora
+from slider_core.adapters.stlora import apply_stlora
+from slider_core.adapters.strength_projector import (
+    ProjectorBundle,
+    apply_projector,
+    read_projector,
+    set_projector_strength,
+)
+from slider_core.conditioning.span_strengths import Span, attach_spans, set_strengths
+from slider_core.patching.batch_splitting import split_batches
+from slider_core.patching.forward_patches import Phase
+from slider_core.stable_flow.source_kv_cache import cache_source_kv, inject_cached
+from slider_core.stable_flow.vital_layers import KeyValueInjection, inject_key_values
+from slider_core.training_free.attention_reweighting import apply_attention_reweighting
+from slider_core.training_free.text_modulation import TextModulation, apply_text_modulation
+from slider_core.training_free.token_interpolation import apply_token_interpolation
+from slider_core.training_free.velocity_blending import blend_velocity
+
+Apply = Callable[[ModelPatcher], ModelPatcher]
+
+EXAMPLES = GOLDEN / "examples"
+BLOCKS = range(7)
+STEPS, TEXT_TOKENS = 2, 24
+NOISE = noise(3, 16, 8, 8, seed=9)
+LEFT_HALF = torch.cat([torch.ones(1, 8, 4), torch.zeros(1, 8, 4)], dim=2)
+
+
+def text(seed: int) -> list:
+    options = {"pooled_output": noise(1, 768, seed=seed + 1), "guidance": 3.5}
+    return [[noise(1, TEXT_TOKENS, 64, seed=seed), options]]
+
+
+@pytest.fixture(scope="module")
+def projector(recipe, manifest, tmp_path_factory) -> ProjectorBundle:
+    path = tmp_path_factory.mktemp("projector") / "slider_projector.pth"
+    torch.save(recipe.projector_weights(manifest["model"], manifest["adapters"]["projector"]), path)
+    return read_projector(path, EXAMPLES / "kk_pytorch_lora_weights.safetensors")
+
+
+@pytest.fixture(scope="module")
+def conditioning(projector) -> list:
+    """Two instructions and a projector strength, each with a strength of its own for each of the three images."""
+    spans = [Span("first", (2, 3, 4)), Span("second", (4, 5, 6, 7))]
+    spanned = attach_spans(text(1), TEXT_TOKENS, spans, padding=4)
+    strengths = set_strengths(spanned, {"strength_1": (1.0, 0.3, 0.6), "strength_2": (0.5, 1.2, 0.8)})
+    return set_projector_strength(strengths, projector, (0.2, 0.9, 0.5))
+
+
+@pytest.fixture(scope="module")
+def apply_nodes(golden_model, projector) -> dict[str, Apply]:
+    stlora = read_adapter(EXAMPLES / "selective_lora.pt")
+    gstlora = read_adapter(EXAMPLES / "gstlora_pytorch_lora_weights.safetensors")
+
+    def cached_source(seed: int, strength: float) -> Apply:
+        latent = torch.zeros(1, 16, 8, 8)
+        settings = {"seed": seed, "steps": STEPS, "sampler": "euler", "scheduler": "simple"}
+        cache, _ = cache_source_kv(golden_model, text(seed), latent, noise(1, 16, 8, 8, seed=seed), BLOCKS, **settings)
+        return lambda model: inject_cached(model, cache, strength)
+
+    return {
+        "STLoRA": lambda model: apply_stlora(model, stlora),
+        "GSTLoRA": lambda model: apply_gstlora(model, gstlora, (1.0, 0.0, 0.5)),
+        "projector": lambda model: apply_projector(model, projector),
+        "text modulation": apply_text_modulation,
+        "token interpolation": apply_token_interpolation,
+        "attention reweighting": apply_attention_reweighting,
+        "velocity blending": lambda model: blend_velocity(model, noise(1, 16, 8, 8, seed=3), (0.4,)),
+        "keep source": lambda model: inject_key_values(model, BLOCKS),
+        "keep image 1 partly": lambda model: inject_key_values(model, BLOCKS, 1, 0.4),
+        "keep source in the left half": lambda model: inject_key_values(model, BLOCKS, 2, 0.7, mask=LEFT_HALF),
+        "keep the image before": lambda model: inject_key_values(model, BLOCKS, strength=0.6, chained=True),
+        "keep cached source": cached_source(21, 0.5),
+        "keep another cached source": cached_source(22, 0.5),
+        "split batch": lambda model: split_batches(model, 2),
+    }
+
+
+def refused(names: tuple[str, str]) -> bool:
+    """Pairs that are refused by name: injections within a batch that is split."""
+    within_batch = [name for name in names if name.startswith("keep") and "cached" not in name]
+    return "split batch" in names and bool(within_batch)
+
+
+def sampled(model: ModelPatcher, conditioning: list) -> torch.Tensor:
+    empty = torch.zeros_like(NOISE)
+    return comfy.sample.sample(
+        model, NOISE, STEPS, 1.0, "euler", "simple", conditioning, conditioning, empty, disable_pbar=True
+    )
+
+
+def test_all_orders_of_all_pairs_agree(golden_model, apply_nodes, conditioning):
+    bare = sampled(golden_model, conditioning)
+    alone = {name: sampled(apply(golden_model), conditioning) for name, apply in apply_nodes.items()}
+    unchanged = [name for name, result in alone.items() if near(result, bare)]
+    assert unchanged == ["split batch"]
+    for names in filter(lambda names: not refused(names), combinations(apply_nodes, 2)):
+        first, second = (apply_nodes[name] for name in names)
+        one = sampled(second(first(golden_model)), conditioning)
+        other = sampled(first(second(golden_model)), conditioning)
+        assert near(one, other), f"{names}: {(one - other).norm() / one.norm():.2g} apart"
+        if "split batch" not in names:
+            assert not near(one, bare), names
+
+
+def test_a_projector_is_not_scaled_by_text_modulation(golden_model, apply_nodes, conditioning, monkeypatch):
+    """The two orders differ; the phases choose the one that adds the offsets last."""
+    model = apply_nodes["text modulation"](apply_nodes["projector"](golden_model))
+    chosen = sampled(model, conditioning)
+    monkeypatch.setattr(TextModulation, "phase", Phase.REPLACE)
+    scaled = apply_nodes["text modulation"](apply_nodes["projector"](golden_model))
+    assert not near(sampled(scaled, conditioning), chosen)
+
+
+def test_without_phases_the_order_matters(golden_model, apply_nodes, conditioning, monkeypatch):
+    monkeypatch.setattr(KeyValueInjection, "phase", GSTLoRAPatch.phase)
+    monkeypatch.setattr(KeyValueInjection, "rank", ())
+    gstlora, keep_source = apply_nodes["GSTLoRA"], apply_nodes["keep source"]
+    one = sampled(keep_source(gstlora(golden_model)), conditioning)
+    other = sampled(gstlora(keep_source(golden_model)), conditioning)
+    assert not near(one, other)
