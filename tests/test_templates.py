@@ -186,9 +186,10 @@ def test_every_node_has_a_help_page_that_names_its_inputs(server):
     for name, node in info.items():
         page = server.get(f"/extensions/{PACK}/docs/{name}.md").decode()
         assert page.startswith(f"# {node['display_name']}\n")
-        inputs = [key for kind in ("required", "optional") for key in node["input"].get(kind, {})]
+        inputs = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
         hidden = {f"strength_{k}" for k in range(2, 50)}  # strength_1 ... strength_50
-        assert [key for key in inputs if key not in hidden and key not in page] == [], name
+        labels = [spec[1].get("display_name", key) for key, spec in inputs.items() if key not in hidden]
+        assert [label for label in labels if label not in page] == [], name
         for picture in re.findall(r"!\[.*?\]\((.+?)\)", page):
             Image.open(io.BytesIO(server.get(f"/extensions/{PACK}/docs/{picture}"))).load()
 
