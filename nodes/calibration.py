@@ -1,4 +1,4 @@
-"""Nodes that make equal moves of a slider change pictures equally much."""
+"""Nodes that calibrate a slider, so that equal moves change the image equally."""
 
 from __future__ import annotations
 
@@ -6,42 +6,46 @@ import torch
 from comfy.clip_vision import ClipVisionModel
 from comfy_api.latest import io
 
+from ..slider_core import node_names as names
 from ..slider_core.figures.plots import check_matplotlib, curves_plot
 from ..slider_core.metrics.calibration import calibrate, parse_calibration
 from ..slider_core.metrics.sweep_metrics import check_sweep, source_of
 from ..slider_core.strength import Strengths, validate_strengths
-from .common.sockets import CATEGORY, StrengthsSocket, check_strengths, strength_input
-from .common.sweep_distances import SEEN, distance_inputs, sweep_distances
+from .common import categories
+from .common.inputs import STRENGTH_LIST, clip_vision_input, distance_inputs, strength_input
+from .common.sockets import StrengthsSocket
+from .common.sweep_distances import VISION_OR_PIXELS, sweep_distances
+from .common.validation import strength_validator
 
 
-class Calibrate(io.ComfyNode):
-    """Finds the curve of a slider from the pictures of a sweep."""
+class CalibrateSlider(io.ComfyNode):
+    """Computes a slider's calibration curve from the images of a sweep."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditSlidersCalibrate",
-            display_name="Calibrate Slider",
-            category=CATEGORY,
-            description="Finds from a sweep's pictures the curve by which equal moves of a slider change the picture "
-            "equally much, and the strengths that are of use. Paste it into Calibrated Strength.",
+            display_name=names.CALIBRATE_SLIDER,
+            category=categories.SWEEP,
+            description="Computes, from the images of a sweep, the curve with which equal moves of a slider change the "
+            f"image equally, and the useful range of strengths. Use the curve in {names.CALIBRATED_STRENGTH}.",
             search_aliases=["slider calibration", "perceptually even", "useful range"],
             inputs=[
-                io.Image.Input("images", tooltip="One picture per strength, best nine or more."),
+                io.Image.Input("images", tooltip="One image per strength, preferably nine or more."),
                 StrengthsSocket.Input(
-                    "strengths", tooltip="What they were rendered with: rising, at least from 0 to 1."
+                    "strengths",
+                    tooltip="The strengths that the images were rendered with, in rising order, covering at least 0 to "
+                    "1.",
                 ),
-                io.ClipVision.Input(
-                    "clip_vision",
-                    optional=True,
-                    tooltip="Compares the pictures: DINOv2, CLIP or SigLIP. Without it pixels are compared.",
-                ),
+                clip_vision_input(),
                 *distance_inputs(),
             ],
             outputs=[
-                io.String.Output("curve", tooltip="For Calibrated Strength: linked, or pasted once and kept."),
-                io.Image.Output("plot", tooltip="How much of the edit is there, before and after."),
-                io.String.Output("report", tooltip="The useful range, in words."),
+                io.String.Output(
+                    "curve", tooltip=f"For {names.CALIBRATED_STRENGTH}: link it, or paste it there to keep it."
+                ),
+                io.Image.Output("plot", tooltip="Progress of the edit by strength, before and after calibration."),
+                io.String.Output("report", tooltip="Readable report on the useful range."),
             ],
         )
 
@@ -51,53 +55,59 @@ class Calibrate(io.ComfyNode):
         images: torch.Tensor,
         strengths: Strengths,
         clip_vision: ClipVisionModel | None = None,
-        distance: str = SEEN,
+        distance: str = VISION_OR_PIXELS,
         latent: dict | None = None,
     ) -> io.NodeOutput:
         check_matplotlib()
         check_sweep(strengths, len(images))
         distances = sweep_distances(images, clip_vision, distance, latent, source_of(strengths))
-        found = calibrate(strengths, distances)
-        plot = curves_plot(*found.before_and_after(), "strength before, position after", "share of the edit")
-        return io.NodeOutput(found.calibration.as_text(), plot, found.report(distances.compared_by))
+        result = calibrate(strengths, distances)
+        plot = curves_plot(*result.before_and_after(), "strength before, position after", "share of the edit")
+        return io.NodeOutput(result.calibration.as_text(), plot, result.report(distances.compared_by))
 
 
 class CalibratedStrength(io.ComfyNode):
-    """A slider's position as the strength that a curve gives it."""
+    """Maps a slider position to a strength by a calibration curve."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditSlidersCalibratedStrength",
-            display_name="Calibrated Strength",
-            category=CATEGORY,
-            description="Turns even positions into a method's strengths by a curve from Calibrate Slider. The curve "
-            "stays in the workflow and serves other seeds too.",
+            display_name=names.CALIBRATED_STRENGTH,
+            category=categories.SWEEP,
+            description=f"Maps evenly spaced positions to strengths by a curve from {names.CALIBRATE_SLIDER}. The "
+            "curve is saved with the workflow and also works for other seeds.",
             search_aliases=["slider calibration", "strength curve"],
-            has_intermediate_output=True,  # so a page that was opened anew gets the curve from ComfyUI's memory
+            has_intermediate_output=True,  # a reloaded page then gets the curve from ComfyUI's cache
             inputs=[
                 strength_input(
                     "position",
-                    tooltip="0 = the edit begins, 1 = full edit, evenly between. Link a list of strengths to get one "
-                    "picture per value in one run.",
+                    tooltip=f"0 = the edit begins, 1 = full edit, even steps between. {STRENGTH_LIST}",
                 ),
                 io.String.Input(
-                    "curve", multiline=True, default="", tooltip="From Calibrate Slider. Empty: position is passed on."
+                    "curve",
+                    multiline=True,
+                    default="",
+                    tooltip=f"From {names.CALIBRATE_SLIDER}. Empty: the position is used as the strength.",
                 ),
-                io.Boolean.Input("on", default=True, tooltip="Off: position is passed on as it is."),
+                io.Boolean.Input(
+                    "on", display_name="enabled", default=True, tooltip="Off: the position is used as the strength."
+                ),
             ],
             outputs=[
-                StrengthsSocket.Output("strengths", tooltip="For any strength of the pack, one or a list."),
-                io.Float.Output("strength", tooltip="The first of them, for any number."),
+                StrengthsSocket.Output("strengths", tooltip="For any strength input of these nodes: one or a list."),
+                io.Float.Output("strength", tooltip="The first strength as a number."),
             ],
         )
 
-    @classmethod
-    def validate_inputs(cls, position: object = 1.0) -> bool | str:
-        return position is None or check_strengths({"position": position})
+    validate_inputs = strength_validator("position")
 
     @classmethod
     def execute(cls, position: object, curve: str, on: bool) -> io.NodeOutput:
-        positions, used = validate_strengths(position, "position"), parse_calibration(curve) if on else None
-        strengths = used.strength(positions) if used else positions
-        return io.NodeOutput(strengths, strengths[0], ui={"curve": [curve], "points": [used.drawn() if used else []]})
+        positions, calibration = validate_strengths(position, "position"), parse_calibration(curve) if on else None
+        strengths = calibration.strength(positions) if calibration else positions
+        points = calibration.drawn() if calibration else []
+        return io.NodeOutput(strengths, strengths[0], ui={"curve": [curve], "points": [points]})
+
+
+NODES: list[type[io.ComfyNode]] = [CalibrateSlider, CalibratedStrength]

@@ -1,4 +1,4 @@
-"""The node that edits from the source itself."""
+"""The sampler that edits from the source itself, FlowSlider."""
 
 from __future__ import annotations
 
@@ -6,68 +6,67 @@ import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
+from ..slider_core import node_names as names
 from ..slider_core.conditioning.schedule import check_schedule_range
 from ..slider_core.sampling.flow_matching import scheduler_sigmas
 from ..slider_core.strength import validate_strengths
 from ..slider_core.training_free.flowslider import sample_flowslider
 from ..slider_core.types import Conditioning
+from .common import categories
+from .common.inputs import end_input, seed_input, start_input, steps_input, strength_input
 from .common.latents import noise_for
 from .common.progress import previews
-from .common.sockets import CATEGORY, OneStrength, seed_input, strength_input
+from .common.validation import strength_validator
 
 
-class FidelitySteering(OneStrength, io.ComfyNode):
-    """One strength for the whole edit, from a prompt of the source to a prompt of the edit."""
+class FlowSliderSampler(io.ComfyNode):
+    """Samples an edit from a source prompt to a target prompt, at one strength."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditSlidersFidelitySteering",
-            display_name="Fidelity and Steering",
-            category=CATEGORY,
-            description="One strength for the whole edit, without an adapter, from the source itself: fidelity to the "
-            "source plus strength times steering towards the target prompt (FlowSlider; strength 1 is FlowEdit). Takes "
-            "the place of the sampler, and calls the model three times per step.",
-            search_aliases=["flowslider", "flowedit", "inversion-free editing", "edit strength"],
+            display_name=names.FLOWSLIDER,
+            category=categories.TRAINING_FREE,
+            description="One strength for the whole edit, without an adapter, starting from the source itself: "
+            "fidelity to the source plus strength times steering toward the target prompt (FlowSlider; strength 1 is "
+            "FlowEdit). Replaces the sampler and evaluates the model three times per step.",
+            search_aliases=["fidelity and steering", "flowedit", "inversion-free editing", "edit strength"],
             inputs=[
                 io.Model.Input("model", tooltip="FLUX.1 or FLUX.1 Kontext."),
                 io.Conditioning.Input(
-                    "source", tooltip="What the source shows; for Kontext, an instruction that changes nothing."
+                    "source",
+                    tooltip="A prompt that describes the source; for Kontext, an instruction that changes nothing.",
                 ),
-                io.Conditioning.Input("target", tooltip="What the edit shows; for Kontext, the instruction."),
+                io.Conditioning.Input(
+                    "target", tooltip="A prompt that describes the edited image; for Kontext, the instruction."
+                ),
                 io.Latent.Input(
-                    "latent", tooltip="The source, from VAEEncode. A noise mask tells where the edit may be."
+                    "latent", tooltip="The source, from VAE Encode. A noise mask restricts the edit to its region."
                 ),
                 strength_input("strength"),
-                seed_input("Of the noise."),
-                io.Int.Input("steps", default=28, min=1, max=1000, tooltip="Each calls the model three times."),
+                seed_input(),
+                steps_input("Sampling steps. Each evaluates the model three times.", default=28),
                 io.Combo.Input(
                     "scheduler",
                     options=comfy.samplers.SCHEDULER_NAMES,
                     default="simple",
-                    tooltip="Of the steps' noise levels.",
+                    tooltip="Scheduler of the sampling steps, as in KSampler.",
                 ),
-                io.Float.Input(
-                    "start",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of the schedule that is skipped, the noisiest: the more, the more of the source's "
-                    "layout stays.",
+                start_input(
+                    "Fraction of the sampling schedule that is skipped at its noisy end. The more is skipped, the more "
+                    "of the source's layout stays."
                 ),
-                io.Float.Input(
-                    "end",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
+                end_input(
+                    "Fraction of the sampling schedule after which the strength is 0. Those steps evaluate the model "
+                    "twice.",
                     optional=True,
-                    tooltip="Share of the schedule after which the strength is 0. Those steps call the model twice.",
                 ),
             ],
             outputs=[io.Latent.Output()],
         )
+
+    validate_inputs = strength_validator("strength")
 
     @classmethod
     def execute(
@@ -90,3 +89,6 @@ class FidelitySteering(OneStrength, io.ComfyNode):
         mask = latent.get("noise_mask")
         edited = sample_flowslider(model, source, target, samples, noise, values, sigmas, seed, mask, end, on_step)
         return io.NodeOutput({"samples": edited})
+
+
+NODES: list[type[io.ComfyNode]] = [FlowSliderSampler]

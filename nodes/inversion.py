@@ -1,4 +1,4 @@
-"""Nodes that edit real pictures: invert one, keep its trajectory, edit from there."""
+"""Nodes that edit real images: invert an image, save its trajectory, edit from there."""
 
 from __future__ import annotations
 
@@ -10,34 +10,40 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from comfy_api.latest import io, ui
 
+from ..slider_core import node_names as names
 from ..slider_core.stable_flow.inversion import NUDGING, SourceMode, edit_from_trajectory, invert
 from ..slider_core.stable_flow.source_kv_cache import check_cached_source
 from ..slider_core.stable_flow.trajectory import Trajectory, load_trajectory, save_trajectory
 from ..slider_core.text.batched_prompts import batch_prompts, split_prompts
-from .common.files import TRAJECTORY, trajectory_fingerprint, trajectory_names, trajectory_path
+from .common import categories
+from .common.files import TRAJECTORY, FileStamp, trajectory_names, trajectory_path, trajectory_stamp
+from .common.inputs import clip_input, edit_prompts_input, guidance_input
 from .common.progress import previews
-from .common.sockets import CATEGORY, TrajectorySocket
+from .common.sockets import TrajectorySocket
 
 
-class InvertPhotograph(io.ComfyNode):
-    """Runs a picture backwards to noise."""
+class InvertImage(io.ComfyNode):
+    """Inverts an image to the noise that generates it."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditSlidersInvertPhotograph",
-            display_name="Invert Photograph",
-            category=CATEGORY,
-            description="Finds the noise from which the model would make a picture, so that the picture can be edited "
-            "by prompts. It runs once per picture; edits start from its result.",
-            search_aliases=["stable flow", "inversion", "real image editing", "latent nudging"],
+            display_name=names.INVERT_IMAGE,
+            category=categories.STABLE_FLOW,
+            description="Finds the noise from which the model would generate a given image, so that the image can be "
+            "edited with prompts. Invert an image once; all edits start from the result.",
+            search_aliases=["invert photograph", "inversion", "real image editing", "latent nudging"],
             inputs=[
-                io.Model.Input("model", tooltip="FLUX.1 dev, without Inject Vital Layers."),
-                io.Clip.Input("clip", tooltip="From DualCLIPLoader, type flux."),
-                io.Latent.Input("latent", tooltip="The picture, from VAEEncode."),
-                io.Sigmas.Input("sigmas", tooltip="From a BasicScheduler: 50 steps, simple, denoise 1."),
+                io.Model.Input("model", tooltip=f"FLUX.1 dev, without {names.KEEP_SOURCE}."),
+                clip_input(),
+                io.Latent.Input("latent", tooltip="The image, from VAE Encode."),
+                io.Sigmas.Input("sigmas", tooltip="From BasicScheduler: 50 steps, simple, denoise 1."),
                 io.String.Input(
-                    "prompt", multiline=True, default="a photo of a cat", tooltip="What the picture shows."
+                    "prompt",
+                    multiline=True,
+                    default="a photo of a cat",
+                    tooltip="A prompt that describes the image.",
                 ),
                 io.Float.Input(
                     "nudging",
@@ -45,19 +51,19 @@ class InvertPhotograph(io.ComfyNode):
                     min=0.1,
                     max=3.0,
                     step=0.01,
-                    tooltip="The picture's latent is multiplied by this. The paper: 1.1 to 1.15 reconstructs, 1 does "
-                    "not.",
+                    tooltip="Factor on the image's latent. According to the paper, 1.1 to 1.15 reconstructs the image "
+                    "and 1 does not.",
                 ),
                 io.Int.Input(
                     "refinements",
                     default=0,
                     min=0,
                     max=10,
-                    tooltip="0 = as in the paper. Each refinement makes the inversion more exact and costs as many "
-                    "steps again.",
+                    tooltip="0 = as in the paper. Each refinement makes the inversion more exact, at the cost of as "
+                    "many further model evaluations.",
                 ),
             ],
-            outputs=[TrajectorySocket.Output("trajectory", tooltip="For Edit from Trajectory.")],
+            outputs=[TrajectorySocket.Output("trajectory", tooltip=f"For {names.EDIT_INVERTED_IMAGE}.")],
             has_intermediate_output=True,
         )
 
@@ -74,45 +80,38 @@ class InvertPhotograph(io.ComfyNode):
     ) -> io.NodeOutput:
         on_step = previews(model, max(len(sigmas) - 1, 1))
         text = batch_prompts(clip, [prompt.strip()], [1.0])
-        found = invert(model, text, latent["samples"], sigmas, prompt.strip(), nudging, refinements, on_step)
-        return io.NodeOutput(found, ui=ui.PreviewText(found.describe()))
+        trajectory = invert(model, text, latent["samples"], sigmas, prompt.strip(), nudging, refinements, on_step)
+        return io.NodeOutput(trajectory, ui=ui.PreviewText(trajectory.describe()))
 
 
-class EditFromTrajectory(io.ComfyNode):
-    """Renders edits of an inverted picture."""
+class EditInvertedImage(io.ComfyNode):
+    """Samples edits of an inverted image."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditSlidersEditFromTrajectory",
-            display_name="Edit from Trajectory",
-            category=CATEGORY,
-            description="Renders edits of an inverted picture, in the trajectory's own steps. Takes the place of the "
-            "sampler.",
-            search_aliases=["stable flow", "real image editing"],
+            display_name=names.EDIT_INVERTED_IMAGE,
+            category=categories.STABLE_FLOW,
+            description="Samples edits of an inverted image, with the trajectory's own steps. Replaces the sampler.",
+            search_aliases=["edit from trajectory", "real image editing"],
             inputs=[
-                io.Model.Input("model", tooltip="From Inject Vital Layers, or from Inject Remembered Source."),
-                io.Clip.Input("clip", tooltip="The text encoders that the picture was inverted with."),
-                TrajectorySocket.Input("trajectory", tooltip="From Invert Photograph or Load Trajectory."),
-                io.String.Input(
-                    "edits",
-                    multiline=True,
-                    default="a photo of a cat wearing a hat",
-                    tooltip="One edited picture per line, each described in full.",
-                ),
-                io.Float.Input(
-                    "edit_guidance", default=3.0, min=0.0, max=100.0, step=0.1, tooltip="FLUX guidance of the edits."
-                ),
+                io.Model.Input("model", tooltip=f"From {names.KEEP_SOURCE} or {names.KEEP_CACHED_SOURCE}."),
+                io.Clip.Input("clip", tooltip="The text encoders that the image was inverted with."),
+                TrajectorySocket.Input("trajectory", tooltip=f"From {names.INVERT_IMAGE} or {names.LOAD_TRAJECTORY}."),
+                edit_prompts_input(),
+                guidance_input("edit_guidance", "FLUX guidance of the edits.", default=3.0),
                 io.Combo.Input(
                     "source",
                     options=[mode.value for mode in SourceMode],
-                    tooltip="The first picture of the batch, from which the edits take what they keep. 'follows the "
-                    "trajectory': it is put back to the inverted picture after every step. 'as in the published "
-                    "code': to that of another step, to reproduce its results. 'remembered by the model': no source "
-                    "in the batch, for a model from Inject Remembered Source.",
+                    tooltip="The first image of the batch, from which the edits keep what does not change. 'follows "
+                    "the trajectory': it is reset to the inverted image's latent after every step. 'as in the "
+                    "published code': it is reset to the latent of another step, which reproduces the published "
+                    "results. 'remembered by the model': the batch has no source; for a model from "
+                    f"{names.KEEP_CACHED_SOURCE}.",
                 ),
             ],
-            outputs=[io.Latent.Output(tooltip="The source, unless it is remembered, then an edit per line.")],
+            outputs=[io.Latent.Output(tooltip="The source (unless it is cached), followed by one edit per prompt.")],
         )
 
     @classmethod
@@ -139,12 +138,15 @@ class SaveTrajectory(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditSlidersSaveTrajectory",
-            display_name="Save Trajectory",
-            category=CATEGORY,
-            description="Keeps an inverted picture on disk, so that it need not be inverted again.",
+            display_name=names.SAVE_TRAJECTORY,
+            category=categories.STABLE_FLOW,
+            description="Saves an inverted image to disk, so that it does not have to be inverted again.",
+            search_aliases=["stable flow", "save inversion"],
             inputs=[
-                TrajectorySocket.Input("trajectory", tooltip="From Invert Photograph."),
-                io.String.Input("filename_prefix", default="trajectories/picture", tooltip="In the output folder."),
+                TrajectorySocket.Input("trajectory", tooltip=f"From {names.INVERT_IMAGE}."),
+                io.String.Input(
+                    "filename_prefix", default="trajectories/picture", tooltip="File name in the output folder."
+                ),
             ],
             is_output_node=True,
             has_intermediate_output=True,  # the page shows a text output for nodes with this flag
@@ -161,31 +163,35 @@ class SaveTrajectory(io.ComfyNode):
 
 
 class LoadTrajectory(io.ComfyNode):
-    """Reads what Save Trajectory wrote."""
+    """Reads a trajectory that Save Trajectory wrote."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditSlidersLoadTrajectory",
-            display_name="Load Trajectory",
-            category=CATEGORY,
-            description="Reads an inverted picture from ComfyUI's output or input folder.",
+            display_name=names.LOAD_TRAJECTORY,
+            category=categories.STABLE_FLOW,
+            description="Loads an inverted image from ComfyUI's output or input folder.",
+            search_aliases=["stable flow", "load inversion"],
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=trajectory_names(),
-                    tooltip="Files that end in .trajectory.safetensors. Press R in the page to see new ones.",
+                    tooltip=f"Files that end in {TRAJECTORY}. Press R to list new files.",
                 )
             ],
-            outputs=[TrajectorySocket.Output("trajectory", tooltip="For Edit from Trajectory.")],
+            outputs=[TrajectorySocket.Output("trajectory", tooltip=f"For {names.EDIT_INVERTED_IMAGE}.")],
             has_intermediate_output=True,
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file: str) -> tuple[float, int]:
-        return trajectory_fingerprint(file)
+    def fingerprint_inputs(cls, file: str) -> FileStamp:
+        return trajectory_stamp(file)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        found = load_trajectory(trajectory_path(file))
-        return io.NodeOutput(found, ui=ui.PreviewText(found.describe()))
+        trajectory = load_trajectory(trajectory_path(file))
+        return io.NodeOutput(trajectory, ui=ui.PreviewText(trajectory.describe()))
+
+
+NODES: list[type[io.ComfyNode]] = [InvertImage, EditInvertedImage, SaveTrajectory, LoadTrajectory]

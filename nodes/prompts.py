@@ -1,40 +1,34 @@
-"""Nodes that encode sub-instructions, select phrases and set their strengths."""
+"""Nodes that encode instructions, select phrases and set their strengths."""
 
 from __future__ import annotations
 
 from comfy.sd import CLIP
 from comfy_api.latest import io, ui
 
-from ..slider_core.conditioning.span_strengths import set_strengths
+from ..slider_core import node_names as names
+from ..slider_core.conditioning.span_strengths import DEFAULT_CHANNEL, set_strengths
 from ..slider_core.text.encode import T5_TRAINING_TOKENS, encode_instructions, select_phrase
 from ..slider_core.types import Conditioning
-from .common.sockets import CATEGORY, channel_input, check_strengths, instruction_inputs, strength_input
+from .common import categories
+from .common.inputs import channel_input, fill_strengths, instruction_inputs, strength_input
+from .common.validation import strength_validator
 
 STRENGTHS = tuple(f"strength_{k}" for k in range(1, 9))
 
 
-class EncodeSubInstructions(io.ComfyNode):
-    """Encodes a prompt and remembers which tokens belong to which sub-instruction."""
+class EncodeInstructions(io.ComfyNode):
+    """Encodes a prompt and marks which tokens belong to which instruction."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditSlidersEncodeSubInstructions",
-            display_name="Encode Sub-Instructions",
-            category=CATEGORY,
-            description="One sub-instruction per line, joined with ' and '; each gets a slider in Sub-Instruction "
-            "Strengths. Or a free prompt in which [[double brackets]] mark the phrases.",
-            search_aliases=["slideredit prompt", "sub-prompts", "text encode sliders"],
-            inputs=[
-                *instruction_inputs(),
-                io.Boolean.Input(
-                    "pad_to_512",
-                    default=True,
-                    tooltip="SliderEdit's adapters were trained with T5 padded to 512 tokens; ComfyUI pads to 256, and "
-                    "FLUX sees the padding. Keep on for them; switch off to get exactly what CLIP Text Encode gives. "
-                    "Prompts that share a batch need the same length.",
-                ),
-            ],
+            display_name=names.ENCODE_INSTRUCTIONS,
+            category=categories.PROMPT,
+            description="Encodes one instruction per line, joined with ' and ', or a free prompt in which [[double "
+            f"brackets]] mark phrases. Each instruction or phrase gets a slider in {names.INSTRUCTION_STRENGTHS}.",
+            search_aliases=["encode sub-instructions", "slideredit prompt", "sub-prompts", "text encode sliders"],
+            inputs=[*instruction_inputs()],
             outputs=[
                 io.Conditioning.Output(),
                 io.String.Output("prompt", tooltip="The prompt that was encoded."),
@@ -45,77 +39,65 @@ class EncodeSubInstructions(io.ComfyNode):
     @classmethod
     def execute(cls, clip: CLIP, text: str, mode: str, pad_to_512: bool) -> io.NodeOutput:
         encoded = encode_instructions(clip, text, mode, T5_TRAINING_TOKENS if pad_to_512 else None)
-        shown = "\n".join(f"{k}  {span.text}  [{len(span.tokens)} tokens]" for k, span in enumerate(encoded.spans, 1))
-        return io.NodeOutput(encoded.conditioning, encoded.prompt, ui=ui.PreviewText(shown))
+        lines = [f"{k}  {span.text}  [{len(span.tokens)} tokens]" for k, span in enumerate(encoded.spans, 1)]
+        return io.NodeOutput(encoded.conditioning, encoded.prompt, ui=ui.PreviewText("\n".join(lines)))
 
 
-class SubInstructionStrengths(io.ComfyNode):
-    """Gives every sub-instruction of a conditioning its strength."""
+class InstructionStrengths(io.ComfyNode):
+    """Sets the strength of each instruction of a conditioning."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditSlidersSubInstructionStrengths",
-            display_name="Sub-Instruction Strengths",
-            category=CATEGORY,
-            description="strength_1 belongs to the first sub-instruction, and so on. With every strength at 1 the "
-            "picture is exactly what the model gives without sliders. The last node of this kind in a row decides.",
-            search_aliases=["slideredit sliders", "edit strength", "sub-prompt weights"],
+            display_name=names.INSTRUCTION_STRENGTHS,
+            category=categories.PROMPT,
+            description="strength_1 belongs to the first instruction, strength_2 to the second, and so on. With all "
+            "strengths at 1 the image is exactly the model's own. If several of these nodes are chained, the last one "
+            "applies.",
+            search_aliases=["sub-instruction strengths", "slideredit sliders", "edit strength", "sub-prompt weights"],
             inputs=[
-                io.Conditioning.Input("conditioning", tooltip="From Encode Sub-Instructions or Select Phrase."),
+                io.Conditioning.Input(
+                    "conditioning", tooltip=f"From {names.ENCODE_INSTRUCTIONS} or {names.SELECT_PHRASE}."
+                ),
                 *(strength_input(name, optional=True) for name in STRENGTHS),
                 channel_input(),
             ],
             outputs=[io.Conditioning.Output()],
         )
 
-    @classmethod
-    def validate_inputs(
-        cls,
-        strength_1: object = None,
-        strength_2: object = None,
-        strength_3: object = None,
-        strength_4: object = None,
-        strength_5: object = None,
-        strength_6: object = None,
-        strength_7: object = None,
-        strength_8: object = None,
-    ) -> bool | str:
-        # named one by one: ComfyUI blames every input that this takes
-        return check_strengths(
-            {name: value for name, value in locals().items() if name in STRENGTHS and value is not None}
-        )
+    validate_inputs = strength_validator(*STRENGTHS)
 
     @classmethod
-    def execute(cls, conditioning: Conditioning, channel: str | None = None, **strengths: object) -> io.NodeOutput:
-        values = {name: strengths.get(name, 1.0) for name in STRENGTHS}
-        channels = () if channel is None else (channel,)
-        return io.NodeOutput(set_strengths(conditioning, values, *channels))
+    def execute(cls, conditioning: Conditioning, channel: str = DEFAULT_CHANNEL, **strengths: object) -> io.NodeOutput:
+        return io.NodeOutput(set_strengths(conditioning, fill_strengths(STRENGTHS, strengths), channel))
 
 
 class SelectPhrase(io.ComfyNode):
-    """Makes any phrase of any prompt a span with a slider."""
+    """Adds a slider for a phrase of an encoded prompt."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditSlidersSelectPhrase",
-            display_name="Select Phrase",
-            category=CATEGORY,
-            description="Adds a phrase of the prompt as the next sub-instruction of a conditioning made by any text "
-            "encode node. Phrases may overlap: where they do, their suppressions multiply.",
+            display_name=names.SELECT_PHRASE,
+            category=categories.PROMPT,
+            description="Adds a phrase of the prompt as the next instruction of a conditioning from any text encode "
+            "node. Phrases may overlap; where they do, their effects multiply.",
             search_aliases=["token span", "prompt span", "slideredit phrase"],
             inputs=[
-                io.Conditioning.Input("conditioning", tooltip="What this CLIP made of exactly this prompt."),
+                io.Conditioning.Input("conditioning", tooltip="The conditioning encoded from exactly this prompt."),
                 io.Clip.Input("clip", tooltip="The CLIP that encoded the prompt."),
                 io.String.Input("prompt", multiline=True, tooltip="The prompt that was encoded."),
-                io.String.Input("phrase", tooltip="Words of the prompt, as they stand there; weights may be left out."),
+                io.String.Input(
+                    "phrase", tooltip="Text from the prompt, exactly as it appears there; weights may be left out."
+                ),
                 io.Int.Input(
                     "occurrence",
                     default=1,
                     min=0,
                     max=1000,
-                    tooltip="Which of several places of the phrase, counted from 1; 0 = all of them.",
+                    tooltip="Which occurrence of the phrase to use, counted from 1; 0 = all of them.",
                 ),
             ],
             outputs=[io.Conditioning.Output()],
@@ -126,3 +108,6 @@ class SelectPhrase(io.ComfyNode):
         cls, conditioning: Conditioning, clip: CLIP, prompt: str, phrase: str, occurrence: int
     ) -> io.NodeOutput:
         return io.NodeOutput(select_phrase(conditioning, clip, prompt, phrase, occurrence))
+
+
+NODES: list[type[io.ComfyNode]] = [EncodeInstructions, InstructionStrengths, SelectPhrase]

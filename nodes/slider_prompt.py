@@ -1,52 +1,70 @@
-"""The node people drag: a prompt with a slider beside each of its parts."""
+"""The pack's main node: a prompt with a strength slider for each of its instructions."""
 
 from __future__ import annotations
 
-from inspect import Parameter, Signature
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 from comfy.sd import CLIP
 from comfy_api.latest import io
 
-from ..slider_core.conditioning.span_strengths import set_strengths
-from ..slider_core.text.encode import T5_TRAINING_TOKENS, EncodedInstructions, encode_instructions
-from .common.sockets import CATEGORY, channel_input, check_strengths, instruction_inputs, strength_input
+from ..slider_core import node_names as names
+from ..slider_core.conditioning.span_strengths import DEFAULT_CHANNEL, set_strengths
+from ..slider_core.text.encode import T5_TRAINING_TOKENS, encode_instructions
+from .common import categories
+from .common.clip_cache import cache_last_result
+from .common.inputs import channel_input, fill_strengths, instruction_inputs, strength_input
+from .common.validation import strength_validator
 
 STRENGTHS = tuple(f"strength_{k}" for k in range(1, 51))
 
-_last_encoded: WeakKeyDictionary[CLIP, tuple[tuple[str, str, int | None], EncodedInstructions]] = WeakKeyDictionary()
-"""What each CLIP encoded last, so that a moved slider does not run the text encoders again."""
+_encode = cache_last_result(encode_instructions)
 _last_clip: list[ref[CLIP]] = []
 
 
 class SliderPrompt(io.ComfyNode):
-    """Encodes a prompt and gives each of its sub-instructions a strength, in one node."""
+    """Encodes a prompt and sets the strength of each of its instructions, in one node."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditSlidersSliderPrompt",
-            display_name="Slider Prompt",
-            category=CATEGORY,
-            description="A prompt with a slider for each of its sub-instructions: one per line, or [[marked]] phrases "
-            "of a free prompt. Drag them, or send plain numbers over the API.",
-            search_aliases=["slideredit", "live sliders", "sub-prompts", "edit strength"],
+            display_name=names.SLIDER_PROMPT,
+            category=categories.PROMPT,
+            description="A prompt with a strength slider for each of its instructions: one per line, or the [[marked]] "
+            "phrases of a free prompt. Drag the sliders, or set the strengths as numbers over the API. Needs "
+            f"{names.APPLY_STLORA} or {names.APPLY_TRAINING_FREE} on the model.",
+            search_aliases=[
+                "strength",
+                "edit strength",
+                "edit slider",
+                "kontext slider",
+                "kontext strength",
+                "lora strength",
+                "live",
+                "live sliders",
+                "intensity",
+                "how strong",
+                "slider",
+                "slideredit",
+                "sub-prompts",
+            ],
             inputs=[
-                *instruction_inputs(),
-                io.Boolean.Input(
-                    "pad_to_512", default=True, advanced=True, tooltip="As SliderEdit's adapters were trained."
-                ),
+                *instruction_inputs(pad_advanced=True),
                 *(
                     io.Float.Input(
                         name,
+                        display_name=display_name,
                         default=default,
                         min=-5.0,
                         max=5.0,
                         step=0.01,
                         advanced=True,
-                        tooltip="Where the sliders end. More can be typed.",
+                        tooltip=f"{end} end of the sliders. Values beyond it can be typed.",
                     )
-                    for name, default in (("lowest", -0.5), ("highest", 2.0))
+                    for name, display_name, default, end in (
+                        ("lowest", "slider_minimum", -0.5, "Lower"),
+                        ("highest", "slider_maximum", 2.0, "Upper"),
+                    )
                 ),
                 channel_input(),
                 *(strength_input(name, optional=True) for name in STRENGTHS),
@@ -57,9 +75,7 @@ class SliderPrompt(io.ComfyNode):
             ],
         )
 
-    @classmethod
-    def validate_inputs(cls, **strengths: object) -> bool | str:
-        return check_strengths({name: value for name, value in strengths.items() if value is not None})
+    validate_inputs = strength_validator(*STRENGTHS)
 
     @classmethod
     def execute(
@@ -70,32 +86,18 @@ class SliderPrompt(io.ComfyNode):
         pad_to_512: bool,
         lowest: float,
         highest: float,
-        channel: str | None = None,
+        channel: str = DEFAULT_CHANNEL,
         **strengths: object,
     ) -> io.NodeOutput:
-        encoded = _encoded(clip, text, mode, pad_to_512)
-        values = {name: strengths.get(name, 1.0) for name in STRENGTHS}
-        channels = () if channel is None else (channel,)
-        return io.NodeOutput(set_strengths(encoded.conditioning, values, *channels), encoded.prompt)
-
-
-# ComfyUI leaves the check of those inputs to validate_inputs that its signature names, and blames them.
-SliderPrompt.validate_inputs.__func__.__signature__ = Signature(  # type: ignore[attr-defined]
-    [
-        Parameter("cls", Parameter.POSITIONAL_OR_KEYWORD),
-        *(Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in STRENGTHS),
-    ]
-)
+        _last_clip[:] = [ref(clip)]
+        encoded = _encode(clip, text, mode, T5_TRAINING_TOKENS if pad_to_512 else None)
+        conditioning = set_strengths(encoded.conditioning, fill_strengths(STRENGTHS, strengths), channel)
+        return io.NodeOutput(conditioning, encoded.prompt)
 
 
 def last_clip() -> CLIP | None:
-    """The CLIP that a Slider Prompt used last, while some node still keeps it."""
+    """The CLIP that a Slider Prompt used last, as long as a node still holds it."""
     return _last_clip[0]() if _last_clip else None
 
 
-def _encoded(clip: CLIP, text: str, mode: str, pad_to_512: bool) -> EncodedInstructions:
-    _last_clip[:] = [ref(clip)]
-    how, known = (text, mode, T5_TRAINING_TOKENS if pad_to_512 else None), _last_encoded.get(clip)
-    if known is None or known[0] != how:
-        known = _last_encoded[clip] = how, encode_instructions(clip, *how)
-    return known[1]
+NODES: list[type[io.ComfyNode]] = [SliderPrompt]

@@ -1,4 +1,4 @@
-"""Nodes of Stable Flow: edits that take what is not edited from the source, without training."""
+"""Nodes of Stable Flow: edits that keep what is not edited from the source, without training."""
 
 from __future__ import annotations
 
@@ -7,47 +7,61 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from comfy_api.latest import io
 
+from ..slider_core import node_names as names
 from ..slider_core.conditioning.active_region import ActiveRegion
 from ..slider_core.stable_flow.vital_layers import inject_key_values
 from ..slider_core.sweep import repeat_latent
 from ..slider_core.text.batched_prompts import batch_prompts, split_prompts
-from .common.layer_inputs import chosen_layers, injection_mask_input, layer_inputs, part_inputs, preservation_input
-from .common.sockets import CATEGORY
+from .common import categories
+from .common.inputs import (
+    clip_input,
+    edit_prompts_input,
+    end_input,
+    guidance_input,
+    injection_mask_input,
+    injection_strength_input,
+    layer_inputs,
+    parse_layers,
+    start_input,
+)
 
 
-def _guidance_input(name: str, tooltip: str) -> io.Float.Input:
-    return io.Float.Input(name, default=3.5, min=0.0, max=100.0, step=0.1, tooltip=tooltip)
-
-
-class StackPrompts(io.ComfyNode):
-    """Encodes a source prompt and its edits as one batch."""
+class BatchPrompts(io.ComfyNode):
+    """Encodes a source prompt and its edit prompts as one batch."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditSlidersStackPrompts",
-            display_name="Stack Prompts",
-            category=CATEGORY,
-            description="A source prompt and its edits as one conditioning: the first picture of the batch is the "
-            "source, each further one an edit. Use it with Same Noise and Inject Vital Layers.",
-            search_aliases=["stable flow", "parallel edit"],
+            display_name=names.BATCH_PROMPTS,
+            category=categories.STABLE_FLOW,
+            description="Encodes a source prompt and its edit prompts as one conditioning: the first image of the "
+            f"batch is the source, each further image an edit. Use it with {names.REPEAT_LATENT_SAME_NOISE} and "
+            f"{names.KEEP_SOURCE}.",
+            search_aliases=["stack prompts", "parallel edit"],
             inputs=[
-                io.Clip.Input("clip", tooltip="From DualCLIPLoader, type flux."),
-                io.String.Input("source", multiline=True, default="a photo of a cat", tooltip="What the source shows."),
+                clip_input(),
                 io.String.Input(
-                    "edits",
+                    "source",
+                    display_name="source_prompt",
                     multiline=True,
-                    default="a photo of a cat wearing a hat",
-                    tooltip="One edited picture per line, each described in full.",
+                    default="a photo of a cat",
+                    tooltip="A prompt that describes the source.",
                 ),
-                _guidance_input(
-                    "source_guidance", "FLUX guidance of the source. A FluxGuidance node after this one replaces both."
+                edit_prompts_input(),
+                guidance_input(
+                    "source_guidance",
+                    "FLUX guidance of the source. A FluxGuidance node after this one overrides both guidance values.",
                 ),
-                _guidance_input("edit_guidance", "FLUX guidance of the edits."),
+                guidance_input("edit_guidance", "FLUX guidance of the edits."),
             ],
             outputs=[
                 io.Conditioning.Output(),
-                io.Int.Output("images", tooltip="Number of prompts, for Same Noise."),
+                io.Int.Output(
+                    "images",
+                    display_name="num_images",
+                    tooltip=f"Number of prompts, for {names.REPEAT_LATENT_SAME_NOISE}.",
+                ),
             ],
         )
 
@@ -60,20 +74,27 @@ class StackPrompts(io.ComfyNode):
         return io.NodeOutput(batch_prompts(clip, prompts, guidances), len(prompts))
 
 
-class SameNoise(io.ComfyNode):
-    """Makes a latent batch in which every picture starts from the same noise."""
+class RepeatLatentSameNoise(io.ComfyNode):
+    """Makes a latent batch in which every image starts from the same noise."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditSlidersSameNoise",
-            display_name="Same Noise",
-            category=CATEGORY,
-            description="Repeats a latent and lets all copies start from the same noise.",
-            search_aliases=["repeat latent same noise", "stable flow"],
+            display_name=names.REPEAT_LATENT_SAME_NOISE,
+            category=categories.STABLE_FLOW,
+            description="Repeats a latent so that all copies start from the same noise.",
+            search_aliases=["same noise", "stable flow"],
             inputs=[
                 io.Latent.Input("latent", tooltip="One latent image."),
-                io.Int.Input("images", default=2, min=1, max=256, tooltip="Number of copies, from Stack Prompts."),
+                io.Int.Input(
+                    "images",
+                    display_name="num_images",
+                    default=2,
+                    min=1,
+                    max=256,
+                    tooltip=f"Number of copies, from {names.BATCH_PROMPTS}.",
+                ),
             ],
             outputs=[io.Latent.Output()],
         )
@@ -83,38 +104,40 @@ class SameNoise(io.ComfyNode):
         return io.NodeOutput(repeat_latent(latent, images))
 
 
-class InjectVitalLayers(io.ComfyNode):
-    """Lets the edits of a batch keep what the source shows."""
+class KeepSource(io.ComfyNode):
+    """Injects the source's keys and values into the edits of a batch."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditSlidersInjectVitalLayers",
-            display_name="Inject Vital Layers",
-            category=CATEGORY,
-            description="In the layers that shape the picture most, every picture of the batch takes keys and values "
-            "from the reference picture, so that what the prompts do not change stays the same.",
-            search_aliases=["stable flow", "key value injection", "consistent edit"],
+            display_name=names.KEEP_SOURCE,
+            category=categories.STABLE_FLOW,
+            description="In the layers that shape the image most, every image of the batch uses the keys and values of "
+            "the source, so that what the prompts do not change stays the same.",
+            search_aliases=["inject vital layers", "key value injection", "consistent edit"],
             inputs=[
                 io.Model.Input("model", tooltip="FLUX.1 dev."),
                 *layer_inputs(),
                 io.Int.Input(
                     "reference",
+                    display_name="source_index",
                     default=0,
                     min=0,
                     max=255,
                     advanced=True,
-                    tooltip="Picture of the batch that the others take from, counted from 0.",
+                    tooltip="Index of the source in the batch, counted from 0.",
                 ),
-                preservation_input(),
-                *part_inputs(),
+                injection_strength_input(),
+                start_input(advanced=True),
+                end_input(advanced=True),
                 io.Boolean.Input(
                     "chain",
                     default=False,
                     advanced=True,
                     optional=True,
-                    tooltip="Every picture takes from the one before it instead of from the reference: a chain of "
-                    "edits, each on top of the last.",
+                    tooltip="Each image uses the keys and values of the image before it instead of the source's: a "
+                    "chain of edits, each based on the last.",
                 ),
                 injection_mask_input(),
             ],
@@ -134,5 +157,8 @@ class InjectVitalLayers(io.ComfyNode):
         chain: bool = False,
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        chosen, region = chosen_layers(model, layers, list), ActiveRegion(mask, start, end)
-        return io.NodeOutput(inject_key_values(model, chosen, reference, preservation, region, chain))
+        blocks, region = parse_layers(model, layers, list), ActiveRegion(mask, start, end)
+        return io.NodeOutput(inject_key_values(model, blocks, reference, preservation, region, chain))
+
+
+NODES: list[type[io.ComfyNode]] = [BatchPrompts, RepeatLatentSameNoise, KeepSource]

@@ -1,4 +1,4 @@
-"""Nodes that say how good a slider is."""
+"""The node that measures the quality of a slider."""
 
 from __future__ import annotations
 
@@ -7,59 +7,68 @@ from comfy.clip_vision import ClipVisionModel
 from comfy.sd import CLIP
 from comfy_api.latest import io
 
+from ..slider_core import node_names as names
 from ..slider_core.errors import SliderError
 from ..slider_core.figures.plots import check_matplotlib, curves_plot
 from ..slider_core.metrics.clip_direction import clip_measures
 from ..slider_core.metrics.image_distance import share_outside
 from ..slider_core.metrics.sweep_metrics import check_sweep, measure, source_of
 from ..slider_core.strength import Strengths
-from .common.sockets import CATEGORY, StrengthsSocket
-from .common.sweep_distances import SEEN, distance_inputs, sweep_distances
+from .common import categories
+from .common.inputs import clip_vision_input, distance_inputs
+from .common.sockets import StrengthsSocket
+from .common.sweep_distances import VISION_OR_PIXELS, sweep_distances
 
 
 class MeasureSweep(io.ComfyNode):
-    """Measures the pictures of a sweep."""
+    """Measures the images of a sweep with the metrics of the papers."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditSlidersMeasureSweep",
-            display_name="Measure Sweep",
-            category=CATEGORY,
-            description="Measures how smoothly and steadily the pictures of a sweep change, by the papers' numbers, "
-            "and if you like whether they follow the words and keep what the edit is not about.",
+            display_name=names.MEASURE_SWEEP,
+            category=categories.SWEEP,
+            description="Measures how smoothly and evenly the images of a sweep change, with the metrics of the "
+            "papers, and optionally whether they follow the prompt and preserve what is not edited.",
             search_aliases=["delta smooth", "clip directional similarity", "linearity", "disentanglement", "metrics"],
             inputs=[
-                io.Image.Input("images", tooltip="The sweep's pictures, one per strength."),
-                StrengthsSocket.Input("strengths", tooltip="What they were rendered with, rising."),
-                io.ClipVision.Input(
-                    "clip_vision",
-                    optional=True,
-                    tooltip="Compares the pictures: DINOv2, CLIP or SigLIP. Without it pixels are compared.",
+                io.Image.Input("images", tooltip="The sweep's images, one per strength."),
+                StrengthsSocket.Input(
+                    "strengths", tooltip="The strengths that the images were rendered with, in rising order."
                 ),
+                clip_vision_input(),
                 io.Mask.Input(
-                    "mask", optional=True, tooltip="Where the edit may happen. Measures what changes outside of it."
+                    "mask",
+                    optional=True,
+                    tooltip="Where the image may change. Measures how much of the change lies outside.",
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Compares pictures and words. Needs clip_vision to be CLIP-L's, and both descriptions.",
+                    tooltip="Compares images with prompts. Needs the CLIP-L vision model as clip_vision, and both "
+                    "source_prompt and edit_prompt.",
                 ),
                 io.String.Input(
-                    "source_words", default="", optional=True, tooltip="Describes the source: 'a photo of a woman'."
+                    "source_words",
+                    display_name="source_prompt",
+                    default="",
+                    optional=True,
+                    tooltip="Describes the source, for example 'a photo of a woman'.",
                 ),
                 io.String.Input(
                     "edit_words",
+                    display_name="edit_prompt",
                     default="",
                     optional=True,
-                    tooltip="Describes the full edit: 'a photo of an old woman'. Not an instruction.",
+                    tooltip="Describes the full edit, for example 'a photo of an old woman'. Not an instruction.",
                 ),
                 *distance_inputs(),
             ],
             outputs=[
-                io.String.Output("report", tooltip="To read."),
-                io.String.Output("json", tooltip="Everything that was measured."),
-                io.Image.Output("plot", tooltip="Distance against strength."),
+                io.String.Output("report", tooltip="Readable report."),
+                io.String.Output("json", tooltip="All measured values as JSON."),
+                io.Image.Output("plot", tooltip="Distance by strength."),
             ],
         )
 
@@ -73,21 +82,25 @@ class MeasureSweep(io.ComfyNode):
         clip: CLIP | None = None,
         source_words: str = "",
         edit_words: str = "",
-        distance: str = SEEN,
+        distance: str = VISION_OR_PIXELS,
         latent: dict | None = None,
     ) -> io.NodeOutput:
         check_matplotlib()
         check_sweep(strengths, len(images))
         if clip is not None and (clip_vision is None or not source_words.strip() or not edit_words.strip()):
             raise SliderError(
-                "clip compares pictures and words; expected clip_vision, source_words and edit_words too. Give them "
-                "all, or leave clip unlinked."
+                "clip compares images with prompts; expected clip_vision, source_prompt and edit_prompt too. Set all "
+                "of them, or unlink clip."
             )
         source = source_of(strengths)
-        words = (
+        following = (
             clip_measures(images, clip_vision, clip, source_words, edit_words, source) if clip and clip_vision else None
         )
         outside = None if mask is None else share_outside(images, mask, source)
-        measures = measure(strengths, sweep_distances(images, clip_vision, distance, latent, source), words, outside)
-        plot = curves_plot(strengths, measures.curves(), "strength", measures.distances.compared_by)
-        return io.NodeOutput(measures.report(), measures.as_json(), plot)
+        distances = sweep_distances(images, clip_vision, distance, latent, source)
+        metrics = measure(strengths, distances, following, outside)
+        plot = curves_plot(strengths, metrics.curves(), "strength", metrics.distances.compared_by)
+        return io.NodeOutput(metrics.report(), metrics.as_json(), plot)
+
+
+NODES: list[type[io.ComfyNode]] = [MeasureSweep]

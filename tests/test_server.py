@@ -51,7 +51,7 @@ def test_nodes_are_there(server):
     assert len(info) == 36
     for node in info.values():
         assert node["description"]
-        assert node["category"] == "edit sliders"
+        assert node["category"].startswith("edit sliders/")
         inputs = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
         assert all(spec[1].get("tooltip") for spec in inputs.values()), node["name"]
 

@@ -100,12 +100,12 @@ def test_an_animation_runs_there_and_back(server):
         ({"columns": "3"}, "expected 1 to 5"),
         ({"captions": ["a"]}, "a caption for each"),
         ({"frames": []}, "a caption for each"),
-        ({"frames": [{**FRAME, "subfolder": "../../models"}] * 5}, "is no picture of ComfyUI's"),
-        ({"frames": [{**FRAME, "filename": "/etc/hostname"}] * 5}, "is no picture of ComfyUI's"),
-        ({"frames": [{**FRAME, "type": "models"}] * 5}, "is no picture of ComfyUI's"),
+        ({"frames": [{**FRAME, "subfolder": "../../models"}] * 5}, "is not in ComfyUI's"),
+        ({"frames": [{**FRAME, "filename": "/etc/hostname"}] * 5}, "is not in ComfyUI's"),
+        ({"frames": [{**FRAME, "type": "models"}] * 5}, "is not in ComfyUI's"),
         ({"frames": [{**FRAME, "filename": "gone.png"}] * 5}, "Render the sweep again"),
         ({"frames": [{**FRAME, "filename": "a\0b"}] * 5}, "null"),
-        ({"metadata": {"workflow": 3}}, "metadata that are texts"),
+        ({"metadata": {"workflow": 3}}, "map strings to strings"),
     ],
 )
 def test_files_that_cannot_be_made(server, changes, said):

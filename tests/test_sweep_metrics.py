@@ -348,8 +348,8 @@ def test_nodes_compare_latents(server):
     assert distances["adjacent"] == pytest.approx([0.5 * float((photo**2).mean()) ** 0.5], rel=1e-3)
     result, text, _ = run("EditSlidersCalibrate", 2)
     assert "compared by latents" in result.text(text)
-    assert "2 latents and 3 pictures" in run("EditSlidersMeasureSweep", 3)[0].error["exception_message"]
-    assert "none is linked" in run("EditSlidersCalibrate", 0)[0].error["exception_message"]
+    assert "2 latents and 3 images" in run("EditSlidersMeasureSweep", 3)[0].error["exception_message"]
+    assert "no latent is linked" in run("EditSlidersCalibrate", 0)[0].error["exception_message"]
 
 
 def test_measure_sweep_with_a_mask(server):
@@ -369,7 +369,12 @@ def test_measure_sweep_with_a_mask(server):
         ("0 .5 1", grays(9, 9, 9), {}, "All pictures are equal"),
         ("0 1", grays(0, 9, 99), {}, "3 pictures and 2 strengths"),
         ("0", grays(0), {}, "There is one picture"),
-        ("0 1", grays(0, 9), {"clip": True, "source_words": "a"}, "expected clip_vision, source_words and edit_words"),
+        (
+            "0 1",
+            grays(0, 9),
+            {"clip": True, "source_words": "a"},
+            "expected clip_vision, source_prompt and edit_prompt",
+        ),
     ],
 )
 def test_measure_sweep_says_what_is_wrong(server, values, colours, more, message):

@@ -1,4 +1,4 @@
-"""Files that nodes read: adapters and projectors of the loras folder, trajectories of the output and input folders."""
+"""Files that nodes read: adapters and projectors in the loras folder, trajectories in the output and input folders."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import folder_paths
 FOLDER = "loras"
 TRAJECTORY = ".trajectory.safetensors"
 
-Fingerprint = tuple[float, int]
-"""Changes when a file does."""
+FileStamp = tuple[float, int]
+"""Modification time and size of a file, which change when the file does."""
 
 
-def names() -> list[str]:
-    """The adapters and projectors that people can choose."""
+def lora_names() -> list[str]:
+    """Names of the adapter and projector files that can be chosen."""
     return folder_paths.get_filename_list(FOLDER)
 
 
-def path_of(name: str) -> str:
+def lora_path(name: str) -> str:
     return folder_paths.get_full_path_or_raise(FOLDER, name)
 
 
-def fingerprint(name: str) -> Fingerprint:
-    return _fingerprint(path_of(name))
+def lora_stamp(name: str) -> FileStamp:
+    return _stamp(lora_path(name))
 
 
 def trajectory_names() -> list[str]:
-    """The trajectories that people can choose, as 'folder/file [output]'."""
+    """The trajectories that can be chosen, as 'folder/file [output]'."""
     folders = {"output": folder_paths.get_output_directory(), "input": folder_paths.get_input_directory()}
     return [
         f"{file.relative_to(folder).as_posix()} [{kind}]"
@@ -41,10 +41,10 @@ def trajectory_path(name: str) -> str:
     return folder_paths.get_annotated_filepath(name)
 
 
-def trajectory_fingerprint(name: str) -> Fingerprint:
-    return _fingerprint(trajectory_path(name))
+def trajectory_stamp(name: str) -> FileStamp:
+    return _stamp(trajectory_path(name))
 
 
-def _fingerprint(path: str) -> Fingerprint:
+def _stamp(path: str) -> FileStamp:
     stat = os.stat(path)
     return stat.st_mtime, stat.st_size

@@ -16,24 +16,24 @@ from ...slider_core.types import OnStep
 
 
 def previews(model: ModelPatcher, steps: int) -> OnStep:
-    """A progress bar with the picture as the model predicts it after each step."""
+    """A progress bar with the model's predicted image after each step."""
     return latent_preview.prepare_callback(model, steps)
 
 
-def previews_of_pictures(model: ModelPatcher) -> OnImage:
-    """A progress bar with the picture that was rendered last."""
+def image_previews(model: ModelPatcher) -> OnImage:
+    """A progress bar with the image that was generated last."""
     previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
     bar = comfy.utils.ProgressBar(1)
 
-    def on_picture(done: int, total: int, latent: torch.Tensor) -> None:
-        shown = model.model.latent_format.process_in(latent).to(model.load_device)
-        bar.update_absolute(done, total, previewer and previewer.decode_latent_to_preview_image("JPEG", shown))
+    def on_image(done: int, total: int, latent: torch.Tensor) -> None:
+        latent = model.model.latent_format.process_in(latent).to(model.load_device)
+        bar.update_absolute(done, total, previewer and previewer.decode_latent_to_preview_image("JPEG", latent))
 
-    return on_picture
+    return on_image
 
 
-def say(node: type[io.ComfyNode], text: str) -> None:
-    """Text on a node while it runs, and in the log. The node's schema must ask for the hidden unique_id."""
+def show_text(node: type[io.ComfyNode], text: str) -> None:
+    """Show text on a running node, and log it. The node's schema must request the hidden unique_id."""
     logging.info(text)
     if PromptServer.instance is not None and node.hidden.unique_id:
         PromptServer.instance.send_progress_text(text, node.hidden.unique_id)

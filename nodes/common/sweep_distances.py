@@ -1,4 +1,4 @@
-"""By what the pictures of a sweep are compared."""
+"""Distances between the images of a sweep."""
 
 from __future__ import annotations
 
@@ -7,51 +7,39 @@ from pathlib import Path
 import folder_paths
 import torch
 from comfy.clip_vision import ClipVisionModel
-from comfy_api.latest import io
 
 from ...slider_core.errors import SliderError
 from ...slider_core.metrics.image_distance import ImageDistances, feature_distances, latent_distances, pixel_distances
 from ...slider_core.metrics.perceptual_distance import dreamsim_distances, lpips_distances
 
-SEEN, LATENT, LPIPS, DREAMSIM = "clip_vision or pixels", "latent", "LPIPS", "DreamSim"
-
-
-def distance_inputs() -> tuple[io.Combo.Input, io.Latent.Input]:
-    """'distance' and 'latent', for sweep_distances."""
-    return (
-        io.Combo.Input(
-            "distance",
-            options=[SEEN, LATENT, LPIPS, DREAMSIM],
-            default=SEEN,
-            optional=True,
-            tooltip="clip_vision or pixels: pixels where clip_vision is not linked. latent: what the sampler made. "
-            "LPIPS, DreamSim: as people find pictures different; they need the package of that name and its weights on "
-            "this computer.",
-        ),
-        io.Latent.Input("latent", optional=True, tooltip="The sweep's latents, for the distance of that name."),
-    )
+DISTANCES = VISION_OR_PIXELS, LATENT, LPIPS, DREAMSIM = "clip_vision or pixels", "latent", "LPIPS", "DreamSim"
 
 
 def sweep_distances(
     images: torch.Tensor, vision: ClipVisionModel | None, distance: str, latent: dict | None, source: int
 ) -> ImageDistances:
-    """By the choice of distance_inputs."""
+    """Distances of `images` by one of DISTANCES. source: index of the image nearest to the source.
+
+    Raises SliderError if the distance is 'latent' and there is not one latent per image.
+    """
     if distance == LPIPS:
         return lpips_distances(images, source)
     if distance == DREAMSIM:
         return dreamsim_distances(images, Path(folder_paths.models_dir, "dreamsim"), source)
     if distance == LATENT:
-        return latent_distances(_latents(latent, len(images)), source)
+        return latent_distances(_check_latents(latent, len(images)), source)
     return pixel_distances(images, source) if vision is None else feature_distances(images, vision, source)
 
 
-def _latents(latent: dict | None, images: int) -> torch.Tensor:
+def _check_latents(latent: dict | None, num_images: int) -> torch.Tensor:
     if latent is None:
         raise SliderError(
-            f"The distance is {LATENT!r}, but none is linked; expected the sweep's latents, from its sampler. Link "
+            f"The distance is {LATENT!r}, but no latent is linked; expected the sweep's latents from its sampler. Link "
             "them, or choose another distance."
         )
-    found = len(latent["samples"])
-    if found != images:
-        raise SliderError(f"There are {found} latents and {images} pictures; expected those of the same sweep.")
+    num_latents = len(latent["samples"])
+    if num_latents != num_images:
+        raise SliderError(
+            f"There are {num_latents} latents and {num_images} images; expected both from the same sweep."
+        )
     return latent["samples"]
