@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 
 import pytest
 import torch
 from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
 
+from slider_core import node_names as names
 from slider_core.adapters.adapter_file import read_adapter
 from slider_core.adapters.gstlora import apply_gstlora
 from slider_core.adapters.stlora import apply_stlora
@@ -189,13 +191,25 @@ def test_unreadable_files(tmp_path):
     ("key", "value", "message"),
     [
         ("transformer.transformer_blocks.0.attn.to_q.dora_scale", torch.ones(256, 1), "dora_scale.*Load LoRA"),
-        ("transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector", torch.ones(256), "beside the model"),
-        ("transformer.transformer_blocks.0.attn.to_q.lora_B.bias", torch.ones(256), "beside the model"),
+        (
+            "transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector",
+            torch.ones(256),
+            "cannot run as an unmerged LoRA",
+        ),
+        ("transformer.transformer_blocks.0.attn.to_q.lora_B.bias", torch.ones(256), "cannot run as an unmerged LoRA"),
         ("lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a", torch.ones(2, 2), "LoHa"),
-        ("diffusion_model.img_in.diff_b", torch.ones(256), "beside the model"),
-        ("transformer.transformer_blocks.0.attn.to_z.lora_A.weight", torch.ones(4, 256), "not known here"),
-        ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight", torch.ones(4, 4), "not known here"),
-        ("transformer.proj_out.lora_A.weight", torch.ones(4, 256), "only one of the two factors"),
+        ("diffusion_model.img_in.diff_b", torch.ones(256), "cannot run as an unmerged LoRA"),
+        (
+            "transformer.transformer_blocks.0.attn.to_z.lora_A.weight",
+            torch.ones(4, 256),
+            "not layers of a supported model",
+        ),
+        (
+            "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight",
+            torch.ones(4, 4),
+            "not layers of a supported model",
+        ),
+        ("transformer.proj_out.lora_A.weight", torch.ones(4, 256), "only one of the two LoRA weights"),
     ],
 )
 def test_refused_parts(peft, tmp_path, key, value, message):
@@ -227,9 +241,9 @@ def test_refused_factors(peft, tmp_path):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ("{broken", "not readable"),
-        ("[1]", "not readable"),
-        ('{"transformer.alpha_pattern": [1]}', "not readable"),
+        ("{broken", "cannot be read"),
+        ("[1]", "cannot be read"),
+        ('{"transformer.alpha_pattern": [1]}', "cannot be read"),
         ('{"transformer.lora_alpha": "8"}', "expected one finite number"),
         ('{"transformer.lora_alpha": NaN}', "expected one finite number"),
         ('{"transformer.lora_alpha": [1]}', "expected one finite number"),
@@ -273,9 +287,9 @@ def test_models_that_do_not_fit(peft, tmp_path, golden_model):
     deep = peft | {k.replace("blocks.0.", "blocks.7."): v.clone() for k, v in peft.items()}
     with pytest.raises(SliderError, match=r"layers that this FLUX\.1 model does not have, such as \w+_blocks\.7"):
         apply_gstlora(golden_model, read_adapter(saved(tmp_path, deep)), 0.5)
-    with pytest.raises(SliderError, match="Use 'Apply GSTLoRA'"):
+    with pytest.raises(SliderError, match=f"Use '{re.escape(names.APPLY_GSTLORA)}'"):
         apply_stlora(golden_model, read_adapter(GSTLORA))
-    with pytest.raises(SliderError, match="Use 'Apply STLoRA'"):
+    with pytest.raises(SliderError, match=f"Use '{re.escape(names.APPLY_STLORA)}'"):
         apply_gstlora(golden_model, read_adapter(STLORA), 0.5)
 
 

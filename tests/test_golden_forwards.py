@@ -224,7 +224,7 @@ def test_projector_forward(case, velocity, stored, golden_model, projector):
 
 def halves_swapped(p: StrengthProjector) -> StrengthProjector:
     *inner, (weight, bias) = p.layers
-    return replace(p, layers=(*inner, (weight.roll(p.width, 0), bias.roll(p.width, 0))))
+    return replace(p, layers=(*inner, (weight.roll(p.hidden_size, 0), bias.roll(p.hidden_size, 0))))
 
 
 def sign_flipped(p: StrengthProjector) -> StrengthProjector:
@@ -292,7 +292,9 @@ def test_a_projector_acting_elsewhere_is_told_apart(where, velocity, stored, gol
         paths = [path.replace("txt_mod", "img_mod") for path in paths]
     else:
         paths = paths[:1]
-    wrong = add_patch(golden_model, strength_projector.ModulationOffset(paths, bundle.projector.width, None, None))
+    wrong = add_patch(
+        golden_model, strength_projector.ModulationOffset(paths, bundle.projector.hidden_size, None, None)
+    )
     assert not close(case, stored, velocity(case, wrong, with_slider(case, bundle)))
 
 

@@ -12,6 +12,8 @@ from support.comfy_server import ComfyServer, PromptRefused, Result
 from support.graphs import Graph, Link
 from support.outcomes import far, latents, near
 
+from slider_core import node_names as names
+
 TWO = "make the cat older\nmake the wall (golden:1.2)"
 JOINED = "make the cat older and make the wall (golden:1.2)"
 
@@ -376,13 +378,13 @@ BAD = {
     "dora": (gst("dora.safetensors"), "LoadAdapter", "dora_scale"),
     "wrong width": (gst("wrong_width.safetensors"), "ApplyGSTLoRA", "hidden size 128"),
     "too deep": (gst("too_deep.safetensors"), "ApplyGSTLoRA", "blocks.7"),
-    "other family": (gst("other_family.safetensors"), "LoadAdapter", "not known here as parts of a model (FLUX.1)"),
+    "other family": (gst("other_family.safetensors"), "LoadAdapter", "not layers of a supported model (FLUX.1)"),
     "truncated": (gst("truncated.safetensors"), "LoadAdapter", "cannot be read"),
     "empty file": (gst("empty.safetensors"), "LoadAdapter", "cannot be read"),
-    "hostile": (gst("hostile.pt"), "LoadAdapter", "tensors only"),
+    "hostile": (gst("hostile.pt"), "LoadAdapter", "contains only tensors"),
     "a list": (gst("not_a_dict.pt"), "LoadAdapter", "cannot be read"),
     "no tensors": (gst("no_tensors.pt"), "LoadAdapter", "is no tensor"),
-    "st as gst": (gst("selective_lora.pt"), "ApplyGSTLoRA", "Use 'Apply STLoRA'"),
+    "st as gst": (gst("selective_lora.pt"), "ApplyGSTLoRA", f"Use '{names.APPLY_STLORA}'"),
     "gst as st": (
         two_sliders(0.5, model=lambda g: g.stlora(g.model(), "gst_peft.safetensors")),
         "ApplySTLoRA",

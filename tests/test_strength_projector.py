@@ -76,7 +76,7 @@ def test_projector_and_lora_as_one_file_or_apart(weights, lora, bundle, tmp_path
     assert torch.equal(offsets(alone), offsets(bundle))
     assert set(both.lora.lora_weights) == set(bundle.lora.lora_weights)
     assert alone.lora is None
-    assert "WARNING: no LoRA. Edits will be off" in alone.describe()
+    assert "WARNING: no LoRA. Edits will be wrong" in alone.describe()
     assert "hidden size 256" in alone.describe()
     assert "strength and pooled text (768), 4 layers" in both.describe()
 
@@ -99,24 +99,27 @@ def with_shape(key: str, *shape: int) -> Callable[[dict], dict]:
 
 
 WRONG = {
-    "no extender": (without("pe_extender.weight", "pe_extender.bias"), "pe_extender has not both weight and bias"),
-    "no bias": (without("projector.4.bias"), "projector.4 has not both"),
+    "no extender": (without("pe_extender.weight", "pe_extender.bias"), "weight or the bias of pe_extender is missing"),
+    "no bias": (without("projector.4.bias"), "bias of projector.4 is missing"),
     "a gap": (without("projector.2.weight", "projector.2.bias"), "is incomplete"),
-    "one angle": (with_shape("pe_extender.weight", 768, 1), "no strength projector"),
+    "one angle": (with_shape("pe_extender.weight", 768, 1), "not a strength projector"),
     "broken chain": (with_shape("projector.2.weight", 512, 100), r"\(512, 100\)"),
     "odd output": (
         lambda w: w | {"projector.6.weight": torch.zeros(511, 512), "projector.6.bias": torch.zeros(511)},
-        "no",
+        "not a strength projector",
     ),
-    "a LoRA": (lambda w: {"transformer.proj_out.lora_A.weight": torch.zeros(4, 4)}, "no projector in it.*as the LoRA"),
+    "a LoRA": (
+        lambda w: {"transformer.proj_out.lora_A.weight": torch.zeros(4, 4)},
+        "does not contain a projector.*as the LoRA",
+    ),
     "not finite": (lambda w: w | {"pe_extender.bias": torch.full((768,), torch.nan)}, "pe_extender.bias.*finite"),
     "whole numbers": (
         lambda w: w | {"projector.2.bias": torch.ones(512).int()},
         r"projector\.2\.bias \(torch\.int32\)",
     ),
-    "no rows": (with_shape("projector.6.weight", 0, 512), "no strength projector"),
+    "no rows": (with_shape("projector.6.weight", 0, 512), "not a strength projector"),
     "twice": (lambda w: w | {"ema.projector.2.bias": torch.zeros(512)}, "twice"),
-    "many digits": (lambda w: {f"projector.{'1' * 5000}.weight": torch.zeros(1)}, "no projector in it"),
+    "many digits": (lambda w: {f"projector.{'1' * 5000}.weight": torch.zeros(1)}, "does not contain a projector"),
     "unknown part": (lambda w: w | {"gate.weight": torch.zeros(1)}, "gate.weight"),
 }
 
@@ -246,14 +249,14 @@ def test_what_does_not_fit(golden_model, bundle, recipe, manifest, tmp_path):
     wide = recipe.projector_weights(manifest["model"], {"seed": 1, "out_dim": 1024, "n_layers": 2})
     save_file(wide, tmp_path / "wide.safetensors")
     wide = read_projector(tmp_path / "wide.safetensors")
-    with pytest.raises(SliderError, match=r"hidden size 512, this FLUX\.1 has 256"):
+    with pytest.raises(SliderError, match=r"hidden size 512, but this FLUX\.1 model has 256"):
         apply_projector(golden_model, wide)
-    with pytest.raises(SliderError, match="projector for hidden size 512, the model has 256"):
+    with pytest.raises(SliderError, match="projector for hidden size 512, but the model has 256"):
         velocity_of(apply_projector(golden_model, bundle), X, SIGMA, set_projector_strength(text(), wide, 0.5))
     with pytest.raises(SliderError, match="already has a strength projector"):
         apply_projector(apply_projector(golden_model, bundle), bundle)
     for pooled, found in (
-        ({}, "no pooled vector"),
+        ({}, "none"),
         ({"pooled_output": noise(1, 1280)}, r"one of shape \(1, 1280\)"),
         ({"pooled_output": noise(768)}, r"one of shape \(768,\)"),
         ({"pooled_output": noise(0, 768)}, r"one of shape \(0, 768\)"),
@@ -287,7 +290,7 @@ def test_a_model_without_pooled_vectors(bundle):
     )
     model = comfy.sd.load_diffusion_model_state_dict(flux2.state_dict())
     assert type(model.model).__name__ == "Flux2"
-    with pytest.raises(SliderError, match=r"not known for this model \(Flux2 in ComfyUI\); expected FLUX\.1"):
+    with pytest.raises(SliderError, match=r"do not support this model \(Flux2 in ComfyUI\); expected FLUX\.1"):
         apply_projector(model, bundle)
 
 
@@ -432,10 +435,10 @@ def test_fp8_weights_and_stock_compile(server):
 
 
 BAD = {
-    "hostile": ("hostile.pt", None, "LoadProjector", "tensors only"),
-    "an adapter": ("gst_peft.safetensors", None, "LoadProjector", "no projector in it"),
+    "hostile": ("hostile.pt", None, "LoadProjector", "contains only tensors"),
+    "an adapter": ("gst_peft.safetensors", None, "LoadProjector", "does not contain a projector"),
     "no adapter": ("slider_projector.pth", "slider_projector.pth", "LoadProjector", "expected its LoRA"),
-    "wide": ("wide_projector.pth", None, "ApplyProjector", "hidden size 256, this FLUX.1 has 128"),
+    "wide": ("wide_projector.pth", None, "ApplyProjector", "hidden size 256, but this FLUX.1 model has 128"),
     "wide LoRA": ("slider_projector.pth", "wrong_width.safetensors", "ApplyProjector", "does not fit the model"),
 }
 

@@ -159,7 +159,7 @@ def test_nodes_show_the_adapter_and_the_sub_instructions_after_a_run(server, vie
     scale["mode"] = 4  # bypassed
     view.open(workflow)
     view.run()
-    view.wait_until_shown("STLoRA, acts on the words you choose")
+    view.wait_until_shown("STLoRA, acts on the instructions you choose")
     view.wait_until_shown("2  make her hair golden  [4 tokens]")
     graph = view.prompt()
     assert set(graph[the(graph, "EditSlidersLoadAdapter")]["inputs"]) == {"adapter_name"}

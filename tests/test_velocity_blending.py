@@ -26,7 +26,7 @@ def sampled(model, cfg: float = 1.0, images: int = 1) -> torch.Tensor:
     )
 
 
-def by_hand(model, strength, cfg: float = 1.0, keep_below: float = 0.0, steps: range = range(STEPS)) -> torch.Tensor:
+def by_hand(model, strength, cfg: float = 1.0, threshold: float = 0.0, steps: range = range(STEPS)) -> torch.Tensor:
     """VeloEdit's Euler steps, in velocities; `strength` a number or a map of (8, 8)."""
     z, sigmas = comfy.sample.prepare_noise(torch.zeros(LATENT), SEED), sigmas_of(model, STEPS)
     source = model.model.latent_format.process_in(photo(model))
@@ -37,7 +37,7 @@ def by_hand(model, strength, cfg: float = 1.0, keep_below: float = 0.0, steps: r
             negative = velocity_of(model, z, sigma, NEGATIVE)
             own = negative + cfg * (own - negative)
         keep = (z - source) / sigma
-        differs = sigma * abs(own - keep).mean(1, keepdim=True) >= keep_below
+        differs = sigma * abs(own - keep).mean(1, keepdim=True) >= threshold
         blended = keep + strength * (own - keep) * differs
         z = z + (sigmas[k + 1] - sigmas[k]) * (blended if k in steps else own)
     return model.model.latent_format.process_out(z)
@@ -94,8 +94,8 @@ def test_what_differs_little_stays_the_source(golden_model):
     differences = abs(golden_model.model.latent_format.process_in(sampled(golden_model)) - source).mean(1)
     threshold = differences.median().item()
     for strength in (1.0, 0.5):
-        found = sampled(blend_velocity(golden_model, photo(golden_model), (strength,), keep_below=threshold))
-        assert near(found, by_hand(golden_model, strength, keep_below=threshold))
+        found = sampled(blend_velocity(golden_model, photo(golden_model), (strength,), difference_threshold=threshold))
+        assert near(found, by_hand(golden_model, strength, threshold=threshold))
         kept = abs(found - photo(golden_model)).amax(1) < 1e-4
         assert 0 < kept.sum() < kept.numel()
 
@@ -119,9 +119,9 @@ def test_refused(golden_model):
         return str(caught.value)
 
     source = photo(golden_model)
-    assert "16 x 8 x 6, but what is sampled has 16 x 8 x 8" in error(source[..., :6])
+    assert "16 x 8 x 6, but the sampled latent is 16 x 8 x 8" in error(source[..., :6])
     assert "16 x 8 x 6" in error(source[..., :6], (1.0,))
-    assert "2 source latents, but the batch has 3" in error(source.repeat(2, 1, 1, 1), images=3)
+    assert "2 source latents for a batch of 3" in error(source.repeat(2, 1, 1, 1), images=3)
     assert "2 strengths for a batch of 1" in error(source, (0.1, 0.2))
     assert "empty" in error(torch.zeros_like(source))
     assert "start is 0.5 and end is 0.2; expected 0 <= start < end <= 1" in error(source, start=0.5, end=0.2)

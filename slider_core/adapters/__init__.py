@@ -1,1 +1,1 @@
-"""Trained adapters: their files, and how a strength scales them."""
+"""Trained adapters: reading their files, and applying them at a strength."""

@@ -1,4 +1,13 @@
-"""STLoRA: an adapter that acts on chosen tokens only, each with its own scale (SliderEdit, 'STLoRA')."""
+"""STLoRA (Selective Token LoRA): an adapter that acts on the tokens of chosen instructions, each with its own strength.
+
+    z' = W z + alpha[token] * scale * B A z        alpha[token] = prod_k (1 - s_k)
+
+W: a linear of the text stream of the double blocks; z: one text token. B, A: the adapter's low-rank weights, trained to
+suppress instructions. scale: LoRA alpha / rank. s_k: strengths of the spans that contain the token; alpha is 0 for
+tokens outside all spans.
+
+Source: SliderEdit, arXiv 2511.09715, section on Selective Token LoRA.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +17,13 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..conditioning.span_strengths import DEFAULT_CHANNEL, token_scales
-from ..errors import SliderError
 from ..families import family_of
 from ..patching.forward_patches import ForwardContext, ForwardWrapper, ModelPatch, Phase, add_patch
 from .adapter_file import Adapter
 
 
 class STLoRAPatch(ModelPatch):
-    """Operation: z' = W z + scale[token] * B A z on the text stream, scale from the conds of each call."""
+    """Adds the adapter's LoRA branches, weighted by each token's alpha, to the text stream."""
 
     phase = Phase.ADD
     lora_branches: ModelPatcher
@@ -31,16 +39,12 @@ class STLoRAPatch(ModelPatch):
 
 
 def apply_stlora(model: ModelPatcher, adapter: Adapter, channel: str = DEFAULT_CHANNEL) -> ModelPatcher:
-    """A clone of `model` that obeys the span strengths of its conds through `adapter`.
+    """A clone of `model` that applies the span strengths of its conds on `channel` through `adapter`.
 
-    Without strengths, or with all of them at 1, the model is computed as if the adapter were not there.
-    Raises SliderError when the adapter is no STLoRA or does not fit the model.
+    If no strength is set, or all strengths are 1, the result is that of the model without the adapter.
+    Raises SliderError for adapters that are not STLoRAs or do not fit the model, and for unsupported models.
     """
     family = family_of(model)
-    if adapter.adapter_type != "STLoRA":
-        raise SliderError(
-            f"{adapter.name} is a GSTLoRA (it also changes layers without prompt tokens), so it cannot act on single "
-            "words; expected an STLoRA file such as selective_lora.pt. Use 'Apply GSTLoRA' for it."
-        )
+    adapter.require_type("STLoRA")
     adapter.check_fit(model, family)
     return add_patch(model, STLoRAPatch(adapter, channel, model.load_device))

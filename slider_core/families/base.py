@@ -1,4 +1,4 @@
-"""What the methods ask of a model family."""
+"""The interface of a model family: everything that the methods need to know about an architecture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ import torch
 
 
 class LinearSlice(NamedTuple):
-    """Output rows of a linear: `size` units of the model's width from `offset` units on; `size` None = all rows."""
+    """A slice of the output features of a linear.
+
+    module: path of the linear in ComfyUI's diffusion model.
+    offset, size: features [offset * hidden_size, (offset + size) * hidden_size); size None for all features.
+    """
 
     module: str
     offset: int = 0
@@ -18,11 +22,12 @@ class LinearSlice(NamedTuple):
 
 
 class Block(NamedTuple):
-    """One of the blocks that a model runs in turn.
+    """A transformer block.
 
-    path: the block. passes: a forward for it that changes nothing.
-    qkv: its linear whose output begins with Q, K and V of the image's tokens, each as wide as the model.
-    joint_sequence: whether that linear's rows begin with the text.
+    path: module path of the block.
+    qkv: path of the linear whose output starts with Q, K and V of the image tokens, each hidden_size features wide.
+    joint_sequence: True if `qkv` runs on [text tokens, image tokens], False if it runs on image tokens only.
+    identity_forward: replacement forward that skips the block.
     """
 
     path: str
@@ -32,13 +37,12 @@ class Block(NamedTuple):
 
 
 class Family(ABC):
-    """A model architecture.
+    """A model architecture. All its models share one instance; `diffusion_model` is ComfyUI's network of one of them.
 
-    name: as users know it.
-    text_encoders: ComfyUI's attribute names of the encoders in its CLIP.
-    vital_layers: as found for the family's model, for its number of blocks; empty if nobody has looked.
-    identity: a small parameter of the diffusion model whose values tell models of the family apart.
-    context_encoder: the encoder whose tokens are the rows of the model's text, in order from row 0.
+    name: display name. text_encoders: ComfyUI's attribute names of the text encoders in its CLIP.
+    context_encoder: text encoder whose i-th output token is the i-th text token of the model.
+    fingerprint_parameter: name of a small parameter whose values distinguish the family's models.
+    vital_layers: indices of the vital blocks (Stable Flow) of the family's main model; empty if unknown.
     """
 
     name: str
@@ -48,74 +52,75 @@ class Family(ABC):
     vital_layers: tuple[int, ...] = ()
 
     def __deepcopy__(self, memo: object) -> Family:
-        """Itself: there is one of each."""
+        """The instance itself, which stays unique."""
         return self
 
     @abstractmethod
     def matches(self, diffusion_model: object) -> bool:
-        """Whether this is ComfyUI's implementation of the family."""
+        """Whether the network is ComfyUI's implementation of this family."""
 
     @abstractmethod
     def lora_targets(self) -> dict[str, LinearSlice]:
-        """Every module name that adapter files use for this family, with dots, to the target in ComfyUI's model."""
+        """Module name in adapter files, with dots -> the target in ComfyUI's model, for all known naming schemes."""
 
     @abstractmethod
     def acts_on_text_only(self, module: str) -> bool:
-        """Whether the inputs of this linear are exactly the rows of the text, so that single tokens can be chosen."""
+        """Whether the inputs of this linear are exactly the text tokens, so that an adapter can act on some of them."""
 
     @abstractmethod
     def tokenizer(self, embedding_directories: Sequence[str]) -> Any:
-        """What its CLIP has as `tokenizer`, without any model loaded."""
+        """The object that a CLIP of this family has as `tokenizer`, made without loading model weights."""
 
     @abstractmethod
     def hidden_size(self, diffusion_model: Any) -> int:
-        """Hidden size of a loaded model."""
+        """Number of features of a token inside the model."""
 
     @abstractmethod
     def pooled_width(self, diffusion_model: Any) -> int:
-        """Length of the pooled text vector that a loaded model reads."""
+        """Length of the pooled text embedding that the model takes."""
 
     @abstractmethod
     def text_modulations(self, diffusion_model: Any) -> list[str]:
-        """Paths of the modules that give the text stream its modulation, as (attention, mlp) with shift and scale."""
+        """Paths of the modules that return the text stream's modulations: (attention, mlp), each shift, scale, gate."""
 
     @abstractmethod
     def text_qkv(self, diffusion_model: Any) -> list[str]:
-        """Paths of the linears that make the text's Q, K and V in every block, for its first rows and first columns.
+        """Paths of the linears that project text tokens to Q, K and V, one per block.
 
-        Q, K and V are each as wide as the model.
+        Text tokens are the first tokens of the output; Q, K and V are its first 3 * hidden_size features.
         """
 
     @abstractmethod
     def blocks(self, diffusion_model: Any) -> list[Block]:
-        """All blocks in the order in which they run, which is how papers count layers."""
+        """All transformer blocks in execution order, which is how papers count them."""
 
     @abstractmethod
     def image_grid(self, latent: Sequence[int]) -> tuple[int, int]:
-        """Rows and columns of the tokens of the picture itself, without reference latents, for a latent's shape."""
+        """(height, width) in tokens of the sampled image, without reference latents. latent: shape of the latent."""
 
     def image_tokens(self, latent: Sequence[int]) -> int:
-        """Their number."""
-        rows, columns = self.image_grid(latent)
-        return rows * columns
+        """Number of image tokens of the sampled image, without reference latents. latent: shape of the latent."""
+        height, width = self.image_grid(latent)
+        return height * width
 
     @abstractmethod
     def block_index_of(self, options: Mapping[str, Any], diffusion_model: Any) -> int:
-        """The layer, counted as in `blocks`, that ComfyUI's extra_options for an attention patch tell of."""
+        """Index into blocks() of the running block. options: the extra_options that attention patches receive."""
 
     @abstractmethod
-    def adapter_targets(self, kind: str, diffusion_model: Any) -> list[str]:
-        """The layers that an adapter of this kind ('STLoRA', 'GSTLoRA') is trained on, by names of `lora_targets`."""
+    def adapter_targets(self, adapter_type: str, diffusion_model: Any) -> list[str]:
+        """Keys of lora_targets() that an adapter of this type ('STLoRA' or 'GSTLoRA') is trained on."""
 
     @abstractmethod
     def inplace_modified_inputs(self, diffusion_model: Any) -> list[str]:
-        """Paths of modules whose inputs the model overwrites later, so that gradients need copies of them."""
+        """Paths of modules whose inputs the model later modifies in place, so that autograd needs copies of them."""
 
     @abstractmethod
     def block_output_linears(self, diffusion_model: Any) -> list[str]:
-        """Paths of linears in blocks whose outputs are only scaled and added to the block's result.
+        """Paths of the linears at the end of residual branches: out = x + gate * linear(h).
 
-        No gradient needs their values, unless something that learns scales them, or their result is float16.
+        Gradients with respect to earlier activations do not need their outputs, so gradient checkpointing need not
+        recompute them, except where the gate is trainable or activations are float16.
         """
 
     @abstractmethod
@@ -129,14 +134,18 @@ class Family(ABC):
         guidance: torch.Tensor,
         references: Sequence[torch.Tensor],
     ) -> torch.Tensor:
-        """What the bare network says, in its own scaling of latents: noise - data, shaped as `latent`.
+        """The network's prediction of noise - data, of the shape and scale of `latent`, without ComfyUI's wrappers.
 
-        latent: (batch, channels, height, width). sigma, guidance: (batch,). text: (batch, rows, width).
-        pooled: (batch, width). references: latents of reference pictures, each (batch, channels, height, width).
+        latent: (batch, channels, height, width), in the model's scale. sigma, guidance: (batch,).
+        text: (batch, tokens, width). pooled: (batch, pooled_width).
+        references: reference latents, each (batch, channels, height, width), in the model's scale.
         """
 
     @abstractmethod
     def apply_rope(
         self, queries: torch.Tensor, keys: torch.Tensor, positions: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and keys (batch, heads, tokens, width) of an attention patch, text first, as attention sees them."""
+        """Queries and keys with rotary position embedding. positions: the `pe` that attention patches receive.
+
+        queries, keys: (batch, heads, tokens, head_dim) as attention patches receive them, text tokens first.
+        """

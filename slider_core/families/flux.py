@@ -1,4 +1,4 @@
-"""FLUX.1: dev, Kontext, Fill, schnell."""
+"""FLUX.1: dev, Kontext, Fill and schnell."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from comfy.utils import flux_to_diffusers
 
 from .base import Block, Family, LinearSlice
 
-_DEPTH = 64
-_PATCH = 2
-_TEXT_LAYERS = (
+_MAX_DEPTH = 64  # number of double and of single blocks whose names are recognized
+_PATCH = 2  # latent pixels per token, horizontally and vertically
+_TEXT_TARGETS = (
     "attn.add_q_proj",
     "attn.add_k_proj",
     "attn.add_v_proj",
@@ -26,13 +26,13 @@ _TEXT_LAYERS = (
     "ff_context.net.0.proj",
     "ff_context.net.2",
 )
-_QKV_LAYERS = ("attn.to_q", "attn.to_k", "attn.to_v")
-_IMAGE_LAYERS = (*_QKV_LAYERS, "attn.to_out.0", "ff.net.0.proj", "ff.net.2")
-_ADAPTER_LAYERS = {  # in each double block, in each single block; SliderEdit's released target sets
-    "STLoRA": (_TEXT_LAYERS, ()),
-    "GSTLoRA": ((*_IMAGE_LAYERS, *_TEXT_LAYERS), _QKV_LAYERS),
+_QKV_TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v")
+_IMAGE_TARGETS = (*_QKV_TARGETS, "attn.to_out.0", "ff.net.0.proj", "ff.net.2")
+_ADAPTER_TARGETS = {  # of each double block, of each single block; as in SliderEdit's released adapters
+    "STLoRA": (_TEXT_TARGETS, ()),
+    "GSTLoRA": ((*_IMAGE_TARGETS, *_TEXT_TARGETS), _QKV_TARGETS),
 }
-_OVERWRITTEN_IN_DOUBLE = ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")
+_INPLACE_MODIFIED_IN_DOUBLE = ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")
 _TEXT_STREAM = re.compile(r"double_blocks\.\d+\.txt_(attn\.(qkv|proj)|mlp\.[02])")
 
 
@@ -74,32 +74,32 @@ class Flux(Family):
         double = [f"double_blocks.{k}" for k in range(len(diffusion_model.double_blocks))]
         single = [f"single_blocks.{k}" for k in range(len(diffusion_model.single_blocks))]
         return [
-            *(Block(path, f"{path}.img_attn.qkv", False, _pass_both) for path in double),
-            *(Block(path, f"{path}.linear1", True, _pass_one) for path in single),
+            *(Block(path, f"{path}.img_attn.qkv", False, _identity_double) for path in double),
+            *(Block(path, f"{path}.linear1", True, _identity_single) for path in single),
         ]
 
     def image_grid(self, latent: Sequence[int]) -> tuple[int, int]:
         return math.ceil(latent[-2] / _PATCH), math.ceil(latent[-1] / _PATCH)
 
     def block_index_of(self, options: Mapping[str, Any], diffusion_model: Any) -> int:
-        before = len(diffusion_model.double_blocks) if options["block_type"] == "single" else 0
-        return before + options["block_index"]
+        first = len(diffusion_model.double_blocks) if options["block_type"] == "single" else 0
+        return first + options["block_index"]
 
-    def adapter_targets(self, kind: str, diffusion_model: Any) -> list[str]:
-        double, single = _ADAPTER_LAYERS[kind]
+    def adapter_targets(self, adapter_type: str, diffusion_model: Any) -> list[str]:
+        double, single = _ADAPTER_TARGETS[adapter_type]
         return [
-            *(f"transformer_blocks.{k}.{layer}" for k in range(len(diffusion_model.double_blocks)) for layer in double),
+            *(f"transformer_blocks.{k}.{name}" for k in range(len(diffusion_model.double_blocks)) for name in double),
             *(
-                f"single_transformer_blocks.{k}.{layer}"
+                f"single_transformer_blocks.{k}.{name}"
                 for k in range(len(diffusion_model.single_blocks))
-                for layer in single
+                for name in single
             ),
         ]
 
     def inplace_modified_inputs(self, diffusion_model: Any) -> list[str]:
         doubles, singles = range(len(diffusion_model.double_blocks)), range(len(diffusion_model.single_blocks))
         return [
-            *(f"double_blocks.{k}.{norm}" for k in doubles for norm in _OVERWRITTEN_IN_DOUBLE),
+            *(f"double_blocks.{k}.{norm}" for k in doubles for norm in _INPLACE_MODIFIED_IN_DOUBLE),
             *(f"single_blocks.{k}.pre_norm" for k in singles),
             "final_layer.norm_final",
         ]
@@ -121,7 +121,7 @@ class Flux(Family):
         guidance: torch.Tensor,
         references: Sequence[torch.Tensor],
     ) -> torch.Tensor:
-        options = {"patches": {"attn1_patch": [_rotated]}} if torch.is_grad_enabled() else {}
+        options = {"patches": {"attn1_patch": [_rope_patch]}} if torch.is_grad_enabled() else {}
         return diffusion_model(
             latent,
             sigma,
@@ -139,8 +139,8 @@ class Flux(Family):
         return apply_rope(queries, keys, positions)
 
 
-class _Rotation(torch.autograd.Function):
-    """ComfyUI's rotation by position; backward it is one as well, where autograd would fill and add whole tensors."""
+class _Rope(torch.autograd.Function):
+    """ComfyUI's rotary embedding with a backward that rotates back, instead of autograd's zero-filling and adding."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -153,31 +153,31 @@ class _Rotation(torch.autograd.Function):
         return apply_rope1(gradient, positions.transpose(-1, -2)), None
 
 
-def _rotated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pe: torch.Tensor, **_: Any) -> dict[str, Any]:
-    """An attention patch that does what attention does at first."""
-    return {"q": _Rotation.apply(q, pe), "k": _Rotation.apply(k, pe), "pe": None}
+def _rope_patch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pe: torch.Tensor, **_: Any) -> dict[str, Any]:
+    """An attention patch that applies the rotary embedding, which attention then skips."""
+    return {"q": _Rope.apply(q, pe), "k": _Rope.apply(k, pe), "pe": None}
 
 
-def _pass_both(img: torch.Tensor, txt: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _identity_double(img: torch.Tensor, txt: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return img, txt
 
 
-def _pass_one(x: torch.Tensor, **_: Any) -> torch.Tensor:
+def _identity_single(x: torch.Tensor, **_: Any) -> torch.Tensor:
     return x
 
 
 @cache
 def _targets() -> dict[str, LinearSlice]:
-    config = {"depth": _DEPTH, "depth_single_blocks": _DEPTH, "hidden_size": 1}
+    config = {"depth": _MAX_DEPTH, "depth_single_blocks": _MAX_DEPTH, "hidden_size": 1}
     targets: dict[str, LinearSlice] = {}
-    for name, place in flux_to_diffusers(config).items():
-        if not name.endswith(".weight") or (isinstance(place, tuple) and len(place) > 2):
+    for name, target in flux_to_diffusers(config).items():
+        if not name.endswith(".weight") or (isinstance(target, tuple) and len(target) > 2):
             continue
-        path, rows = place if isinstance(place, tuple) else (place, None)
+        path, feature_slice = target if isinstance(target, tuple) else (target, None)
         module = path.removesuffix(".weight")
-        _, offset, size = rows or (0, 0, None)
+        _, offset, size = feature_slice or (0, 0, None)
         targets[name.removesuffix(".weight")] = LinearSlice(module, offset, size)
         targets[module] = LinearSlice(module)
-    for block in range(_DEPTH):
+    for block in range(_MAX_DEPTH):
         targets[f"single_blocks.{block}.linear1_qkv"] = LinearSlice(f"single_blocks.{block}.linear1", 0, 3)
     return targets

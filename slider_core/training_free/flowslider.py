@@ -1,12 +1,14 @@
-"""Edits that start from the source itself, with one strength: fidelity to the source plus strength times steering.
+"""FlowSlider: from the source to its edit without inversion, with one strength for the whole edit.
 
-FlowSlider, arXiv 2604.02088, on FlowEdit's path without inversion (arXiv 2412.08629). At noise level sigma, with one
-noise n for all of them, z_src = (1 - sigma) x_src + sigma n and z_tar = z + z_src - x_src, and z, which begins as
-x_src, moves with
+    dz/dsigma = v(z_tar, source) - v(z_src, source) + s * (v(z_tar, target) - v(z_tar, source))
+                [--------- fidelity ----------]         [------------- steering -------------]
 
-    v(z_tar, source) - v(z_src, source) + strength * (v(z_tar, target) - v(z_tar, source))
+    z_src = (1 - sigma) x_src + sigma n        z_tar = z + z_src - x_src        z starts as x_src
 
-where the prompts are those of the source and of the edit. Strength 0 stays at x_src, strength 1 is FlowEdit.
+v(z, prompt): predicted velocity. source, target: prompts of the source image and of the edit. x_src: source latent.
+n: the same noise at all steps. sigma: noise level, falling from 1 to 0. s: strength; 0 keeps the source, 1 is FlowEdit.
+
+Source: FlowSlider, arXiv 2604.02088, on the path of FlowEdit, arXiv 2412.08629.
 """
 
 from __future__ import annotations
@@ -40,14 +42,16 @@ def sample_flowslider(
     end: float = 1.0,
     on_step: OnStep | None = None,
 ) -> torch.Tensor:
-    """Edit pictures from the source prompt to the target prompt: (images, channels, height, width).
+    """Edit images by FlowSlider: the samples, of shape (images, channels, height, width).
 
-    latent: (1 or images, channels, height, width), the source as an autoencoder gives it; noise: of the same shape.
-    strength: one, or one per image. sigmas: falling, see scheduler_sigmas. mask: multiplies what moves, as a
-    sampler's noise mask. end: share of the schedule, 0 to 1, after which the strength is 0. Costs three
-    evaluations of the model per step, and two after `end`.
-    Raises SliderError for a model or noise levels that are not those of flow matching, a latent that is no picture, and
-    a batch that the strengths do not fit.
+    source, target: conditioning of the source prompt and of the target prompt.
+    latent: (1 or images, channels, height, width), the source as encoded by a VAE. noise: as `latent`.
+    strength: one value, or one per image. sigmas: decreasing, see scheduler_sigmas.
+    mask: multiplies the velocity, as ComfyUI's noise_mask does in other samplers.
+    end: fraction of the sampling steps, 0 to 1, after which the strength is 0.
+    Each step takes three model evaluations, or two after `end`.
+    Raises SliderError for models and sigmas that are not flow matching, an `end` outside 0..1, a latent that is not an
+    image, and a batch size that does not match the strengths.
     """
     check_schedule_range(0.0, end)
     check_flow_matching(model)
@@ -55,47 +59,49 @@ def sample_flowslider(
     check_image_latent(model, latent)
     images = len(strength) if len(latent) == 1 else len(latent)
     check_batch(len(strength), images)
-    latent, noise = (one.expand(images, -1, -1, -1) for one in (latent, noise))
-    guider = RolesGuider(model)
-    guider.inner_set_conds({STAYING: source, MOVING: source, AIMING: target})
+    latent, noise = (tensor.expand(images, -1, -1, -1) for tensor in (latent, noise))
+    guider = VelocityGuider(model)
+    guider.inner_set_conds({SOURCE_AT_SRC: source, SOURCE_AT_TAR: source, TARGET_AT_TAR: target})
     sampler = FlowSliderSampler(strength, end)
     samples = guider.sample(noise, latent, sampler, sigmas, mask, callback=on_step, disable_pbar=True, seed=seed)
     return samples.to(intermediate_device(), intermediate_dtype())
 
 
-STAYING, MOVING, AIMING = "source prompt, source", "source prompt, edit", "target prompt, edit"
-"""What a prompt is evaluated for. The source prompt has a name for each, since caches go by the cond."""
+SOURCE_AT_SRC, SOURCE_AT_TAR = "source prompt at z_src", "source prompt at z_tar"
+TARGET_AT_TAR = "target prompt at z_tar"
+"""Names of the guider's conds. The source prompt has two, since caches such as EasyCache tell inputs apart by cond."""
 
 
-class RolesGuider(CFGGuider):
-    """Gives a sampler the velocities of several prompts, each as the model is patched, without guidance."""
+class VelocityGuider(CFGGuider):
+    """A guider that gives the sampler a velocity for each of several prompts, without classifier-free guidance."""
 
     def percent_to_sigma(self, percent: float) -> float:
-        """The noise level at a share of the schedule."""
+        """The sigma at this fraction of the sampling steps."""
         return self.inner_model.model_sampling.percent_to_sigma(percent)
 
     def velocities(
-        self, x: torch.Tensor, sigma: torch.Tensor, roles: tuple[str, ...], options: dict[str, Any]
+        self, x: torch.Tensor, sigma: torch.Tensor, cond_names: tuple[str, ...], options: dict[str, Any]
     ) -> list[torch.Tensor]:
-        """One of x's shape per role; sigma is 0-dim."""
-        levels = sigma.expand(len(x))
-        conds = [self.conds[role] for role in roles]
-        found = calc_cond_batch(self.inner_model, conds, x, levels, options)
+        """The velocity at `x` for each of the named conds, each of the shape of `x`. sigma is a scalar tensor."""
+        sigmas = sigma.expand(len(x))
+        conds = [self.conds[name] for name in cond_names]
+        predictions = calc_cond_batch(self.inner_model, conds, x, sigmas, options)
         denoised = [
-            cfg_function(self.inner_model, one, one, 1.0, x, levels, options, cond) for one, cond in zip(found, conds)
+            cfg_function(self.inner_model, prediction, prediction, 1.0, x, sigmas, options, cond)
+            for prediction, cond in zip(predictions, conds)
         ]
-        return [(x - one) / sigma for one in denoised]
+        return [(x - x_0) / sigma for x_0 in denoised]
 
 
 class FlowSliderSampler(Sampler):
-    """The Euler steps, for RolesGuider."""
+    """Euler steps of FlowSlider; requires a VelocityGuider."""
 
     def __init__(self, strength: Strengths, end: float = 1.0):
         self.strength, self.end = strength, end
 
     def sample(
         self,
-        guider: RolesGuider,
+        guider: VelocityGuider,
         sigmas: torch.Tensor,
         extra_args: dict[str, Any],
         callback: OnStep | None,
@@ -104,22 +110,22 @@ class FlowSliderSampler(Sampler):
         denoise_mask: torch.Tensor | None = None,
         disable_pbar: bool = False,
     ) -> torch.Tensor:
-        """From the source to its edit, both in the model's own scale."""
+        """The edit of `latent_image`; both are scaled as the model expects (process_latent_in)."""
         options, z = extra_args["model_options"], latent_image
         strength = torch.tensor(self.strength).view(-1, *[1] * (z.ndim - 1)).to(z)
-        for step, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
+        for step, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas)):
             z_src = (1 - sigma) * latent_image + sigma * noise
             z_tar = z + z_src - latent_image
-            [staying] = guider.velocities(z_src, sigma, (STAYING,), options)
+            [v_src] = guider.velocities(z_src, sigma, (SOURCE_AT_SRC,), options)
             if in_schedule_range(sigma, guider.percent_to_sigma, 0.0, self.end):
-                moving, aiming = guider.velocities(z_tar, sigma, (MOVING, AIMING), options)
-                velocity = moving - staying + strength * (aiming - moving)
+                v_tar, v_edit = guider.velocities(z_tar, sigma, (SOURCE_AT_TAR, TARGET_AT_TAR), options)
+                velocity = v_tar - v_src + strength * (v_edit - v_tar)
             else:
-                [moving] = guider.velocities(z_tar, sigma, (MOVING,), options)
-                velocity = moving - staying
+                [v_tar] = guider.velocities(z_tar, sigma, (SOURCE_AT_TAR,), options)
+                velocity = v_tar - v_src
             if denoise_mask is not None:
                 velocity = velocity * denoise_mask
-            z, expected = z + (following - sigma) * velocity, z - sigma * velocity
+            z, prediction = z + (next_sigma - sigma) * velocity, z - sigma * velocity
             if callback is not None:
-                callback(step, expected, z, len(sigmas) - 1)
+                callback(step, prediction, z, len(sigmas) - 1)
         return z

@@ -1,6 +1,11 @@
-"""Strengths without an adapter: the modulation of a span's tokens, scaled (Kontinuous Kontext, A.4).
+"""Text modulation: the AdaLN modulation of a span's tokens, scaled by the span's strength.
 
-Uncalibrated: the paper found that the factor moves an edit, but not in proportion.
+    (shift, scale, gate)[token] = s[token] * (shift, scale, gate)      in both text modulations of every double block
+
+s: strength of each text token, 1 outside all spans. The paper found that the factor affects the edit, but not in
+proportion, so strengths are uncalibrated.
+
+Source: Kontinuous Kontext, arXiv 2510.08532, appendix A.4.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from ..patching.forward_patches import Forward, ForwardContext, ForwardWrapper, 
 
 
 class TextModulation(ModelPatch):
-    """Operation: shift, scale and gate of every text token, in every double block, times the token's strength."""
+    """Multiplies the shift, scale and gate of each text token by the token's strength. paths: modulation modules."""
 
     phase = Phase.SCALE
     batch_independent = True
@@ -28,25 +33,28 @@ class TextModulation(ModelPatch):
 
     def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:
         strengths = token_strengths(context, self.channel)
-        return {} if strengths is None else dict.fromkeys(self.paths, _scaled(strengths[:, :, None]))
+        return {} if strengths is None else dict.fromkeys(self.paths, _scale_modulation(strengths[:, :, None]))
 
 
 def apply_text_modulation(model: ModelPatcher, channel: str = DEFAULT_CHANNEL) -> ModelPatcher:
-    """A clone of `model` that obeys the span strengths of its conds by their tokens' modulation, without an adapter."""
+    """A clone of `model` that applies the span strengths of its conds on `channel` by scaling text modulation.
+
+    Raises SliderError for unsupported models.
+    """
     paths = family_of(model).text_modulations(diffusion_model_of(model.model))
     return add_patch(model, TextModulation(paths, channel))
 
 
-def _scaled(factor: torch.Tensor) -> ForwardWrapper:
-    """Around a modulation whose parts have shape (batch, 1, width), by a factor of shape (batch, rows, 1)."""
+def _scale_modulation(factor: torch.Tensor) -> ForwardWrapper:
+    """Wraps a module that returns modulations of shape (batch, 1, width); factor: (batch, tokens, 1)."""
 
     def wrap(forward: Forward) -> Forward:
-        def with_factor(vec: torch.Tensor) -> Any:
+        def scaled_forward(vec: torch.Tensor) -> Any:
             return tuple(
-                type(part)(*(value * factor.to(value.dtype) for value in (part.shift, part.scale, part.gate)))
-                for part in forward(vec)
+                type(out)(*(value * factor.to(value.dtype) for value in (out.shift, out.scale, out.gate)))
+                for out in forward(vec)
             )
 
-        return with_factor
+        return scaled_forward
 
     return wrap

@@ -1,6 +1,11 @@
-"""Strengths without an adapter: a span's tokens, replaced little by little by padding (SliderEdit, Interpretability).
+"""Token interpolation: a span's tokens, interpolated with a padding token at the input of every attention.
 
-Uncalibrated: weaker and less smooth than the paper's adapter.
+    y[token] = s[token] * y[token] + (1 - s[token]) * y[pad]
+
+y: text tokens at the attention's input. s: strength of each text token, 1 outside all spans. Weaker and less smooth
+than the paper's adapter; strengths are uncalibrated.
+
+Source: SliderEdit, arXiv 2511.09715, section on interpretability.
 """
 
 from __future__ import annotations
@@ -17,45 +22,51 @@ from ..patching.forward_patches import Forward, ForwardContext, ForwardWrapper, 
 
 
 class TokenInterpolation(ModelPatch):
-    """Operation: at the input of every attention, s * y + (1 - s) * y_pad for the vector y of a token of strength s.
+    """Interpolates the Q, K and V of text tokens with those of a padding token.
 
-    Done behind the linears that make Q, K and V of it, which is the same: they keep sums whose shares add up to 1. So
-    the MLP that shares its linear with them in single blocks is left alone.
+    Applied to the outputs of the Q/K/V linears instead of the attention's input. This is equivalent, because affine
+    maps preserve affine combinations (weights s and 1 - s), and leaves the MLP alone that shares its linear with Q, K
+    and V in single blocks.
+
+    paths: linears whose outputs start with Q, K and V, each `hidden_size` features wide.
     """
 
     phase = Phase.REPLACE
     batch_independent = True
 
-    def __init__(self, paths: list[str], width: int, channel: str):
-        self.paths, self.width, self.channel = paths, width, channel
+    def __init__(self, paths: list[str], hidden_size: int, channel: str):
+        self.paths, self.hidden_size, self.channel = paths, hidden_size, channel
 
     def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:
         scales = token_scales(context, self.channel)
         if scales is None:
             return {}
-        change = _towards(padding_token(context, self.channel), scales[:, :, None], 3 * self.width)
-        return dict.fromkeys(self.paths, change)
+        wrapper = _interpolate(scales[:, :, None], padding_token(context, self.channel), 3 * self.hidden_size)
+        return dict.fromkeys(self.paths, wrapper)
 
 
 def apply_token_interpolation(model: ModelPatcher, channel: str = DEFAULT_CHANNEL) -> ModelPatcher:
-    """A clone of `model` that obeys the span strengths of its conds by padding in place of tokens, without an adapter.
+    """A clone of `model` that applies the span strengths of its conds on `channel` by token interpolation.
 
-    When sampling, raises SliderError for a prompt without padding.
+    Raises SliderError for unsupported models; when sampling, for a prompt without padding tokens.
     """
     family, inner = family_of(model), diffusion_model_of(model.model)
     return add_patch(model, TokenInterpolation(family.text_qkv(inner), family.hidden_size(inner), channel))
 
 
-def _towards(row: int, scales: torch.Tensor, columns: int) -> ForwardWrapper:
-    """Moves the first rows of an output towards one of them, by scales of shape (batch, rows, 1)."""
+def _interpolate(scales: torch.Tensor, padding: int, features: int) -> ForwardWrapper:
+    """Interpolates the first tokens of an output with its token at index `padding`, in place.
+
+    scales: 1 - strength, of shape (batch, tokens, 1). features: number of leading output features that are changed.
+    """
 
     def wrap(forward: Forward) -> Forward:
-        def moved(x: torch.Tensor) -> torch.Tensor:
+        def interpolated_forward(x: torch.Tensor) -> torch.Tensor:
             y = forward(x)
-            text = y[:, : scales.shape[1], :columns]
-            text.lerp_(text[:, row : row + 1].clone(), scales.to(y.dtype))
+            text = y[:, : scales.shape[1], :features]
+            text.lerp_(text[:, padding : padding + 1].clone(), scales.to(y.dtype))
             return y
 
-        return moved
+        return interpolated_forward
 
     return wrap
