@@ -287,7 +287,7 @@ def test_a_projector_acting_elsewhere_is_told_apart(where, velocity, stored, gol
     right = apply_projector(golden_model, bundle)
     paths = list(patches_of(right)[0].paths)
     if where == "attention modulation":
-        monkeypatch.setattr(strength_projector, "_offset", offset_of_attention)
+        monkeypatch.setattr(strength_projector, "_add_offsets", offset_of_attention)
     elif where == "image stream":
         paths = [path.replace("txt_mod", "img_mod") for path in paths]
     else:
