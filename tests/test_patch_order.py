@@ -22,11 +22,13 @@ from slider_core.adapters.strength_projector import (
     read_projector,
     set_projector_strength,
 )
+from slider_core.conditioning.active_region import ActiveRegion
 from slider_core.conditioning.span_strengths import Span, attach_spans, set_strengths
 from slider_core.patching.batch_splitting import split_batches
 from slider_core.patching.forward_patches import Phase
+from slider_core.sampling.sampling_settings import SamplingSettings
 from slider_core.stable_flow.source_kv_cache import cache_source_kv, inject_cached
-from slider_core.stable_flow.vital_layers import KeyValueInjection, inject_key_values
+from slider_core.stable_flow.vital_layers import KVInjection, inject_key_values
 from slider_core.training_free.attention_reweighting import apply_attention_reweighting
 from slider_core.training_free.text_modulation import TextModulation, apply_text_modulation
 from slider_core.training_free.token_interpolation import apply_token_interpolation
@@ -69,8 +71,8 @@ def apply_nodes(golden_model, projector) -> dict[str, Apply]:
 
     def cached_source(seed: int, strength: float) -> Apply:
         latent = torch.zeros(1, 16, 8, 8)
-        settings = {"seed": seed, "steps": STEPS, "sampler": "euler", "scheduler": "simple"}
-        cache, _ = cache_source_kv(golden_model, text(seed), latent, noise(1, 16, 8, 8, seed=seed), BLOCKS, **settings)
+        settings = SamplingSettings(steps=STEPS, sampler="euler", scheduler="simple", seed=seed)
+        cache, _ = cache_source_kv(golden_model, text(seed), latent, noise(1, 16, 8, 8, seed=seed), BLOCKS, settings)
         return lambda model: inject_cached(model, cache, strength)
 
     return {
@@ -83,7 +85,7 @@ def apply_nodes(golden_model, projector) -> dict[str, Apply]:
         "velocity blending": lambda model: blend_velocity(model, noise(1, 16, 8, 8, seed=3), (0.4,)),
         "keep source": lambda model: inject_key_values(model, BLOCKS),
         "keep image 1 partly": lambda model: inject_key_values(model, BLOCKS, 1, 0.4),
-        "keep source in the left half": lambda model: inject_key_values(model, BLOCKS, 2, 0.7, mask=LEFT_HALF),
+        "keep source in the left half": lambda model: inject_key_values(model, BLOCKS, 2, 0.7, ActiveRegion(LEFT_HALF)),
         "keep the image before": lambda model: inject_key_values(model, BLOCKS, strength=0.6, chained=True),
         "keep cached source": cached_source(21, 0.5),
         "keep another cached source": cached_source(22, 0.5),
@@ -128,8 +130,8 @@ def test_a_projector_is_not_scaled_by_text_modulation(golden_model, apply_nodes,
 
 
 def test_without_phases_the_order_matters(golden_model, apply_nodes, conditioning, monkeypatch):
-    monkeypatch.setattr(KeyValueInjection, "phase", GSTLoRAPatch.phase)
-    monkeypatch.setattr(KeyValueInjection, "rank", ())
+    monkeypatch.setattr(KVInjection, "phase", GSTLoRAPatch.phase)
+    monkeypatch.setattr(KVInjection, "rank", ())
     gstlora, keep_source = apply_nodes["GSTLoRA"], apply_nodes["keep source"]
     one = sampled(keep_source(gstlora(golden_model)), conditioning)
     other = sampled(gstlora(keep_source(golden_model)), conditioning)
