@@ -94,7 +94,9 @@ class MeasureSweep(io.ComfyNode):
             )
         source_index = source_index_of(strengths)
         scores = (
-            clip_scores(images, clip_vision, clip, source_words, edit_words, source_index) if clip and clip_vision else None
+            clip_scores(images, clip_vision, clip, source_words, edit_words, source_index)
+            if clip and clip_vision
+            else None
         )
         outside = None if mask is None else fraction_outside_mask(images, mask, source_index)
         distances = sweep_distances(images, clip_vision, distance, latent, source_index)

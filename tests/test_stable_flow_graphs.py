@@ -419,7 +419,7 @@ def failing(name: str, part, node: str, message: str):
             "reference out of range",
             lambda g: parallel(g, g.model(), reference=5),
             "KSampler",
-            "reference is image 5 of the batch, counted from 0, but the batch has 3 images",
+            "source_index is 5, but the batch has 3 images",
         ),
         failing(
             "sampler that adds noise",

@@ -22,9 +22,9 @@ from slider_core.metrics.image_distance import (
     fraction_outside_mask,
     latent_distances,
     pixel_distances,
-    vision_features,
 )
 from slider_core.metrics.sweep_metrics import linearity, measure_sweep, source_index_of
+from slider_core.vision_features import vision_features
 
 CONFIG = {
     "model_config": {"num_hidden_layers": 2, "intermediate_size": 256},

@@ -15,7 +15,8 @@ from comfy.sd import CLIP
 from torch.nn.functional import cosine_similarity
 
 from ..errors import SliderError
-from .image_distance import check_images, vision_features
+from ..vision_features import vision_features
+from .image_distance import check_images
 
 _MIN_SOURCE_COSINE = 0.08
 """Cosine of the source and its prompt. CLIP-L gives 0.15 and more; unrelated 768-d vectors 0 with a std of 0.036."""

@@ -18,8 +18,7 @@ from torch.nn.functional import interpolate, normalize
 
 from .. import node_names as names
 from ..errors import SliderError
-
-_BATCH_SIZE = 8
+from ..vision_features import vision_features
 
 
 @dataclass(frozen=True)
@@ -82,28 +81,6 @@ def cosine_distances(features: torch.Tensor, feature_name: str, source_index: in
         return float((directions[index] - directions[other]).square().sum()) / 2
 
     return pairwise_distances(len(features), distance, source_index, f"{feature_name}, 1 - cosine", squared=True)
-
-
-@torch.inference_mode()
-def vision_features(
-    images: torch.Tensor, vision: ClipVisionModel, crop: bool = False, average_tokens: bool = True
-) -> torch.Tensor:
-    """Embeddings (n, width), float32, of images (n, height, width, channels).
-
-    crop: use the central square of each image, as CLIP was trained, instead of squeezing the image into a square.
-    average_tokens: average the image embedding of models that give one vector per image token (SigLIP); else they are
-    concatenated. Models without an image embedding (DINOv2, DINOv3) give the mean of their last hidden state.
-    """
-    features = []
-    for batch in images.split(_BATCH_SIZE):
-        output = vision.encode_image(batch[..., :3], crop=crop)
-        embedding = output["image_embeds"]
-        if embedding is None:
-            embedding = output["last_hidden_state"].mean(1)
-        elif embedding.ndim == 3:
-            embedding = embedding.mean(1) if average_tokens else embedding.flatten(1)
-        features.append(embedding.float())
-    return torch.cat(features)
 
 
 def rms_difference(values: torch.Tensor, other: torch.Tensor) -> float:

@@ -109,7 +109,7 @@ class SourceKVCache(NamedTuple):
             return f"{size} of keys and values in RAM. An edit costs one generation."
         return (
             f"{size} of keys and values, too much for the memory. The source is recomputed with every edit, which "
-            "costs two generations. Choose fewer layers, fewer steps or a smaller image, or raise memory_limit."
+            "costs two generations. Choose fewer layers, fewer steps or a smaller image, or raise memory_limit_gb."
         )
 
 
@@ -397,7 +397,7 @@ class _CachedInjection(ModelPatch):
             raise SliderError(
                 "There is too little memory to keep the source, and it cannot be recomputed because this model has "
                 "other LoRAs than the source's model. Give both the same LoRAs (from one LoRA node), or raise "
-                "memory_limit."
+                "memory_limit_gb."
             )
         capture = _Capture(self.slots)
         context.run((*self.cache.patches, capture), _copied_to(step.inputs, context.device))

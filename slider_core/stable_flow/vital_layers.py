@@ -158,8 +158,8 @@ class KVInjection(ModelPatch):
             )
         if not self.source_index < context.num_images:
             raise SliderError(
-                f"reference is image {self.source_index} of the batch, counted from 0, but the batch has "
-                f"{context.num_images} images; expected 0 to {context.num_images - 1}."
+                f"source_index is {self.source_index}, but the batch has {context.num_images} images; expected 0 to "
+                f"{context.num_images - 1}."
             )
         if not self.weight.is_active(context):
             return {}
