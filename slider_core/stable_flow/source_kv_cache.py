@@ -23,7 +23,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from .. import node_names as names
-from ..conditioning.active_region import ActiveRegion
+from ..conditioning.active_region import EVERYWHERE, ActiveRegion
 from ..errors import SliderError
 from ..patching.forward_patches import (
     ForwardContext,
@@ -44,7 +44,6 @@ from .vital_layers import InjectionWeight, KVSlots
 
 _FRACTION_OF_FREE_MEMORY = 0.5
 _SIGMA_TOLERANCE = 1e-4
-_EVERYWHERE = ActiveRegion()
 
 
 class CachedStep(NamedTuple):
@@ -196,7 +195,7 @@ def cache_trajectory_kv(
 
 
 def inject_cached(
-    model: ModelPatcher, cache: SourceKVCache, strength: float = 1.0, region: ActiveRegion = _EVERYWHERE
+    model: ModelPatcher, cache: SourceKVCache, strength: float = 1.0, region: ActiveRegion = EVERYWHERE
 ) -> ModelPatcher:
     """A clone of `model` that samples every image with the cached source's K and V.
 
