@@ -127,9 +127,9 @@ def test_each_side_of_a_mask_has_its_own_strength(method, strength, references):
         model, x, SIGMA, apply_mask_and_schedule(cond(strength, **options), soft, outside_strength=OUTSIDE)
     )
     assert far(own, rest)
-    assert torch.allclose(found[..., :4], own[..., :4], atol=1e-6)
-    assert torch.allclose(found[..., 5:], rest[..., 5:], atol=1e-6)
-    assert torch.allclose(found[..., 4], 0.25 * own[..., 4] + 0.75 * rest[..., 4], atol=1e-5)
+    assert near(found[..., :4], own[..., :4])
+    assert near(found[..., 5:], rest[..., 5:])
+    assert near(found[..., 4], 0.25 * own[..., 4] + 0.75 * rest[..., 4])
 
 
 def test_gstloras_on_the_model_obey_too(golden_model, gst, st):
@@ -144,15 +144,15 @@ def test_gstloras_on_the_model_obey_too(golden_model, gst, st):
     split = apply_mask_and_schedule(at(1.0), LEFT, outside_strength=OUTSIDE)
     found = velocity_of(model(0.9, 1.2), X, SIGMA, split)
     assert far(own, rest)
-    assert torch.allclose(found[..., :4], own[..., :4], atol=1e-6)
-    assert torch.allclose(found[..., 4:], rest[..., 4:], atol=1e-6)
+    assert near(found[..., :4], own[..., :4])
+    assert near(found[..., 4:], rest[..., 4:])
     sweep, x = model((0.2, 1.0, 1.5)), X.repeat(3, 1, 1, 1)
     other = plain(seed=5)
     together = velocity_of(sweep, x, SIGMA, apply_mask_and_schedule(plain(), LEFT, outside_strength=OUTSIDE), other)
     own = velocity_of(sweep, x, SIGMA, plain())
-    assert torch.allclose(together[:3, ..., :4], own[..., :4], atol=1e-5)
+    assert near(together[:3, ..., :4], own[..., :4])
     rest = velocity_of(model(OUTSIDE), x, SIGMA, plain())
-    assert torch.allclose(together[:3, ..., 4:], rest[..., 4:], atol=1e-5)
+    assert near(together[:3, ..., 4:], rest[..., 4:])
     assert near(together[3:], velocity_of(sweep, x, SIGMA, other))
 
 
@@ -162,7 +162,7 @@ def test_a_sole_prompt_with_spans_or_none(golden_model, st):
     spanned = attach_spans(plain(), ROWS, SPANS)
     found = velocity_of(model, X, SIGMA, apply_mask_and_schedule(spanned, torch.zeros(8, 8)))
     assert torch.equal(found, velocity_of(apply_stlora(golden_model, st), X, SIGMA, at(0.0, 0.0)))
-    assert torch.equal(
+    assert near(
         velocity_of(model, X, SIGMA, apply_mask_and_schedule(plain(), LEFT)),
         velocity_of(golden_model, X, SIGMA, plain()),
     )
@@ -181,8 +181,8 @@ def test_several_entries_and_masks_of_their_own(golden_model, st):
     assert len(split) == 4
     found = velocity_of(model, X, SIGMA, split)
     assert far(own, rest)
-    assert torch.allclose(found[..., :4], own[..., :4], atol=1e-5)
-    assert torch.allclose(found[..., 4:], rest[..., 4:], atol=1e-5)
+    assert near(found[..., :4], own[..., :4])
+    assert near(found[..., 4:], rest[..., 4:])
     right = apply_mask_and_schedule(at(1.4, mask=1 - LEFT), LEFT)
     assert len(right) == 1
     assert torch.equal(right[0][1]["mask"], 1 - LEFT)
@@ -251,8 +251,8 @@ def test_a_place_for_one_sub_instruction(golden_model, st, gst, strengths):
     own, rest = (velocity_of(model, x, SIGMA, at(strengths[0], second)) for second in (strengths[1], OUTSIDE))
     found = velocity_of(model, x, SIGMA, split)
     assert far(own, rest)
-    assert torch.allclose(found[..., :4], own[..., :4], atol=1e-5)
-    assert torch.allclose(found[..., 4:], rest[..., 4:], atol=1e-5)
+    assert near(found[..., :4], own[..., :4])
+    assert near(found[..., 4:], rest[..., 4:])
     assert torch.equal(velocity_of(model, x, SIGMA, given), own)
 
 
@@ -270,7 +270,7 @@ def test_each_sub_instruction_has_its_own_mask(golden_model, st):
         for rows, second in ((slice(0, 4), own[1]), (slice(4, 8), 0.0)):
             for columns, first in ((slice(0, 4), own[0]), (slice(4, 8), OUTSIDE)):
                 want = velocity_of(model, X, SIGMA, at(first, second, channel=channel))
-                assert torch.allclose(found[..., rows, columns], want[..., rows, columns], atol=1e-5)
+                assert near(found[..., rows, columns], want[..., rows, columns])
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.0, 0.5), (0.25, 0.75), (0.5, 1.0)])
@@ -306,10 +306,10 @@ def test_places_for_some_beside_others(golden_model, st, gst):
     for split in (after, before):
         found = velocity_of(model, X, SIGMA, split)
         rest = velocity_of(off, X, SIGMA, at(0.0, 0.0))
-        assert torch.allclose(found[..., 4:], rest[..., 4:], atol=1e-5)
+        assert near(found[..., 4:], rest[..., 4:])
         for rows, second in ((slice(0, 4), SECOND), (slice(4, 8), 0.0)):
             want = velocity_of(model, X, SIGMA, at(FIRST, second))
-            assert torch.allclose(found[..., rows, :4], want[..., rows, :4], atol=1e-5)
+            assert near(found[..., rows, :4], want[..., rows, :4])
     early = [[cond, {**options, "start_percent": 0.0, "end_percent": 0.4}] for cond, options in at(FIRST, SECOND)]
     parts = apply_mask_and_schedule(early, None, 0.2, 1.0, instructions=[1])
     ranges = [(options["start_percent"], options["end_percent"]) for _, options in parts]
@@ -394,7 +394,7 @@ def test_nothing_leaks(golden_model, method, gst):
     together = velocity_of(model, X, SIGMA, *conds)
     assert near(together[1:], velocity_of(model, X, SIGMA, conds[1]))
     assert all(torch.equal(b, velocity_of(m, X, SIGMA, cond(1.4))) for b, m in zip(before, (model, golden_model)))
-    assert torch.equal(before[1], velocity_of(golden_model, X, SIGMA, conds[0]))
+    assert near(before[1], velocity_of(golden_model, X, SIGMA, conds[0]))
 
 
 def test_torch_compile(golden_model, st, gst):

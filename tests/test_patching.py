@@ -171,7 +171,7 @@ def test_a_copy_for_a_further_gpu_uses_side_paths_of_its_own(recipe, manifest, t
     patched = apply_gstlora(apply_stlora(model, st), gst, 0.5)
     copied = patched.deepclone_multigpu(new_load_device=torch.device("cpu"))
     want = velocity_of(patched, X, SIGMA, text(0.2))
-    assert torch.equal(want, velocity_of(copied, X, SIGMA, text(0.2)))
+    assert near(want, velocity_of(copied, X, SIGMA, text(0.2)))
     for side in copied.get_additional_models():
         for parameter in side.model.parameters():
             parameter.data = torch.full_like(parameter, torch.nan)
@@ -206,9 +206,10 @@ def test_strengths_act_on_their_own_cond(golden_model, st):
     positive, negative = text(0.0, 0.5), text(seed=5)
     together = velocity_of(model, X, SIGMA, positive, negative)
     assert near(together[:1], velocity_of(model, X, SIGMA, positive))
-    assert torch.equal(together[1:], velocity_of(golden_model, X, SIGMA, negative))
+    assert near(together[1:], velocity_of(golden_model, X, SIGMA, negative))
     both = velocity_of(model, X, SIGMA, positive, text(1.2, 0.3, seed=5))
     assert near(both[:1], together[:1])
+    assert far(both[1:], together[1:])
     assert near(both[1:], velocity_of(model, X, SIGMA, text(1.2, 0.3, seed=5)))
     assert near(velocity_of(model, X, SIGMA, positive, text(0.3, rows=40, seed=5))[:1], together[:1])
 

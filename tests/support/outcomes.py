@@ -1,4 +1,9 @@
-"""What came out, and whether two results are the same picture."""
+"""Results of graphs, and whether two results are the same.
+
+Tests compare bit for bit only what the same computation gave: a call and its repetition in one process, strength 1 and
+the bare model (no patch is active), a tensor and its copy or file. All else goes through `near`: rounding differs with
+the batch size, the number of threads, the alignment of the memory and the instruction set of the CPU.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,7 @@ def latents(server: ComfyServer, *parts: Part) -> list[np.ndarray]:
 
 
 def near(a: Any, b: Any) -> bool:
-    """Equal up to the rounding of batched arithmetic; for arrays and tensors."""
+    """Equal up to rounding; for arrays and tensors."""
     return bool((abs(a - b) <= 2e-4 + 1e-3 * abs(b)).all())
 
 
