@@ -26,11 +26,11 @@ import in_training  # noqa: F401  # isort: skip
 from slider_core.metrics.calibration import calibrate
 from slider_core.metrics.image_distance import ImageDistances, pixel_distances
 from slider_core.metrics.smoothness import delta_smooth
-from training.miniature.edits import HELD_OUT_SEEDS, Edit, fits
-from training.miniature.evaluate import held_out_tasks
-from training.miniature.read_attributes import edit_reached, measured
+from training.miniature.edits import VALIDATION_SEEDS, Edit, edit_fits
+from training.miniature.evaluate import validation_tasks
+from training.miniature.read_attributes import reached_strength, read_attributes
 from training.miniature.slider_methods import METHODS, Miniature
-from training.miniature.synthetic_scenes import Scene, scene
+from training.miniature.synthetic_scenes import Scene, random_scene
 from training.rng import generator
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,7 +74,7 @@ def main() -> None:
 
 def measure(miniature: Miniature, name: str, scenes: int) -> np.ndarray:
     """(scenes, COLUMNS, 2): linearity and delta."""
-    tasks = held_out_tasks(scenes, 1)
+    tasks = validation_tasks(scenes, 1)
     sweeps = [_sweep_distances(miniature, name, source, edits[0]) for source, edits in tasks]
     results = []
     for k, (source, edits) in enumerate(tasks):
@@ -82,7 +82,7 @@ def measure(miniature: Miniature, name: str, scenes: int) -> np.ndarray:
             _sweep_distances(miniature, name, other, edits[0]) for other in scenes_for(edits[0], NUM_OTHER_SCENES)
         ]
         own, same, any_other = (
-            calibrate(EVEN, sweep).calibration.strengths_at(EVEN)
+            calibrate(EVEN, sweep).calibration.strength(EVEN)
             for sweep in (sweeps[k], _mean(others), _mean(sweeps[:k] + sweeps[k + 1 :]))
         )
         settings = (
@@ -97,8 +97,8 @@ def measure(miniature: Miniature, name: str, scenes: int) -> np.ndarray:
 
 def scenes_for(edit: Edit, count: int) -> list[Scene]:
     """Scenes that are used nowhere else, in which the edit changes something."""
-    scenes = (scene(generator(seed, "alike")) for seed in HELD_OUT_SEEDS)
-    return list(itertools.islice((one for one in scenes if fits(one, edit)), count))
+    scenes = (random_scene(generator(seed, "alike")) for seed in VALIDATION_SEEDS)
+    return list(itertools.islice((one for one in scenes if edit_fits(one, edit)), count))
 
 
 def _sweep_distances(miniature: Miniature, name: str, source: Scene, edit: Edit) -> ImageDistances:
@@ -114,15 +114,15 @@ def render(
     seed: str = "sliding",
 ) -> torch.Tensor:
     return torch.from_numpy(
-        miniature.pictures(source, METHODS[name](miniature, edits, 0, strengths), len(strengths), seed)
+        miniature.render(source, METHODS[name](miniature, edits, 0, strengths), len(strengths), seed)
     )
 
 
 def _metrics(images: torch.Tensor, source: Scene, edit: Edit) -> tuple[float, float]:
-    reached = [edit_reached(edit, source, measured(image.numpy(), source)) for image in images]
+    reached = [reached_strength(edit, source, read_attributes(image.numpy(), source)) for image in images]
     distances = pixel_distances(images)
     linearity = float(np.abs(np.subtract(reached, EVEN)).mean())
-    return linearity, delta_smooth(distances.adjacent, distances.skip_one)
+    return linearity, delta_smooth(distances.adjacent, distances.skipping)
 
 
 def _mean(sweeps: Sequence[ImageDistances]) -> ImageDistances:

@@ -1,4 +1,4 @@
-"""How evenly each method slides on the miniature edit model, measured on held-out scenes.
+"""How evenly each method slides on the miniature edit model, read_attributes on held-out scenes.
 
     python run.py benchmark --only slider_quality [--scenes N]
 
@@ -34,9 +34,9 @@ import in_training  # noqa: F401  # isort: skip
 from slider_core.errors import SliderError
 from slider_core.figures.plots import curves_plot
 from slider_core.metrics.smoothness import delta_smooth, first_order
-from training.examples import as_picture
-from training.miniature.evaluate import held_out_tasks
-from training.miniature.read_attributes import drift, edit_reached, measured
+from training.examples import tensor_to_pil
+from training.miniature.evaluate import validation_tasks
+from training.miniature.read_attributes import drift, reached_strength, read_attributes
 from training.miniature.slider_methods import METHODS, Miniature
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,15 +79,15 @@ def main() -> None:
     if args.plot:
         lines = {name: [one.at(strength) for strength in STRENGTHS] for name, one in results.items()}
         plot = curves_plot(STRENGTHS, {"ideal": STRENGTHS, **lines}, "strength", "edit reached, median")
-        as_picture(plot[0]).save(args.plot)
+        tensor_to_pil(plot[0]).save(args.plot)
 
 
 def measure(miniature: Miniature, name: str, scenes: int) -> Measurements:
     method, results = METHODS[name], Measurements()
-    for source, edits in held_out_tasks(scenes, 1):
-        images = miniature.pictures(source, method(miniature, edits, 0, STRENGTHS), len(STRENGTHS))
-        readings = [measured(image, source) for image in images]
-        results.reached.append([edit_reached(edits[0], source, one) for one in readings])
+    for source, edits in validation_tasks(scenes, 1):
+        images = miniature.render(source, method(miniature, edits, 0, STRENGTHS), len(STRENGTHS))
+        readings = [read_attributes(image, source) for image in images]
+        results.reached.append([reached_strength(edits[0], source, one) for one in readings])
         results.drift.append(drift(edits, source, readings[ONE]))
         inner = images[ZERO : ONE + 1]
         adjacent = [_rms_difference(a, b) for a, b in pairwise(inner)]
@@ -95,9 +95,9 @@ def measure(miniature: Miniature, name: str, scenes: int) -> Measurements:
             results.first_order.append(first_order(adjacent))
             results.delta.append(delta_smooth(adjacent, [_rms_difference(a, b) for a, b in zip(inner, inner[2:])]))
     inner_strengths = STRENGTHS[ZERO : ONE + 1]
-    for source, edits in held_out_tasks(scenes, 2):
-        images = miniature.pictures(source, method(miniature, edits, 0, inner_strengths), len(inner_strengths))
-        kept = [edit_reached(edits[1], source, measured(image, source)) for image in images]
+    for source, edits in validation_tasks(scenes, 2):
+        images = miniature.render(source, method(miniature, edits, 0, inner_strengths), len(inner_strengths))
+        kept = [reached_strength(edits[1], source, read_attributes(image, source)) for image in images]
         results.other.append(max(abs(value - kept[-1]) for value in kept))
     print(f"{name}: {scenes} scenes", file=sys.stderr)
     return results

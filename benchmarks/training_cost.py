@@ -7,9 +7,9 @@ shorter prompt, without gradients, and the adapted one learns to say the same to
 and as reference, guidance 3.5, 512 rows of text, AdamW, norm of gradients clipped, one sample a step.
 (a) the plain loop with a text encoder and a VAE that encode both prompts and the picture at every step;
 (b) the plain loop with encoded prompts and pictures kept in memory;
-(c) this pack's own steps (training.run.Run.take_step), which read them from its cache's files.
+(c) this pack's own steps (training.run.Run.train_step), which read them from its cache's files.
 
-The same: the transformer's weights, sizes of inputs, gradient checkpointing of every block, optimiser, float32 factors.
+The same: the transformer's weights, sizes of inputs, gradient checkpointing of every block, optimizer, float32 factors.
 Not the same: the pack's checkpointing also keeps what attention says, and does not repeat a block's last product; the
 plain adapter acts on all rows of the text instead of the suppressed ones, for which PEFT has no way (as much to
 compute); the plain loop makes its noise on the device; (a) leaves out the CLIP text encoder and the reading of
@@ -29,11 +29,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -60,9 +58,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import T5Config, T5EncoderModel
 
-from training.config import Config
-from training.examples import Picture
-from training.frozen_model import BaseModel, Text
+from training.config import TrainingConfig
+from training.examples import ImageFile
+from training.frozen_model import FrozenModel, Text
 from training.run import Run
 from training.sample_cache import Progress, Prompt, SampleCache
 
@@ -94,9 +92,9 @@ def main() -> None:
             peaks[name] = process.submit(_peak, name, args).result()
     with tempfile.TemporaryDirectory() as folder:
         plain, run = _Plain(args, encoders=True), _run(args, Path(folder))
-        print_model(run.base.patcher, args.dtypes[0], model_size(args)[1])
+        print_model(run.model.patcher, args.dtypes[0], model_size(args)[1])
         print(f"    velocities of plain and own loop apart by {_apart(plain, run):.1e}")
-        _report({ENCODING: plain.encoding_step, KEPT: plain.step, OURS: run.take_step}, peaks, args.repeats)
+        _report({ENCODING: plain.encoding_step, KEPT: plain.step, OURS: run.train_step}, peaks, args.repeats)
 
 
 def _report(steps: Mapping[str, Step], peaks: Mapping[str, float], repeats: int) -> None:
@@ -125,7 +123,7 @@ def _peak(name: str, args: argparse.Namespace) -> float:
     before = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
     with tempfile.TemporaryDirectory() as folder:
         if name == OURS:
-            step: Step = _run(args, Path(folder)).take_step
+            step: Step = _run(args, Path(folder)).train_step
         else:
             plain = _Plain(args, encoders=name == ENCODING)
             step = plain.encoding_step if name == ENCODING else plain.step
@@ -146,7 +144,7 @@ class _Plain:
         self.transformer.enable_gradient_checkpointing()
         self.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LAYERS))
         self.parameters = [p for p in self.transformer.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=5e-5, weight_decay=1e-4)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=5e-5, weight_decay=1e-4)
         self.latent_size, self.width = latent, config["context_in_dim"]
         self.source = self.random(1, 16, latent, latent)
         self.pooled = self.random(1, 768)
@@ -199,8 +197,8 @@ class _Plain:
         said = self.velocity(noised, sigma, prompt)
         torch.nn.functional.mse_loss(said.float(), wanted.float()).backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimiser.step()
-        self.optimiser.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def velocity(self, noised: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """What the transformer says, as rows of 2x2 pixels of the latent."""
@@ -254,55 +252,65 @@ def _ids(side: int, first: int) -> torch.Tensor:
 
 
 class _RandomCache(SampleCache):
-    """Random latents and prompts, as wide as `width`, in the files that the encoders' would be in."""
+    """A cache filled with random latents and text embeddings of `width` instead of encoded ones."""
 
     def __init__(self, width: int, *args: Any):
         super().__init__(*args)
         self.width = width
 
-    def fill_latents(self, pictures: Iterable[Picture], on_progress: Progress) -> dict[Picture, str]:
-        for picture in dict.fromkeys(pictures):
+    def fill_latents(self, images: Iterable[ImageFile], on_progress: Progress) -> dict[ImageFile, str]:
+        for image in dict.fromkeys(images):
             save_file(
-                {"latent": torch.randn(1, 16, self.resolution // 8, self.resolution // 8)}, self._latent_file(picture)
+                {"latent": torch.randn(1, 16, self.resolution // 8, self.resolution // 8)}, self._latent_file(image)
             )
         return {}
 
     def fill_texts(self, prompts: Iterable[Prompt], on_progress: Progress) -> None:
         for prompt in dict.fromkeys(prompts):
-            rows = {f"rows.{k}": torch.arange(8 * k, 8 * k + 8, dtype=torch.int32) for k in range(len(prompt))}
-            states = torch.randn(1, self.base.text_rows, self.width, dtype=self.dtype)
+            tokens = {f"rows.{k}": torch.arange(8 * k, 8 * k + 8, dtype=torch.int32) for k in range(len(prompt))}
+            states = torch.randn(1, self.config.max_sequence_length, self.width, dtype=self.dtype)
             save_file(
-                {"states": states, "pooled": torch.randn(1, 768, dtype=self.dtype), **rows}, self._text_file(prompt)
+                {"states": states, "pooled": torch.randn(1, 768, dtype=self.dtype), **tokens}, self._text_file(prompt)
             )
 
 
 def _run(args: argparse.Namespace, folder: Path) -> Run:
     """A run of the trainer on the benchmark's model."""
     size, latent = model_size(args)
-    encoder, vae, picture = (folder / name for name in ("encoder", "vae", "picture.png"))
+    encoder, vae, image = (folder / name for name in ("encoder", "vae", "image.png"))
     encoder.write_bytes(b"random")
     vae.write_bytes(b"random")
-    Image.new("RGB", (8 * latent, 8 * latent)).save(picture)
-    config = Config.model_validate(
+    Image.new("RGB", (8 * latent, 8 * latent)).save(image)
+    config = TrainingConfig.model_validate(
         {
             "method": "stlora",
             "name": "benchmark",
             "output": folder,
-            "base": {"model": str(encoder), "text_encoders": [str(encoder)], "vae": str(vae), "text_rows": TEXT_TOKENS},
-            "data": {"kind": "combinations", "images": folder, "instructions": INSTRUCTIONS, "held_out": 0},
+            "model": {
+                "diffusion_model": str(encoder),
+                "text_encoders": [str(encoder)],
+                "vae": str(vae),
+                "max_sequence_length": TEXT_TOKENS,
+            },
+            "data": {"type": "combinations", "images": folder, "instructions": INSTRUCTIONS, "num_validation": 0},
             "adapter": {"rank": RANK},
-            "objective": {"kind": "pps", "guidance": GUIDANCE},
-            "optimiser": {"learning_rate": 5e-5},
-            "run": {"steps": 1000, "batch": 1, "resolution": 8 * latent},
+            "objective": {"type": "pps", "guidance": GUIDANCE},
+            "optimizer": {"learning_rate": 5e-5},
+            "run": {"steps": 1000, "batch_size": 1, "resolution": 8 * latent},
         }
     )
-    base = BaseModel(random_model(size, getattr(torch, args.dtypes[0])))
-    cache = partial(_RandomCache, size["context_in_dim"])
-    with patch.object(BaseModel, "load", lambda *_: base), patch("training.run.SampleCache", cache):
-        return Run(config, Accelerator(cpu=base.device.type == "cpu"), _silent)
+    model = FrozenModel(random_model(size, getattr(torch, args.dtypes[0])))
+    encoder_name = model.family.context_encoder
+    cache = _RandomCache(
+        size["context_in_dim"], config.cache_folder, config.model, config.run.resolution, model.dtype, encoder_name
+    )
+    run = Run(config, Accelerator(cpu=model.device.type == "cpu"), model, cache)
+    run.encode_examples(_ignore_progress)
+    run.load_model()
+    return run
 
 
-def _silent(what: str, done: int, of: int) -> None:
+def _ignore_progress(what: str, done: int, total: int) -> None:
     pass
 
 
@@ -312,7 +320,7 @@ def _apart(plain: _Plain, run: Run) -> float:
     text = Text(plain.prompts[0], plain.pooled)
     with torch.no_grad():
         one = plain.velocity(noised, sigma, text.states).float()
-        other = _packed(run.base.velocity(noised, sigma, text, GUIDANCE, [plain.source]))
+        other = _packed(run.model.velocity(noised, sigma, text, GUIDANCE, [plain.source]))
     return ((one - other).norm() / other.norm()).item()
 
 

@@ -12,9 +12,9 @@ from PIL import Image
 from support.browser import ComfyPage, write_settings
 
 from slider_core.figures.contact_sheet import CAPTION_HEIGHT, GAP
-from training.miniature.evaluate import held_out_tasks
-from training.miniature.read_attributes import edit_reached, measured
-from training.miniature.synthetic_scenes import picture_of
+from training.miniature.evaluate import validation_tasks
+from training.miniature.read_attributes import reached_strength, read_attributes
+from training.miniature.synthetic_scenes import scene_image
 
 sys.path.append(str(REPO / "demo"))
 
@@ -104,10 +104,10 @@ def changed(sheet: Image.Image, k: int, row: int = 0) -> float:
 
 def test_the_workflow_of_the_browser_edits_too(tmp_path, chromium):
     """What --open offers, listed and run by the page."""
-    source, edits = held_out_tasks(1, 2)[0]
+    source, edits = validation_tasks(1, 2)[0]
     with server_with_miniature(COMFYUI, tmp_path) as running:
         write_settings(tmp_path)
-        running.put_input(SCENE.name, picture_of(source))
+        running.put_input(SCENE.name, scene_image(source))
         graph = workflow(MINIATURE, SCENE.name, [edit.instruction for edit in edits])
         running.put_workflow(NAME, graph)
         assert f"{NAME}.json" in json.loads(running.get("/api/userdata?dir=workflows"))
@@ -122,6 +122,6 @@ def test_the_workflow_of_the_browser_edits_too(tmp_path, chromium):
         assert page.errors == []
         page.close()
         [picture] = result.images(shown)
-    found = measured(np.asarray(picture.convert("RGB"), np.float32) / 255, source)
-    assert abs(edit_reached(edits[0], source, found)) < 0.1
-    assert edit_reached(edits[1], source, found) > 0.9
+    found = read_attributes(np.asarray(picture.convert("RGB"), np.float32) / 255, source)
+    assert abs(reached_strength(edits[0], source, found)) < 0.1
+    assert reached_strength(edits[1], source, found) > 0.9

@@ -9,11 +9,11 @@ import torch
 from conftest import REPO
 from safetensors.torch import load_file
 
-from training.frozen_model import BaseModel
+from training.frozen_model import FrozenModel
 from training.miniature import model, transformer
 from training.miniature.autoencoder import Autoencoder
-from training.miniature.evaluate import held_out_tasks
-from training.miniature.latent_bank import samples_of
+from training.miniature.evaluate import validation_tasks
+from training.miniature.latent_bank import encode_tasks
 from training.miniature.text_encoders import TextEncoders
 
 MODELS = REPO / "demo" / "miniature"
@@ -23,15 +23,15 @@ SCENES = 40
 
 @pytest.mark.parametrize(("edits_at_once", "least"), [(1, 0.95), (2, 0.9)])
 def test_it_does_what_it_is_told(edits_at_once, least):
-    found = model.examine(MODELS, SCENES, edits_at_once)
-    assert found.right["all"] >= least, found
+    found = model.evaluate(MODELS, SCENES, edits_at_once)
+    assert found.success_rate["all"] >= least, found
 
 
 def test_its_loss_is_what_it_learned_by():
-    base = BaseModel.load(MODELS / model.TRANSFORMER, "float32", checkpointing=False)
+    frozen = FrozenModel.load(MODELS / model.TRANSFORMER, "float32", gradient_checkpointing=False)
     encoders = TextEncoders(load_file(MODELS / model.T5), load_file(MODELS / model.CLIP_L))
-    lessons = transformer.Lessons(base, encoders, samples_of(Autoencoder(), held_out_tasks(20, 2)))
-    with torch.no_grad(), base.changed({}):
+    lessons = transformer.TransformerTraining(frozen, encoders, encode_tasks(Autoencoder(), validation_tasks(20, 2)))
+    with torch.no_grad(), frozen.patched({}):
         losses = [lessons.loss(step).item() for step in range(8)]
     points = [json.loads(line) for line in CURVE.read_text().splitlines()]
     assert sum(losses) / len(losses) < 3 * points[-1]["loss"]

@@ -15,10 +15,10 @@ from support.comfy_server import ComfyServer
 
 from slider_core.conditioning.mask_and_schedule import apply_mask_and_schedule
 from training.miniature.edits import Edit
-from training.miniature.evaluate import held_out_tasks
-from training.miniature.read_attributes import edit_reached, measured
+from training.miniature.evaluate import validation_tasks
+from training.miniature.read_attributes import reached_strength, read_attributes
 from training.miniature.slider_methods import METHODS, Miniature
-from training.miniature.synthetic_scenes import SIDE, Looks, Scene, coverage, drawn, picture_of
+from training.miniature.synthetic_scenes import SIDE, Scene, SceneAttributes, coverage, draw_scene, scene_image
 
 sys.path.append(str(REPO / "demo"))
 
@@ -39,14 +39,16 @@ def it() -> Miniature:
 
 def reached(it: Miniature, name: str, source: Scene, edits: Sequence[Edit], strengths: Sequence[float]) -> np.ndarray:
     """How much of each edit is there while the first one is moved: (strengths, edits)."""
-    pictures = it.pictures(source, METHODS[name](it, edits, 0, strengths), len(strengths))
-    return np.array([[edit_reached(edit, source, measured(picture, source)) for edit in edits] for picture in pictures])
+    pictures = it.render(source, METHODS[name](it, edits, 0, strengths), len(strengths))
+    return np.array(
+        [[reached_strength(edit, source, read_attributes(picture, source)) for edit in edits] for picture in pictures]
+    )
 
 
 @pytest.mark.parametrize("name", ADAPTERS + WITHOUT_ADAPTER)
 def test_it_fades_in(it, name):
     """0 suppresses, 1 applies, and between them nothing goes back."""
-    for source, edits in held_out_tasks(SCENES, 1):
+    for source, edits in validation_tasks(SCENES, 1):
         values = reached(it, name, source, edits, UP)[:, 0]
         assert abs(values[0]) < 0.1, (edits, values)
         assert values[-1] > 0.9, (edits, values)
@@ -56,20 +58,20 @@ def test_it_fades_in(it, name):
 
 @pytest.mark.parametrize("name", ["STLoRA", "Velocity Blending", "FlowSlider", "Prompt Difference"])
 def test_more_than_one_exaggerates(it, name):
-    tasks = [(source, edits) for source, edits in held_out_tasks(40, 1) if edits[0].attribute == "background"]
+    tasks = [(source, edits) for source, edits in validation_tasks(40, 1) if edits[0].attribute == "background"]
     values = np.array([reached(it, name, source, edits, (1.0, 1.5))[:, 0] for source, edits in tasks[:SCENES]])
     assert (values[:, 1] - values[:, 0]).mean() > 0.05, values
 
 
 @pytest.mark.parametrize("name", ["Velocity Blending", "FlowSlider", "Prompt Difference"])
 def test_half_of_it_is_half_of_the_edit(it, name):
-    for source, edits in held_out_tasks(SCENES, 1):
+    for source, edits in validation_tasks(SCENES, 1):
         assert abs(reached(it, name, source, edits, (0.5,))[0, 0] - 0.5) < 0.2, edits
 
 
 @pytest.mark.parametrize("name", ["STLoRA", "token interpolation", "Prompt Difference"])
 def test_the_other_instruction_stays(it, name):
-    for source, edits in held_out_tasks(SCENES, 2):
+    for source, edits in validation_tasks(SCENES, 2):
         values = reached(it, name, source, edits, UP)
         assert abs(values[0, 0]) < 0.1 < 0.9 < values[-1, 0], (edits, values)
         assert abs(values[:, 1] - values[-1, 1]).max() < 0.1, (edits, values)
@@ -78,17 +80,17 @@ def test_the_other_instruction_stays(it, name):
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_mask_keeps_the_edit_in_its_half(it, name):
     """Asked of the background, with a mask over the half with the square: how far pixels went, in full edits."""
-    tasks = [(source, edits) for source, edits in held_out_tasks(60, 1) if edits[0].attribute == "background"]
+    tasks = [(source, edits) for source, edits in validation_tasks(60, 1) if edits[0].attribute == "background"]
     for source, edits in tasks[:3]:
         left = np.broadcast_to(np.arange(SIDE) < SIDE // 2, (SIDE, SIDE))
-        half = left if source.square_centre[0] < SIDE // 2 else ~left
+        half = left if source.square_center[0] < SIDE // 2 else ~left
         slid = METHODS[name](it, edits, 0, [1.0])
         full, masked = (
-            it.pictures(source, slid._replace(positive=positive), 1)[0]
+            it.render(source, slid._replace(positive=positive), 1)[0]
             for positive in (slid.positive, apply_mask_and_schedule(slid.positive, torch.tensor(half)))
         )
         wall = (coverage(source, "circle") + coverage(source, "square") == 0) & (edge_of_halves() > 6)
-        went, goes = (np.linalg.norm(picture - drawn(source), axis=2) for picture in (masked, full))
+        went, goes = (np.linalg.norm(picture - draw_scene(source), axis=2) for picture in (masked, full))
         assert goes[wall & half].mean() > 0.1 < goes[wall & ~half].mean()
         assert went[wall & half].mean() > 0.7 * goes[wall & half].mean(), edits
         assert went[wall & ~half].mean() < 0.15 * goes[wall & ~half].mean(), edits
@@ -147,8 +149,8 @@ STRENGTH_OF = {  # the template's node that has the strength of the first instru
 def test_the_templates_slide_over_the_api(view, server, miniature_server, name):
     """With 512 rows of text and all other settings of the template."""
     several = name in ("two_sub_prompt_sliders", "slider_prompt", "without_adapter")
-    source, edits = held_out_tasks(1, 2 if several else 1)[0]
-    picture = miniature_server.put_input("scene.png", picture_of(source))
+    source, edits = validation_tasks(1, 2 if several else 1)[0]
+    picture = miniature_server.put_input("scene.png", scene_image(source))
     view.open(template(server, name))
     graph = on_the_miniature(view.prompt(), picture, edits)
     node, strength = STRENGTH_OF[name]
@@ -157,7 +159,7 @@ def test_the_templates_slide_over_the_api(view, server, miniature_server, name):
         inputs = graph[the(graph, node)]["inputs"]
         inputs |= {strength: value, **({"strength_2": 1.0} if several else {})}
         looks = looks_of(miniature_server, graph, source)
-        found.append([edit_reached(edit, source, looks[0]) for edit in edits])
+        found.append([reached_strength(edit, source, looks[0]) for edit in edits])
     suppressed, applied = found
     assert abs(suppressed[0]) < 0.1, found
     assert applied[0] > 0.85, found
@@ -167,22 +169,22 @@ def test_the_templates_slide_over_the_api(view, server, miniature_server, name):
 
 @pytest.mark.parametrize("view", ["canvas"], indirect=True)
 def test_the_sweep_template_fades_in_and_exaggerates(view, server, miniature_server):
-    source, edits = next(task for task in held_out_tasks(40, 1) if task[1][0].attribute == "background")
-    picture = miniature_server.put_input("scene.png", picture_of(source))
+    source, edits = next(task for task in validation_tasks(40, 1) if task[1][0].attribute == "background")
+    picture = miniature_server.put_input("scene.png", scene_image(source))
     view.open(template(server, "strength_sweep"))
     graph = on_the_miniature(view.prompt(), picture, edits)
-    values = [edit_reached(edits[0], source, looks) for looks in looks_of(miniature_server, graph, source)]
+    values = [reached_strength(edits[0], source, looks) for looks in looks_of(miniature_server, graph, source)]
     assert abs(values[0]) < 0.1, values
     assert values[0] < values[1] < values[2] < values[3], values
     assert values[2] > 0.9, values
     assert values[3] > values[2] + 0.03, values
 
 
-def looks_of(server: ComfyServer, graph: Graph, source: Scene) -> list[Looks]:
+def looks_of(server: ComfyServer, graph: Graph, source: Scene) -> list[SceneAttributes]:
     """What the pictures of a graph show."""
     result = server.run(graph)
     assert result.ok, result.error
-    return [measured(as_floats(picture), source) for picture in result.images(the(graph, "SaveImage"))]
+    return [read_attributes(as_floats(picture), source) for picture in result.images(the(graph, "SaveImage"))]
 
 
 def as_floats(picture: Image.Image) -> np.ndarray:

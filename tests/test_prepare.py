@@ -29,14 +29,14 @@ from PIL import Image
 from support.graphs import Graph
 
 from training.data_preparation.config import read_prepare_config
-from training.data_preparation.distances import distance_named, pixel_distance
+from training.data_preparation.distances import get_distance, pixel_distance
 from training.data_preparation.edits import read_edits
-from training.data_preparation.graphs import filled, graphs_for
+from training.data_preparation.graphs import build_graphs, fill_placeholders
 from training.data_preparation.prepare import prepare
 from training.data_preparation.rendering_server import RenderingServer
-from training.data_preparation.strip_files import StackFiles, measured
-from training.data_preparation.work_queue import Shared
-from training.edit_strips import COLUMNS, read_record, read_stacks
+from training.data_preparation.strip_files import StripFiles, measure_strip
+from training.data_preparation.work_queue import WorkQueue
+from training.edit_strips import NUM_COLUMNS, read_edit_strips, read_record
 from training.errors import TrainingError
 
 OPENER = build_opener(ProxyHandler({}))
@@ -46,7 +46,7 @@ BUILT_IN = {"model": "m.safetensors", "text_encoders": ["l.safetensors", "t.safe
 
 
 def edit_graph() -> Graph:
-    """A full edit by the tiny model, from the photograph itself so that it stays recognisable."""
+    """A full edit by the tiny model, from the photograph itself so that it stays recognizable."""
     graph = Graph()
     picture(graph, graph.model(), graph.add("CLIPTextEncode", clip=graph.clip(), text="{instruction}"), 1.0)
     return graph
@@ -92,10 +92,10 @@ def given(tmp_path, server) -> dict:
     return {
         "output": "out",
         "servers": [server.url],
-        "data": {"kind": "folder", "images": "images", "instructions": {"stylization": ["make it red"]}},
-        "render": {"kind": "graphs", "edit": "edit.json", "strengths": "strengths.json"},
+        "data": {"type": "folder", "images": "images", "instructions": {"stylization": ["make it red"]}},
+        "render": {"type": "graphs", "edit": "edit.json", "strengths": "strengths.json"},
         "resolution": SIDE,
-        "stack_resolution": 48,
+        "strip_resolution": 48,
         "distance": "pixels",
     }
 
@@ -111,14 +111,14 @@ def written(folder: Path, content: dict) -> Path:
     return folder / "prepare.yaml"
 
 
-def stacks_of(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "out" / "stacks").glob("*.json"))
+def strips_of(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "out" / "edit_strips").glob("*.json"))
 
 
 def columns_of(file: Path) -> list[Image.Image]:
     whole = Image.open(file)
-    width = whole.width // COLUMNS
-    return [whole.crop((k * width, 0, (k + 1) * width, whole.height)) for k in range(COLUMNS)]
+    width = whole.width // NUM_COLUMNS
+    return [whole.crop((k * width, 0, (k + 1) * width, whole.height)) for k in range(NUM_COLUMNS)]
 
 
 @contextmanager
@@ -138,11 +138,11 @@ def test_stacks(tmp_path, server, given, run, capfd):
     """Two pictures, one of them damaged, two servers, one not there; what is made and told; that it is made once."""
     (tmp_path / "images" / "damaged.png").write_bytes(b"no picture")
     report = run(servers=[DEAD, server.url])
-    assert f"{DEAD} is left out: {DEAD} does not answer" in "".join(capfd.readouterr())
-    assert "1 of 1 stacks" in report or "0 of 1 stacks" in report
-    assert "1 could not be made" in report
-    assert "damaged.png, 'make it red': the picture" in report
-    [file] = stacks_of(tmp_path)
+    assert f"{DEAD} is not used: {DEAD} does not respond" in "".join(capfd.readouterr())
+    assert "1 of 1 edit strips" in report or "0 of 1 edit strips" in report
+    assert "1 edits failed" in report
+    assert "damaged.png, 'make it red': the image" in report
+    [file] = strips_of(tmp_path)
     assert file.stem.startswith("a_b_")
 
     record = read_record(file)
@@ -162,18 +162,18 @@ def test_stacks(tmp_path, server, given, run, capfd):
     assert record["lpips_kontext_edit"] == pytest.approx(from_edit[0])
     assert record["lpips_edit_inversion"] == pytest.approx(from_edit[7])
     assert record["lpips_inversion_edit"] == pytest.approx(pixel_distance(columns[7], columns[1]))
-    assert len(record["lpips_sequence_triangle"]) == COLUMNS - 2
+    assert len(record["lpips_sequence_triangle"]) == NUM_COLUMNS - 2
 
     told = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert (told["stacks"], len(told["not made"])) == (1, 1)
+    assert (told["num_strips"], len(told["failed"])) == (1, 1)
     assert sum(told["outcomes"].values()) == 1
     assert np.asarray(Image.open(tmp_path / "out" / "report.png")).std() > 10
 
-    [stack] = read_stacks(tmp_path / "out" / "stacks", 10, False)
-    assert (stack.instruction, stack.columns) == ("make it red", COLUMNS)
-    assert list(stack.strengths) == list(range(1, 8))
-    with pytest.raises(TrainingError, match="1 x changes in jumps"):
-        read_stacks(tmp_path / "out" / "stacks", 0.0, False)
+    [strip] = read_edit_strips(tmp_path / "out" / "edit_strips", 10, False)
+    assert (strip.instruction, strip.num_columns) == ("make it red", NUM_COLUMNS)
+    assert list(strip.strengths) == list(range(1, 8))
+    with pytest.raises(TrainingError, match="1 x changes unevenly"):
+        read_edit_strips(tmp_path / "out" / "edit_strips", 0.0, False)
 
     (tmp_path / "images" / "damaged.png").unlink()
     before, prompts = file.stat().st_mtime_ns, prompts_so_far(server)
@@ -188,23 +188,23 @@ def test_stacks(tmp_path, server, given, run, capfd):
     run(seed=5)
     assert prompts_so_far(server) == prompts + 8
     assert read_record(file)["made_of"] != record["made_of"]
-    assert stacks_of(tmp_path) == [file]
+    assert strips_of(tmp_path) == [file]
 
     other = {**given["data"], "instructions": ["make it blue"]}
-    with pytest.raises(TrainingError, match="1 of them are of edits that this config does not name"):
+    with pytest.raises(TrainingError, match="1 of them belong to edits that are not in this config"):
         run(seed=5, data=other, servers=[DEAD])
 
 
 def test_no_server(tmp_path, run):
     with pytest.raises(TrainingError, match="No server is left, and 1 edits are not rendered"):
         run(servers=[DEAD])
-    assert stacks_of(tmp_path) == []
+    assert strips_of(tmp_path) == []
 
 
 def test_a_server_that_is_no_comfyui(run, tmp_path, capfd):
     with serving(SimpleHTTPRequestHandler) as url, pytest.raises(TrainingError, match="No server is left"):
         run(servers=[url])
-    assert f"{url} is left out: HTTP 404" in "".join(capfd.readouterr())
+    assert f"{url} is not used: HTTP 404" in "".join(capfd.readouterr())
 
 
 def test_what_is_uploaded_already_is_not_written_again(server):
@@ -259,10 +259,10 @@ def test_a_server_that_dies(tmp_path, server, given, run, capfd):
     before = prompts_so_far(server)
     with serving(Dying) as url:
         report = run(servers=[url, server.url], data={**given["data"], "instructions": ["make it red", "make it blue"]})
-    assert "could not be made" not in report
-    assert len(stacks_of(tmp_path)) == 2
+    assert "edits failed" not in report
+    assert len(strips_of(tmp_path)) == 2
     assert prompts_so_far(server) == before + 16
-    assert f"{url} does not answer" in "".join(capfd.readouterr())
+    assert f"{url} does not respond" in "".join(capfd.readouterr())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
@@ -274,17 +274,17 @@ def test_stopped_and_killed(tmp_path, server, given, run):
     for way in (signal.SIGKILL, signal.SIGINT):
         command = [sys.executable, "-m", "training", "prepare", str(config)]
         with subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True) as process:
-            while len(stacks_of(tmp_path)) == len(kept) and process.poll() is None:
+            while len(strips_of(tmp_path)) == len(kept) and process.poll() is None:
                 time.sleep(0.02)
             process.send_signal(way)
             _, told = process.communicate()
         assert all(file.stat().st_mtime_ns == when for file, when in kept.items())
-        kept = {file: file.stat().st_mtime_ns for file in stacks_of(tmp_path)}
-        assert len(read_stacks(tmp_path / "out" / "stacks", 10, False)) == len(kept), told
+        kept = {file: file.stat().st_mtime_ns for file in strips_of(tmp_path)}
+        assert len(read_edit_strips(tmp_path / "out" / "edit_strips", 10, False)) == len(kept), told
     assert process.returncode == 130, told
-    assert told.endswith("Stopped. What is done is kept; the same command goes on from there.\n")
+    assert told.endswith("Interrupted. Finished work is kept; start the same command again to resume.\n")
     run(data=data)
-    assert len(stacks_of(tmp_path)) == 3
+    assert len(strips_of(tmp_path)) == 3
     assert all(file.stat().st_mtime_ns == when for file, when in kept.items())
 
 
@@ -306,51 +306,51 @@ def test_a_graph_that_fails(tmp_path, run, change, told):
     (tmp_path / "strengths.json").write_text(json.dumps(graph))
     report = run()
     assert told in report
-    assert "0 of 0 stacks" in report
-    assert stacks_of(tmp_path) == []
+    assert "0 of 0 edit strips" in report
+    assert strips_of(tmp_path) == []
     assert not (tmp_path / "out" / "report.png").exists()
 
 
 def test_a_server_without_the_model_does_not_spoil_the_work():
     """What one fails at goes to the other; what all fail at is given up."""
 
-    async def works(shared, worker, can):
+    async def works(queue, worker, can):
         did = []
-        while (piece := await shared.take(worker)) is not None:
+        while (piece := await queue.take(worker)) is not None:
             await asyncio.sleep(0)
             if can(piece):
                 did.append(piece)
-                await shared.done(worker)
+                await queue.done(worker)
             else:
-                await shared.failed(worker, f"{worker} cannot")
-        await shared.leave(worker)
+                await queue.failed(worker, f"{worker} cannot")
+        await queue.worker_left(worker)
         return did
 
     async def both():
-        shared = Shared(range(6), ["good", "bad"])
-        did = await asyncio.gather(works(shared, "good", lambda k: k != 3), works(shared, "bad", lambda k: False))
-        return did, shared
+        queue = WorkQueue(range(6), ["good", "bad"])
+        did = await asyncio.gather(works(queue, "good", lambda k: k != 3), works(queue, "bad", lambda k: False))
+        return did, queue
 
-    (good, bad), shared = in_a_thread(asyncio.run, both())
+    (good, bad), queue = in_a_thread(asyncio.run, both())
     assert sorted(good) == [0, 1, 2, 4, 5]
     assert bad == []
-    assert set(shared.given_up) == {3}
-    assert "good cannot" in shared.given_up[3]
-    assert not shared.waiting
+    assert set(queue.abandoned) == {3}
+    assert "good cannot" in queue.abandoned[3]
+    assert not queue.waiting
 
 
 def test_a_lost_worker_hands_its_piece_back():
     async def lost():
-        shared = Shared("xy", ["one", "other"])
-        assert await shared.take("one") == "x"
-        assert await shared.take("other") == "y"
-        await shared.done("other")
-        waiting = asyncio.ensure_future(shared.take("other"))
+        queue = WorkQueue("xy", ["one", "other"])
+        assert await queue.take("one") == "x"
+        assert await queue.take("other") == "y"
+        await queue.done("other")
+        waiting = asyncio.ensure_future(queue.take("other"))
         await asyncio.sleep(0)
-        await shared.leave("one")
+        await queue.worker_left("one")
         assert await waiting == "x"
-        await shared.leave("other")
-        return list(shared.waiting)
+        await queue.worker_left("other")
+        return list(queue.waiting)
 
     assert in_a_thread(asyncio.run, lost()) == ["x"]
 
@@ -368,7 +368,10 @@ def test_a_cancelled_rendering_is_taken_from_the_server(server):
     async def cancelled():
         async with aiohttp.ClientSession() as session:
             rendering = RenderingServer(server.url, session)
-            tasks = [asyncio.ensure_future(rendering.render(filled(graph, {**values, "seed": k}))) for k in range(2)]
+            tasks = [
+                asyncio.ensure_future(rendering.render(fill_placeholders(graph, {**values, "seed": k})))
+                for k in range(2)
+            ]
             while in_queue() < 2:
                 await asyncio.sleep(0.02)
             for task in reversed(tasks):
@@ -385,24 +388,24 @@ def test_a_cancelled_rendering_is_taken_from_the_server(server):
 
 def test_no_record_of_another_picture(tmp_path):
     """A stack that could not be replaced in full is one that is not there."""
-    files = StackFiles(tmp_path, "one")
-    red, blue = ([Image.new("RGB", (4, 4), colour)] * COLUMNS for colour in ("red", "blue"))
-    distances = measured(red, lambda one, other: 0.1)
+    files = StripFiles(tmp_path, "one")
+    red, blue = ([Image.new("RGB", (4, 4), color)] * NUM_COLUMNS for color in ("red", "blue"))
+    distances = measure_strip(red, lambda one, other: 0.1)
     files.write(red, {"edit_instruction": "make it red", **distances})
-    assert files.known()["image_name"] == "one.png"
-    assert [one.tobytes() for one in files.pictures()] == [one.tobytes() for one in red]
+    assert files.read_record()["image_name"] == "one.png"
+    assert [one.tobytes() for one in files.read_columns()] == [one.tobytes() for one in red]
     with pytest.raises(ValueError, match="JSON"):
         files.write(blue, {"edit_instruction": "make it blue", **distances, "lpips_kontext_edit": math.nan})
-    assert files.known() == {}
+    assert files.read_record() == {}
     files.write(blue, {"edit_instruction": "make it blue", **distances})
-    files.picture.unlink()
-    assert files.known() == {}
+    files.image.unlink()
+    assert files.read_record() == {}
 
 
 BUILT_INS = {
-    "latents": {"kind": "latents", "renoise": 0.02},
-    "stlora": {"kind": "sliders", "adapter": "selective_lora.pt", "adapter_kind": "stlora"},
-    "gstlora": {"kind": "sliders", "adapter": "gst_peft.safetensors", "adapter_kind": "gstlora"},
+    "latents": {"type": "latents", "denoise": 0.02},
+    "stlora": {"type": "sliders", "adapter": "selective_lora.pt", "adapter_type": "stlora"},
+    "gstlora": {"type": "sliders", "adapter": "gst_peft.safetensors", "adapter_type": "gstlora"},
 }
 
 
@@ -421,10 +424,10 @@ def test_built_in_graphs(name, server, tmp_path, given, run):
     config = read_prepare_config(written(tmp_path, {**given, "render": render}))
     clip_l, t5xxl = render["text_encoders"]
     tiny = {"class_type": "TinyTestTextEncoders", "inputs": {"clip_l": clip_l, "t5xxl": t5xxl}}
-    for role, graph in zip(("edit", "strengths"), graphs_for(config.render)):
+    for role, graph in zip(("edit", "strengths"), build_graphs(config.render)):
         (tmp_path / f"{role}.json").write_text(json.dumps({**graph, "clip": tiny}))
     run()
-    [file] = stacks_of(tmp_path)
+    [file] = strips_of(tmp_path)
     columns = columns_of(file.with_suffix(".png"))
     from_edit = [pixel_distance(column, columns[-1]) for column in columns]
     assert from_edit[1] > from_edit[7] > 0
@@ -439,34 +442,34 @@ def test_a_server_that_fails_at_everything(tmp_path, given, run):
     instructions = [f"add hat {k}" for k in range(12)]
     with pytest.raises(TrainingError) as error:
         run(data={**given["data"], "instructions": instructions})
-    assert "10 could not be made" in str(error.value)
+    assert "10 edits failed" in str(error.value)
     assert "No server is left, and 2 edits are not rendered" in str(error.value)
 
 
 def test_placeholders():
     graph = {"a": {"inputs": {"n": "{strength}", "t": "Do: {instruction} {seed} {other}", "l": ["a", 0]}}}
     values = {"strength": 0.5, "instruction": "{seed}!", "seed": 3}
-    assert filled(graph, values)["a"]["inputs"] == {"n": 0.5, "t": "Do: {seed}! 3 {other}", "l": ["a", 0]}
+    assert fill_placeholders(graph, values)["a"]["inputs"] == {"n": 0.5, "t": "Do: {seed}! 3 {other}", "l": ["a", 0]}
 
 
 @pytest.mark.parametrize(
     ("content", "told"),
     [
         ("{", "cannot be read"),
-        ('{"nodes": [], "links": []}', "is no graph in ComfyUI's API format"),
-        ('{"1": {"class_type": "A", "inputs": {"x": "{image}"}}}', 'has no "{strength}"'),
+        ('{"nodes": [], "links": []}', "is not a graph in ComfyUI's API format"),
+        ('{"1": {"class_type": "A", "inputs": {"x": "{image}"}}}', 'does not contain "{strength}"'),
     ],
 )
 def test_graph_files(tmp_path, given, content, told):
     (tmp_path / "strengths.json").write_text(content)
     with pytest.raises(TrainingError, match=told):
-        graphs_for(read_prepare_config(written(tmp_path, given)).render)
+        build_graphs(read_prepare_config(written(tmp_path, given)).render)
 
 
 def test_json_lines(tmp_path, given):
     lines = tmp_path / "edits.jsonl"
     lines.write_text('{"image": "images/a.png", "instruction": " make  it red "}\n\n{"image": "b.png"}\n[1]\n')
-    config = {**given, "data": {"kind": "jsonl", "path": "edits.jsonl"}}
+    config = {**given, "data": {"type": "jsonl", "path": "edits.jsonl"}}
     with pytest.raises(TrainingError, match=r"edits.jsonl, line 3, line 4: expected"):
         read_edits(read_prepare_config(written(tmp_path, config)).data)
     lines.write_text('{"image": "images/a.png", "instruction": " make  it red "}\n' * 2)
@@ -476,18 +479,18 @@ def test_json_lines(tmp_path, given):
 
 def test_config_errors(tmp_path, given):
     wrong = {**given, "servers": ["localhost"], "resolution": 70, "serverz": 1}
-    wrong["render"] = {"kind": "latents", "renoise": 2, **BUILT_IN, "modle": "x"}
+    wrong["render"] = {"type": "latents", "denoise": 2, **BUILT_IN, "modle": "x"}
     del wrong["data"]["instructions"]
     with pytest.raises(TrainingError) as error:
         read_prepare_config(written(tmp_path, wrong))
     told = str(error.value)
     assert told.count("prepare.yaml, line ") == 6
     for part in (
-        "servers.0: expected the address of a ComfyUI, such as http://127.0.0.1:8188, found 'localhost'",
+        "servers.0: expected the address of a ComfyUI server, such as http://127.0.0.1:8188, found 'localhost'",
         "resolution: Input should be a multiple of 16, found 70",
-        "serverz: there is no such key here; there are data, distance, filter, output, render, resolution, seed,",
-        "render.modle: there is no such key here; there are guidance, kind, model, neutral,",
-        "render.renoise: Input should be less than or equal to 1, found 2",
+        "serverz: unknown key; expected one of data, distance, filter, output, render, resolution, seed,",
+        "render.modle: unknown key; expected one of denoise, guidance, model, neutral_prompt,",
+        "render.denoise: Input should be less than or equal to 1, found 2",
         "data.instructions: Field required",
     ):
         assert part in told
@@ -497,15 +500,15 @@ def test_config_errors(tmp_path, given):
 
 def test_the_example_can_be_read():
     config = read_prepare_config(REPO / "training" / "configs" / "prepare.yaml")
-    assert config.render.kind == "latents"
-    assert set(graphs_for(config.render).edit) < set(graphs_for(config.render).strengths)
+    assert config.render.type == "latents"
+    assert set(build_graphs(config.render).edit) < set(build_graphs(config.render).strengths)
 
 
 def test_distances():
-    black, white = (Image.new("RGB", (80, 48), colour) for colour in ("black", "white"))
+    black, white = (Image.new("RGB", (80, 48), color) for color in ("black", "white"))
     half = white.copy()
     half.paste("black", (0, 0, 40, 48))
-    assert distance_named("pixels")(black, black) == 0
+    assert get_distance("pixels")(black, black) == 0
     assert pixel_distance(black, white) == 1
     assert pixel_distance(half, white) == pytest.approx(math.sqrt(0.5), rel=1e-3)
 
@@ -513,4 +516,4 @@ def test_distances():
 def test_lpips_is_named_when_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(TrainingError, match="pip install lpips"):
-        distance_named("lpips")
+        get_distance("lpips")

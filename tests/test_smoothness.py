@@ -11,8 +11,8 @@ from conftest import GOLDEN
 
 from slider_core.errors import SliderError
 from slider_core.metrics.smoothness import delta_smooth, first_order, kl_to_uniform, triangle_deficits
-from training.data_preparation.strip_files import measured
-from training.edit_strips import MOST_KL, even_strengths, refusal, valid_ends
+from training.data_preparation.strip_files import measure_strip
+from training.edit_strips import MAX_KL, even_strengths, passes_category_thresholds, rejection_reason
 
 METRICS = json.loads((GOLDEN / "metrics.json").read_text())
 SEQUENCES = METRICS["sequences"]
@@ -20,7 +20,7 @@ FILTERED = METRICS["kl_filter"]
 EXACT, FLOAT32 = {"rel": 1e-12, "abs": 1e-12}, {"rel": 2e-5}
 
 
-def adjacent_and_skip_one(matrix):
+def adjacent_and_skipping(matrix):
     last = len(matrix) - 1
     return [matrix[k][k + 1] for k in range(last)], [matrix[k][k + 2] for k in range(last - 1)]
 
@@ -29,7 +29,7 @@ def adjacent_and_skip_one(matrix):
 def test_record_of_a_sequence(golden):
     """Pictures are numbers here, and their distances those of the golden matrix."""
     matrix = golden["distance_matrix"]
-    record = measured(range(len(matrix)), lambda one, other: matrix[one][other])
+    record = measure_strip(range(len(matrix)), lambda one, other: matrix[one][other])
     assert record["lpips_sequence"] == pytest.approx(golden["first_order"], **FLOAT32)
     assert record["lpips_sequence_triangle"] == pytest.approx(golden["triangle_second_order"], **FLOAT32)
     for key, name in (
@@ -42,10 +42,10 @@ def test_record_of_a_sequence(golden):
 
 @pytest.mark.parametrize("golden", SEQUENCES)
 def test_deficits(golden):
-    adjacent, skip_one = adjacent_and_skip_one(golden["distance_matrix"])
-    deficits = triangle_deficits(adjacent, skip_one)
+    adjacent, skipping = adjacent_and_skipping(golden["distance_matrix"])
+    deficits = triangle_deficits(adjacent, skipping)
     assert deficits == pytest.approx(golden["triangle_second_order"], **FLOAT32)
-    assert delta_smooth(adjacent, skip_one) == max(deficits)
+    assert delta_smooth(adjacent, skipping) == max(deficits)
     assert first_order(adjacent) == pytest.approx(max(golden["first_order"]) / sum(golden["first_order"]), **FLOAT32)
 
 
@@ -59,8 +59,8 @@ def test_deficits(golden):
 )
 def test_other_deficits_are_told_apart(wrong):
     for golden in SEQUENCES:
-        adjacent, skip_one = adjacent_and_skip_one(golden["distance_matrix"])
-        others = [wrong(one, two, direct) for one, two, direct in zip(adjacent, adjacent[1:], skip_one)]
+        adjacent, skipping = adjacent_and_skipping(golden["distance_matrix"])
+        others = [wrong(one, two, direct) for one, two, direct in zip(adjacent, adjacent[1:], skipping)]
         assert others != pytest.approx(golden["triangle_second_order"], rel=1e-2)
 
 
@@ -68,7 +68,7 @@ def test_a_picture_that_comes_back():
     assert METRICS["triangle_with_zero_direct_distance"] == ["inf"]
     assert triangle_deficits([0.2, 0.2], [0.0]) == [math.inf]
     assert triangle_deficits([0.0, 0.0], [0.0]) == [0.0]
-    assert measured("aba", lambda one, other: float(one != other))["lpips_sequence_triangle"] == [None]
+    assert measure_strip("aba", lambda one, other: float(one != other))["lpips_sequence_triangle"] == [None]
 
 
 @pytest.mark.parametrize("golden", FILTERED)
@@ -76,8 +76,8 @@ def test_evenness(golden):
     sequence = golden["sequence"]
     assert kl_to_uniform(sequence) == pytest.approx(golden["kl_to_uniform"], **EXACT)
     assert kl_to_uniform([7 * value for value in sequence]) == pytest.approx(golden["kl_to_uniform"], **EXACT)
-    assert (kl_to_uniform(sequence) <= MOST_KL) == golden["kept_at_threshold_0_15"]
-    assert METRICS["kl_threshold"] == MOST_KL
+    assert (kl_to_uniform(sequence) <= MAX_KL) == golden["kept_at_threshold_0_15"]
+    assert METRICS["kl_threshold"] == MAX_KL
     strengths = even_strengths(sequence[1:-1])
     assert strengths == pytest.approx(golden["slider_cdf_of_inner_steps"], **EXACT)
     if "mapped_slider" in golden:
@@ -111,7 +111,10 @@ def test_strengths_of_the_whole_sequence_would_be_others():
 
 @pytest.mark.parametrize("golden", METRICS["validity"], ids=lambda g: f"{g['category']} {g['kontext_edit']}")
 def test_thresholds(golden):
-    assert valid_ends(golden["category"], golden["kontext_edit"], golden["edit_inversion"]) == golden["valid_v2"]
+    assert (
+        passes_category_thresholds(golden["category"], golden["kontext_edit"], golden["edit_inversion"])
+        == golden["valid_v2"]
+    )
 
 
 def test_the_older_thresholds_are_told_apart():
@@ -125,30 +128,30 @@ def test_refusals():
         "lpips_kontext_edit": 0.3,
         "lpips_edit_inversion": 0.1,
     }
-    assert refusal(even, MOST_KL, True) == ""
-    assert refusal({**even, "lpips_sequence": [0.8] + [0.05] * 7}, MOST_KL, True) == "changes in jumps"
-    assert refusal({**even, "lpips_sequence": [0.0] * 8}, MOST_KL, True) == "does not change"
+    assert rejection_reason(even, MAX_KL, True) == ""
+    assert rejection_reason({**even, "lpips_sequence": [0.8] + [0.05] * 7}, MAX_KL, True) == "changes unevenly"
+    assert rejection_reason({**even, "lpips_sequence": [0.0] * 8}, MAX_KL, True) == "does not change"
     weak = {**even, "lpips_kontext_edit": 0.01}
-    assert "too weak" in refusal(weak, MOST_KL, True)
-    assert refusal(weak, MOST_KL, False) == ""
-    assert refusal({**weak, "category": "anything_else"}, MOST_KL, True) == ""
+    assert "too weak" in rejection_reason(weak, MAX_KL, True)
+    assert rejection_reason(weak, MAX_KL, False) == ""
+    assert rejection_reason({**weak, "category": "anything_else"}, MAX_KL, True) == ""
 
 
 @pytest.mark.parametrize("bad", [[], [0.1, -0.1], [0.1, math.nan], [math.inf, 0.1]])
 def test_no_distances(bad):
     for measure in (first_order, kl_to_uniform, even_strengths):
-        with pytest.raises(SliderError, match="are not distances between images"):
+        with pytest.raises(SliderError, match="no distances between pictures"):
             measure(bad)
 
 
 def test_nothing_changes():
     for measure in (first_order, kl_to_uniform, even_strengths):
-        with pytest.raises(SliderError, match="All images are equal"):
+        with pytest.raises(SliderError, match="All pictures are equal"):
             measure([0.0, 0.0])
 
 
 def test_distances_that_do_not_go_together():
-    with pytest.raises(SliderError, match="2 distances between neighbors and 2 between images two apart; expected 1"):
+    with pytest.raises(SliderError, match="2 distances between neighbours go with 1 over a picture; found 2"):
         triangle_deficits([0.1, 0.1], [0.1, 0.1])
-    with pytest.raises(SliderError, match="at least three"):
+    with pytest.raises(SliderError, match="three or more"):
         delta_smooth([0.1], [])

@@ -1,6 +1,8 @@
-"""Configs: every example is valid, and everything that is wrong in one is told at once."""
+"""Configs: every example is valid, and all errors in a config are reported at once."""
 
 from __future__ import annotations
+
+import re
 
 import comfy.model_management
 import pytest
@@ -9,9 +11,11 @@ from conftest import REPO
 from support.training_run import CONFIG, write_config
 
 from training.__main__ import main
-from training.config import PAPERS, read_config
-from training.data_preparation.config import read_prepare_config
+from training.config import PAPER_DEFAULTS, TrainingConfig, read_config
+from training.data_preparation.config import PrepareConfig, read_prepare_config
 from training.errors import TrainingError
+from training.run import pack_version
+from training.strict_config import RENAMED_KEYS, _sections_in
 
 EXAMPLES = sorted((REPO / "training" / "configs").glob("*.yaml"))
 
@@ -22,10 +26,10 @@ def test_examples_are_valid(file):
     assert config.model_dump()
 
 
-@pytest.mark.parametrize("method", PAPERS)
+@pytest.mark.parametrize("method", PAPER_DEFAULTS)
 def test_examples_say_what_the_papers_do(method):
     config = read_config(REPO / "training" / "configs" / f"{method}.yaml").model_dump()
-    for section, values in PAPERS[method].items():
+    for section, values in PAPER_DEFAULTS[method].items():
         assert values.items() <= config[section].items()
 
 
@@ -43,13 +47,13 @@ def test_what_is_commented_out_is_the_default(tmp_path):
     written, plain = (read_config(tmp_path / f"{name}.yaml") for name in ("written", "plain"))
     assert written == plain
     assert "# betas" in text
-    assert plain.optimiser.betas == (0.9, 0.999)
+    assert plain.optimizer.betas == (0.9, 0.999)
 
 
 def test_what_is_left_out_is_from_the_papers(tmp_path):
-    for method, sections in PAPERS.items():
-        data = {"kind": "stacks", "path": "x"} if method == "projector" else CONFIG["data"]
-        content = {"method": method, "name": "a", "output": "b", "base": CONFIG["base"], "data": data}
+    for method, sections in PAPER_DEFAULTS.items():
+        data = {"type": "edit_strips", "path": "x"} if method == "projector" else CONFIG["data"]
+        content = {"method": method, "name": "a", "output": "b", "model": CONFIG["model"], "data": data}
         (tmp_path / "a.yaml").write_text(yaml.safe_dump(content))
         config = read_config(tmp_path / "a.yaml").model_dump()
         for section, values in sections.items():
@@ -63,12 +67,12 @@ def test_all_errors_at_once_with_their_lines(tmp_path):
         "method: stlora\n"
         "name: bad\n"
         "output: out\n"
-        "base:\n"
-        "  model: a\n"
+        "model:\n"
+        "  diffusion_model: a\n"
         "  text_encoders: []\n"
         "  weight_dtype: fp4\n"
         "data:\n"
-        "  kind: combinations\n"
+        "  type: combinations\n"
         "  images: x\n"
         "  instructions: [a]\n"
         "  exmaples: 3\n"
@@ -80,10 +84,10 @@ def test_all_errors_at_once_with_their_lines(tmp_path):
         read_config(tmp_path / "bad.yaml")
     lines = str(told.value).splitlines()
     for line, place, said in (
-        (4, "base.vae", "required"),
-        (6, "base.text_encoders", "at least 1"),
-        (7, "base.weight_dtype", "'default', 'float8_e4m3fn'"),
-        (12, "data.exmaples", "there are examples, held_out"),
+        (4, "model.vae", "required"),
+        (6, "model.text_encoders", "at least 1"),
+        (7, "model.weight_dtype", "'default', 'float8_e4m3fn'"),
+        (12, "data.exmaples", "expected one of images, instructions, max_instructions_per_prompt"),
         (14, "run.steps", "greater than or equal to 1, found -1"),
         (15, "run.resolution", "multiple of 16"),
     ):
@@ -92,18 +96,18 @@ def test_all_errors_at_once_with_their_lines(tmp_path):
 
 
 def test_methods_objectives_and_data_must_fit(tmp_path):
-    with pytest.raises(TrainingError, match=r"for projector it is 'flow'; data\.kind is 'combinations'"):
-        read_config(write_config(tmp_path, {"method": "projector", "objective": {"kind": "pps", "guidance": 1.0}}))
+    with pytest.raises(TrainingError, match=r"method projector needs 'flow'; data\.type is 'combinations'"):
+        read_config(write_config(tmp_path, {"method": "projector", "objective": {"type": "pps", "guidance": 1.0}}))
 
 
 def test_wrong_files_are_told_in_a_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(comfy.model_management, "in_training", False)  # given back afterwards
-    config = write_config(tmp_path, {"base": {"model": "gone.safetensors", "models": None}})
+    config = write_config(tmp_path, {"model": {"diffusion_model": "gone.safetensors", "extra_models_folder": None}})
     assert main(["train", str(config)]) == 1
     assert "'gone.safetensors' is not in ComfyUI's folder 'diffusion_models'" in capsys.readouterr().err
-    config = write_config(tmp_path, {"base": {"comfyui": str(tmp_path)}})
+    config = write_config(tmp_path, {"model": {"comfyui": str(tmp_path)}})
     assert main(["train", str(config)]) == 1
-    assert "is no ComfyUI: expected main.py beside a folder comfy" in capsys.readouterr().err
+    assert "is not a ComfyUI folder: expected main.py and a folder comfy" in capsys.readouterr().err
     with pytest.raises(TrainingError, match="cannot be read: No such file"):
         read_config(tmp_path / "none.yaml")
     (tmp_path / "text.yaml").write_text("just words")
@@ -112,15 +116,77 @@ def test_wrong_files_are_told_in_a_line(tmp_path, capsys, monkeypatch):
 
 
 def test_prodigy_finds_its_own_learning_rate(tmp_path):
-    content = {name: CONFIG[name] for name in ("method", "name", "output", "base", "data")}
-    for given, expected in (({"kind": "prodigy"}, 1), ({"kind": "prodigy", "learning_rate": 0.5}, 0.5), ({}, 5e-5)):
-        (tmp_path / "a.yaml").write_text(yaml.safe_dump({**content, "optimiser": given}))
-        assert read_config(tmp_path / "a.yaml").optimiser.learning_rate == expected
+    content = {name: CONFIG[name] for name in ("method", "name", "output", "model", "data")}
+    for given, expected in (({"type": "prodigy"}, 1), ({"type": "prodigy", "learning_rate": 0.5}, 0.5), ({}, 5e-5)):
+        (tmp_path / "a.yaml").write_text(yaml.safe_dump({**content, "optimizer": given}))
+        assert read_config(tmp_path / "a.yaml").optimizer.learning_rate == expected
 
 
 def test_files_beside_the_config_are_found(tmp_path):
     (tmp_path / "mine.safetensors").touch()
-    base = {"model": "mine.safetensors", "text_encoders": ["mine.safetensors", "other.safetensors"]}
-    found = read_config(write_config(tmp_path, {"base": base})).base
-    assert found.model == str(tmp_path / "mine.safetensors")
+    model = {"diffusion_model": "mine.safetensors", "text_encoders": ["mine.safetensors", "other.safetensors"]}
+    found = read_config(write_config(tmp_path, {"model": model})).model
+    assert found.diffusion_model == str(tmp_path / "mine.safetensors")
     assert found.text_encoders == [str(tmp_path / "mine.safetensors"), "other.safetensors"]
+
+
+FORMER_CONFIG = """\
+method: stlora
+base:
+  model: a
+  text_rows: 256
+data:
+  kind: stacks
+  held_out: 2
+optimiser:
+  schedule: cosine
+  ema: 0.9
+run:
+  checkpointing: false
+  batch: 4
+watching:
+  tensorboard: false
+"""
+
+
+def test_former_keys_are_reported_with_their_current_names(tmp_path):
+    (tmp_path / "old.yaml").write_text(FORMER_CONFIG)
+    with pytest.raises(TrainingError) as error:
+        read_config(tmp_path / "old.yaml")
+    assert str(error.value).splitlines() == [
+        f"old.yaml, line {line}: {message}"
+        for line, message in (
+            (2, "'base' is now 'model'"),
+            (3, "'base.model' is now 'model.diffusion_model'"),
+            (4, "'base.text_rows' is now 'model.max_sequence_length'"),
+            (6, "'data.kind' is now 'data.type'"),
+            (6, "the value 'stacks' of 'data.type' is now 'edit_strips'"),
+            (7, "'data.held_out' is now 'data.num_validation'"),
+            (8, "'optimiser' is now 'optimizer'"),
+            (9, "'optimiser.schedule' is now 'optimizer.lr_scheduler'"),
+            (10, "'optimiser.ema' is now 'optimizer.ema_decay'"),
+            (12, "'run.checkpointing' is now 'run.gradient_checkpointing'"),
+            (13, "'run.batch' is now 'run.batch_size'"),
+            (14, "'watching' is now 'logging'"),
+        )
+    ]
+
+
+def test_former_keys_are_not_keys_now_and_their_current_names_are(tmp_path):
+    def paths(section, prefix=""):
+        for name, field in section.model_fields.items():
+            yield prefix + name
+            for inner in _sections_in(field.annotation):
+                yield from paths(inner, f"{prefix}{name}.")
+
+    current = {*paths(TrainingConfig), *paths(PrepareConfig)}
+    for former, name in RENAMED_KEYS.items():
+        assert former not in current
+        assert ".".join([*former.split(".")[:-1], name]) in current
+
+
+def test_every_version_is_the_same():
+    page = (REPO / "web" / "edit_sliders.js").read_text(encoding="utf-8")
+    [version] = re.findall(r"const VERSION = '(.+)'", page)
+    assert version == pack_version()
+    assert f'version = "{version}"' in (REPO / "pyproject.toml").read_text(encoding="utf-8")

@@ -9,18 +9,18 @@ from itertools import pairwise
 import pytest
 import torch
 from PIL import Image
-from support.training_run import INSTRUCTIONS, write_config, write_pictures, write_stacks
+from support.training_run import INSTRUCTIONS, write_config, write_edit_strips, write_images
 
 from training.config import read_config
 from training.errors import TrainingError
-from training.examples import Picture, read_examples, resized
-from training.rng import example_of
-from training.validation import HeldOut, curve, sheet
+from training.examples import ImageFile, read_examples, resize_to_area
+from training.rng import example_index
+from training.validation import ValidationRender, strength_curve, validation_sheet
 
 
 @pytest.fixture
 def place(tmp_path):
-    write_pictures(tmp_path / "pictures", 4)
+    write_images(tmp_path / "images", 4)
     return tmp_path
 
 
@@ -29,31 +29,37 @@ def examples_of(place, **data):
 
 
 def combined(place, **more):
-    data = {"kind": "combinations", "images": "pictures", "instructions": INSTRUCTIONS, "examples": 60, "held_out": 6}
+    data = {
+        "type": "combinations",
+        "images": "images",
+        "instructions": INSTRUCTIONS,
+        "num_examples": 60,
+        "num_validation": 6,
+    }
     return examples_of(place, **{**data, **more})
 
 
 def test_combinations(place):
-    assert len(combined(place).held_out) == 6
-    everything = combined(place, held_out=0).training
+    assert len(combined(place).validation) == 6
+    everything = combined(place, num_validation=0).training
     assert len(everything) == 60
     assert {len(example.instructions) for example in everything} == {1, 2, 3}
     assert all(len(set(example.instructions)) == len(example.instructions) for example in everything)
     assert {example.instructions for example in everything} >= {(INSTRUCTIONS[0], INSTRUCTIONS[1]), (INSTRUCTIONS[1],)}
     uses = [sum(example.source.file.name == f"{k}.png" for example in everything) for k in range(4)]
     assert uses == [15] * 4
-    assert combined(place, held_out=0).training == everything
+    assert combined(place, num_validation=0).training == everything
     assert combined(place) == combined(place)
-    assert {len(example.instructions) for example in combined(place, most_in_a_prompt=1).training} == {1}
+    assert {len(example.instructions) for example in combined(place, max_instructions_per_prompt=1).training} == {1}
 
 
 def test_contrary_instructions_never_meet(place):
     apart = [INSTRUCTIONS[0], INSTRUCTIONS[2]]
     assert any(set(apart) <= set(example.instructions) for example in combined(place).training)
-    found = combined(place, never_together=[apart])
+    found = combined(place, mutually_exclusive=[apart])
     assert not any(set(apart) <= set(example.instructions) for example in found.training)
-    with pytest.raises(TrainingError, match="'make it day', which is not among the instructions"):
-        combined(place, never_together=[["make it day", INSTRUCTIONS[0]]])
+    with pytest.raises(TrainingError, match=r"'make it day', which is not one of data\.instructions"):
+        combined(place, mutually_exclusive=[["make it day", INSTRUCTIONS[0]]])
 
 
 def test_instructions_from_a_file(place):
@@ -64,18 +70,18 @@ def test_instructions_from_a_file(place):
 
 def test_pairs(place):
     lines = [
-        {"image": "pictures/0.png", "instructions": ["a", "b", "c", "d"]},
-        {"image": "pictures/1.png", "instructions": "e"},
+        {"image": "images/0.png", "instructions": ["a", "b", "c", "d"]},
+        {"image": "images/1.png", "instructions": "e"},
     ]
     (place / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    found = examples_of(place, kind="pairs", path="pairs.jsonl", held_out=0).training
+    found = examples_of(place, type="pairs", path="pairs.jsonl", num_validation=0).training
     assert [(e.source.file.name, e.instructions) for e in found] == [
         ("0.png", ("a", "b", "c")),
         ("0.png", ("d",)),
         ("1.png", ("e",)),
     ]
-    (place / "pictures" / "2.txt").write_text("make it red\nmake it night\n")
-    found = examples_of(place, kind="pairs", path="pictures", held_out=0).training
+    (place / "images" / "2.txt").write_text("make it red\nmake it night\n")
+    found = examples_of(place, type="pairs", path="images", num_validation=0).training
     assert [(e.source.file.name, e.instructions) for e in found] == [("2.png", ("make it red", "make it night"))]
 
 
@@ -83,62 +89,62 @@ def test_pairs(place):
 def test_pairs_that_cannot_be_read(place, line):
     (place / "pairs.jsonl").write_text(f'{{"image": "a.png", "instructions": ["x"]}}\n{line}\n')
     with pytest.raises(TrainingError, match=r"pairs\.jsonl, line 2: expected"):
-        examples_of(place, kind="pairs", path="pairs.jsonl")
+        examples_of(place, type="pairs", path="pairs.jsonl")
 
 
 def test_stacks(place):
-    write_stacks(place / "stacks", 3)
-    data = {"kind": "stacks", "path": "stacks", "held_out": 1}
+    write_edit_strips(place / "edit_strips", 3)
+    data = {"type": "edit_strips", "path": "edit_strips", "num_validation": 1}
     config = read_config(write_config(place, {"method": "projector", "data": data}))
     [first, *_] = read_examples(config).training
     assert first.source.column == 0
-    assert [target.picture.column for target in first.targets] == [1, 2, 3, 4, 5, 6, 7]
+    assert [target.image.column for target in first.targets] == [1, 2, 3, 4, 5, 6, 7]
     assert [round(target.strength * 6, 6) for target in first.targets] == [0, 1, 2, 3, 4, 5, 6]
-    reds = [target.picture.open().getpixel((5, 5))[0] for target in first.targets]
+    reds = [target.image.open().getpixel((5, 5))[0] for target in first.targets]
     assert {b - a for a, b in pairwise(reds)} == {28}
 
 
 def test_nothing_to_learn_from(place, tmp_path):
-    with pytest.raises(TrainingError, match="nothing is left to learn from"):
-        combined(place, examples=6)
+    with pytest.raises(TrainingError, match="none are left for training"):
+        combined(place, num_examples=6)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(TrainingError, match="holds no pictures"):
+    with pytest.raises(TrainingError, match="contains no images"):
         combined(place, images="empty")
 
 
 def test_every_epoch_has_each_example_once():
-    epochs = [[example_of(7, number, 5) for number in range(start, start + 5)] for start in (0, 5, 10)]
+    epochs = [[example_index(7, number, 5) for number in range(start, start + 5)] for start in (0, 5, 10)]
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
     assert epochs[0] != epochs[1] or epochs[1] != epochs[2]
 
 
 @pytest.mark.parametrize("size", [(640, 480), (100, 900), (64, 64), (33, 47)])
 def test_pictures_keep_their_shape(size):
-    width, height = resized(Image.new("RGB", size), 256).size
+    width, height = resize_to_area(Image.new("RGB", size), 256).size
     assert width % 16 == height % 16 == 0
     assert width * height == pytest.approx(256**2, rel=0.15)
     assert width / height == pytest.approx(size[0] / size[1], rel=0.15)
 
 
 def test_a_grid_of_two_sliders_shows_the_source():
-    colours = torch.tensor([[0.0, 0.0, 1.0], [1, 0, 0], [0, 1, 0], [1, 1, 0], [1, 0, 1]])  # the first is the source
-    pictures = colours[:, None, None, :].expand(5, 64, 64, 3)
-    drawn = sheet(HeldOut("a and b", pictures, [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)]))
+    colors = torch.tensor([[0.0, 0.0, 1.0], [1, 0, 0], [0, 1, 0], [1, 1, 0], [1, 0, 1]])  # the first is the source
+    images = colors[:, None, None, :].expand(5, 64, 64, 3)
+    drawn = validation_sheet(ValidationRender("a and b", images, [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)]))
     cells = [(32, 70), (32, 172), (102, 172), (32, 274), (102, 274)]
     shown = [drawn.getpixel(cell) for cell in cells]
-    assert shown == [tuple(map(round, (255 * colour).tolist())) for colour in colours]
+    assert shown == [tuple(map(round, (255 * color).tolist())) for color in colors]
     assert drawn.getpixel((102, 70)) == (255, 255, 255)
 
 
 def test_a_curve_tells_how_the_edit_comes():
     """Gray levels: the source at 0; up by .2, back by .1, up by .3."""
     levels = torch.tensor([0.0, 0.1, 0.3, 0.2, 0.5])
-    rendered = HeldOut("a", levels[:, None, None, None].expand(5, 8, 8, 3), [(0.0,), (0.5,), (1.0,), (1.5,)])
-    found = curve(rendered)
+    rendered = ValidationRender("a", levels[:, None, None, None].expand(5, 8, 8, 3), [(0.0,), (0.5,), (1.0,), (1.5,)])
+    found = strength_curve(rendered)
     assert found.distances == pytest.approx([0.1, 0.3, 0.2, 0.5])
     assert found.rising == pytest.approx(2 / 3)
     assert found.first_order == pytest.approx(0.3 / 0.6)
-    assert curve(rendered._replace(strengths=[(0.0, 0.0)] * 4)) is None
+    assert strength_curve(rendered._replace(strengths=[(0.0, 0.0)] * 4)) is None
 
 
 def test_pictures_are_upright(tmp_path):
@@ -147,29 +153,35 @@ def test_pictures_are_upright(tmp_path):
     note = Image.Exif()
     note[0x0112] = 6
     lying.save(tmp_path / "lying.jpg", exif=note)
-    assert Picture(tmp_path / "lying.jpg").open().size == (16, 32)
+    assert ImageFile(tmp_path / "lying.jpg").open().size == (16, 32)
 
 
 def test_instructions_are_one_line_each(tmp_path):
-    write_pictures(tmp_path / "pictures", 2)
-    record = {"image": "pictures/0.png", "instructions": ["make it red\n and darker", "add a hat"]}
+    write_images(tmp_path / "images", 2)
+    record = {"image": "images/0.png", "instructions": ["make it red\n and darker", "add a hat"]}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(record))
-    found = examples_of(tmp_path, kind="pairs", path="pairs.jsonl", held_out=0)
+    found = examples_of(tmp_path, type="pairs", path="pairs.jsonl", num_validation=0)
     assert found.training[0].instructions == ("make it red and darker", "add a hat")
 
 
-def test_what_is_held_out_is_not_learned(place):
+def test_validation_examples_are_not_trained_on(place):
     found = combined(place)
     learned = {(example.source, frozenset(example.instructions)) for example in found.training}
-    assert not learned & {(example.source, frozenset(example.instructions)) for example in found.held_out}
+    assert not learned & {(example.source, frozenset(example.instructions)) for example in found.validation}
 
 
 def test_few_examples_are_of_any_pictures(tmp_path):
     """Not of the first ones by name."""
-    write_pictures(tmp_path / "pictures", 40)
-    data = {"kind": "combinations", "images": "pictures", "instructions": INSTRUCTIONS, "examples": 8, "held_out": 0}
+    write_images(tmp_path / "images", 40)
+    data = {
+        "type": "combinations",
+        "images": "images",
+        "instructions": INSTRUCTIONS,
+        "num_examples": 8,
+        "num_validation": 0,
+    }
     used = sorted(example.source.file.name for example in examples_of(tmp_path, **data).training)
-    by_name = sorted(file.name for file in (tmp_path / "pictures").iterdir())
+    by_name = sorted(file.name for file in (tmp_path / "images").iterdir())
     assert len(set(used)) == 8
     assert used != by_name[:8]
 
@@ -178,5 +190,5 @@ def test_prompts_of_one_instruction_are_told_of(place, caplog):
     with caplog.at_level(logging.WARNING):
         combined(place)
         assert not caplog.text
-        combined(place, most_in_a_prompt=1, held_out=0)
-    assert "has one instruction only" in caplog.text
+        combined(place, max_instructions_per_prompt=1, num_validation=0)
+    assert "has only one instruction" in caplog.text

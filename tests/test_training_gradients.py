@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from slider_core.families.flux import Flux
-from training.config import Objective as Settings
-from training.frozen_model import BaseModel, Text
-from training.objectives import Batch, FlowMatching, Sample, Suppression
+from training.config import ObjectiveConfig
+from training.frozen_model import FrozenModel, Text
+from training.objectives import Batch, FlowMatching, PromptSuppression, TrainingSample
 from training.trainable import TrainableLora, TrainableProjector
 
 ROWS = 12
@@ -29,14 +29,14 @@ def weights(recipe, manifest) -> dict[str, torch.Tensor]:
     return recipe.flux_weights(manifest["model"])
 
 
-def model(weights, dtype: torch.dtype, checkpointing: bool) -> BaseModel:
+def model(weights, dtype: torch.dtype, gradient_checkpointing: bool) -> FrozenModel:
     patcher = comfy.sd.load_diffusion_model_state_dict(dict(weights), model_options={"dtype": dtype})
-    return BaseModel(patcher, checkpointing)
+    return FrozenModel(patcher, gradient_checkpointing)
 
 
-def lora(base: BaseModel, kind: str, dtype: torch.dtype = torch.float32) -> TrainableLora:
+def lora(frozen: FrozenModel, kind: str, dtype: torch.dtype = torch.float32) -> TrainableLora:
     """An adapter in the middle of its training: no factor is zero."""
-    learning = TrainableLora(base, kind, rank=3, seed=1)
+    learning = TrainableLora(frozen, kind, rank=3, seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in learning.parameters():
@@ -44,9 +44,9 @@ def lora(base: BaseModel, kind: str, dtype: torch.dtype = torch.float32) -> Trai
     return learning.to(dtype)
 
 
-def sample(prompt: tuple[str, ...], suppressed: tuple[int, ...], teacher: tuple[str, ...] | None) -> Sample:
+def sample(prompt: tuple[str, ...], suppressed: tuple[int, ...], teacher: tuple[str, ...] | None) -> TrainingSample:
     nothing = None
-    return Sample(nothing, nothing, prompt, teacher, suppressed, 0.4, False, 0.6, (0, 0, 0))
+    return TrainingSample(nothing, nothing, prompt, teacher, suppressed, 0.4, False, 0.6, (0, 0, 0))
 
 
 def batch(manifest, teacher: bool = True) -> Batch:
@@ -60,22 +60,22 @@ def batch(manifest, teacher: bool = True) -> Batch:
     latents = torch.randn(3, 2, 16, SIZE, SIZE, generator=generator)
     return Batch(
         samples=[sample(("a", "b"), (1,), ("a",)), sample(("c",), (0,), ())],
-        source=latents[0],
-        clean=latents[1],
+        source_latent=latents[0],
+        target_latent=latents[1],
         noise=latents[2],
         sigma=torch.tensor([0.6, 0.25]),
         text=text(),
         teacher=text() if teacher else None,
-        rows=[((1, 2), (4, 5, 6)), ((2, 3),)],
+        tokens=[((1, 2), (4, 5, 6)), ((2, 3),)],
     )
 
 
-def settings(kind: str) -> Settings:
-    return Settings(kind=kind, guidance=3.5)
+def settings(kind: str) -> ObjectiveConfig:
+    return ObjectiveConfig(type=kind, guidance=3.5)
 
 
-def gradients(base: BaseModel, learning, objective, of: Batch) -> dict[str, torch.Tensor]:
-    objective.learn(base, of, 0.5)
+def gradients(frozen: FrozenModel, learning, objective, of: Batch) -> dict[str, torch.Tensor]:
+    objective.accumulate_gradients(frozen, of, 0.5)
     return {name: parameter.grad.double() for name, parameter in learning.named_parameters()}
 
 
@@ -89,41 +89,43 @@ def test_equal_to_float64_without_checkpointing(weights, manifest, kind):
     of = batch(manifest)
     found = {}
     for dtype, checkpointing in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
-        base = model(weights, dtype, checkpointing)
-        learning = lora(base, kind, dtype)
-        found[dtype, checkpointing] = gradients(base, learning, Suppression(settings("pps"), 0, learning, True), of)
+        frozen = model(weights, dtype, checkpointing)
+        learning = lora(frozen, kind, dtype)
+        found[dtype, checkpointing] = gradients(
+            frozen, learning, PromptSuppression(settings("pps"), 0, learning, True), of
+        )
     exact = found[torch.float64, False]
     assert apart(found[torch.float32, False], exact) < 1e-4
     assert apart(found[torch.float32, True], exact) < 1e-4
 
 
-@pytest.mark.parametrize("storage", ["float8_e4m3fn", "quantised", "partly loaded"])
+@pytest.mark.parametrize("storage", ["float8_e4m3fn", "quantized", "partly loaded"])
 def test_the_weights_storage_does_not_matter(weights, manifest, storage):
-    """As through the same values in float32: 8-bit floats, ComfyUI's quantised layers, weights that stay offloaded."""
+    """As through the same values in float32: 8-bit floats, ComfyUI's quantized layers, weights that stay offloaded."""
     of = batch(manifest)
-    base = model(weights, torch.float32, True)
+    frozen = model(weights, torch.float32, True)
     if storage == "float8_e4m3fn":
         stored = model(weights, torch.float8_e4m3fn, True)
         assert stored.network.double_blocks[0].txt_mlp[0].weight.dtype == torch.float8_e4m3fn
-        base = model(
+        frozen = model(
             {name: value.to(torch.float8_e4m3fn).float() for name, value in weights.items()}, torch.float32, True
         )
-    elif storage == "quantised":
-        written, meant = quantised(weights)
-        stored, base = model(written, torch.float32, True), model(meant, torch.float32, True)
+    elif storage == "quantized":
+        written, meant = quantized(weights)
+        stored, frozen = model(written, torch.float32, True), model(meant, torch.float32, True)
         assert type(stored.network.double_blocks[0].txt_mlp[0].weight).__name__ == "QuantizedTensor"
     else:
         stored = model(weights, torch.float32, True)
         stored.patcher.load(lowvram_model_memory=10_000)
         assert sum(getattr(module, "comfy_cast_weights", False) for module in stored.network.modules()) > 10
     found = {}
-    for name, of_model in (("stored", stored), ("plain", base)):
+    for name, of_model in (("stored", stored), ("plain", frozen)):
         learning = lora(of_model, "GSTLoRA")
-        found[name] = gradients(of_model, learning, Suppression(settings("pps"), 0, learning, True), of)
+        found[name] = gradients(of_model, learning, PromptSuppression(settings("pps"), 0, learning, True), of)
     assert apart(found["stored"], found["plain"]) < 0.02
 
 
-def quantised(weights):
+def quantized(weights):
     """The linears of double blocks as ComfyUI's scaled 8-bit floats, and what they stand for."""
     written, meant = dict(weights), dict(weights)
     for name, value in weights.items():
@@ -140,10 +142,10 @@ def quantised(weights):
 
 def test_equal_to_finite_differences(weights, manifest):
     of = batch(manifest)
-    base = model(weights, torch.float64, True)
-    learning = lora(base, "STLoRA", torch.float64)
-    objective = Suppression(settings("pps"), 0, learning, True)
-    exact = gradients(base, learning, objective, of)
+    frozen = model(weights, torch.float64, True)
+    learning = lora(frozen, "STLoRA", torch.float64)
+    objective = PromptSuppression(settings("pps"), 0, learning, True)
+    exact = gradients(frozen, learning, objective, of)
     generator = torch.Generator().manual_seed(4)
     direction = {name: torch.randn(value.shape, generator=generator).double() for name, value in exact.items()}
     expected = sum((exact[name] * direction[name]).sum() for name in exact).item()
@@ -152,7 +154,7 @@ def test_equal_to_finite_differences(weights, manifest):
         with torch.no_grad():
             for name, parameter in learning.named_parameters():
                 parameter.add_(direction[name], alpha=step)
-        total = objective.learn(base, of, 0.5).sum().item() * 0.5
+        total = objective.accumulate_gradients(frozen, of, 0.5).sum().item() * 0.5
         with torch.no_grad():
             for name, parameter in learning.named_parameters():
                 parameter.add_(direction[name], alpha=-step)
@@ -165,10 +167,10 @@ def test_of_the_projector_and_its_lora(weights, manifest):
     of = batch(manifest, teacher=False)
     found = {}
     for checkpointing in (False, True):
-        base = model(weights, torch.float32, checkpointing)
-        learning = torch.nn.ModuleList([lora(base, "GSTLoRA"), TrainableProjector(base, seed=1)])
+        frozen = model(weights, torch.float32, checkpointing)
+        learning = torch.nn.ModuleList([lora(frozen, "GSTLoRA"), TrainableProjector(frozen, seed=1)])
         objective = FlowMatching(settings("flow"), 0, *learning)
-        found[checkpointing] = gradients(base, learning, objective, of)
+        found[checkpointing] = gradients(frozen, learning, objective, of)
     assert apart(found[True], found[False]) < 1e-4
     assert all(value.norm() > 0 for value in found[True].values())
 
@@ -178,26 +180,26 @@ def test_in_half_precision(weights, manifest):
     of = batch(manifest)
     found = {}
     for dtype in (torch.float16, torch.float32):
-        base = model(weights, dtype, True)
-        base.patcher.model.manual_cast_dtype = None  # on the CPU ComfyUI would compute in float32
-        assert base.dtype == dtype
-        learning = lora(base, "GSTLoRA")
-        found[dtype] = gradients(base, learning, Suppression(settings("pps"), 0, learning, True), of)
+        frozen = model(weights, dtype, True)
+        frozen.patcher.model.manual_cast_dtype = None  # on the CPU ComfyUI would compute in float32
+        assert frozen.dtype == dtype
+        learning = lora(frozen, "GSTLoRA")
+        found[dtype] = gradients(frozen, learning, PromptSuppression(settings("pps"), 0, learning, True), of)
     assert apart(found[torch.float16], found[torch.float32]) < 0.05
 
 
 def test_where_the_strength_is_dropped_there_is_no_projector(weights, manifest):
     of = batch(manifest, teacher=False)
-    base = model(weights, torch.float32, False)
-    learning = torch.nn.ModuleList([lora(base, "GSTLoRA"), TrainableProjector(base, seed=1)])
+    frozen = model(weights, torch.float32, False)
+    learning = torch.nn.ModuleList([lora(frozen, "GSTLoRA"), TrainableProjector(frozen, seed=1)])
     objective = FlowMatching(settings("flow"), 0, *learning)
-    of = of._replace(samples=[of.samples[0], of.samples[1]._replace(dropped=True)])
+    of = of._replace(samples=[of.samples[0], of.samples[1]._replace(strength_dropped=True)])
 
     def said(changes):
-        with torch.no_grad(), base.changed(changes):
-            return objective.velocity(base, of, of.text)
+        with torch.no_grad(), frozen.patched(changes):
+            return objective.velocity(frozen, of, of.text)
 
-    both, without = said(objective.changes(of)), said(learning[0].forward_wrappers(torch.ones(())))
+    both, without = said(objective.forward_wrappers(of)), said(learning[0].forward_wrappers(torch.ones(())))
     assert not torch.allclose(both[0], without[0], atol=1e-4)
     assert torch.allclose(both[1], without[1], atol=1e-5)
 
@@ -205,50 +207,50 @@ def test_where_the_strength_is_dropped_there_is_no_projector(weights, manifest):
 def test_without_copies_of_what_is_overwritten_gradients_are_wrong(weights, manifest, monkeypatch):
     """It runs without an error under checkpointing, which is why the copies have to be proven."""
     of = batch(manifest)
-    base = model(weights, torch.float32, True)
-    learning = lora(base, "STLoRA")
-    objective = Suppression(settings("pps"), 0, learning, True)
-    exact = gradients(base, learning, objective, of)
+    frozen = model(weights, torch.float32, True)
+    learning = lora(frozen, "STLoRA")
+    objective = PromptSuppression(settings("pps"), 0, learning, True)
+    exact = gradients(frozen, learning, objective, of)
     learning.zero_grad()
     monkeypatch.setattr(Flux, "inplace_modified_inputs", lambda *_: [])
-    assert not apart(gradients(base, learning, objective, of), exact) < 0.01  # not finite, or another
+    assert not apart(gradients(frozen, learning, objective, of), exact) < 0.01  # not finite, or another
 
 
 def test_the_backward_pass_belongs_into_the_context(weights, manifest):
     """Outside of it, checkpointed blocks run again without the adapter."""
     of = batch(manifest)
-    base = model(weights, torch.float32, True)
-    learning = lora(base, "STLoRA")
-    objective = Suppression(settings("pps"), 0, learning, True)
-    wanted = objective.wanted(base, of)
-    with base.changed(objective.changes(of)):
-        losses = objective.distances(objective.velocity(base, of, of.text), wanted)
+    frozen = model(weights, torch.float32, True)
+    learning = lora(frozen, "STLoRA")
+    objective = PromptSuppression(settings("pps"), 0, learning, True)
+    wanted = objective.target_velocity(frozen, of)
+    with frozen.patched(objective.forward_wrappers(of)):
+        losses = objective.losses(objective.velocity(frozen, of, of.text), wanted)
     with pytest.raises((RuntimeError, torch.utils.checkpoint.CheckpointError)):
         losses.sum().backward()
 
 
 def test_only_suppressed_rows_are_changed(weights, manifest):
     of = batch(manifest)
-    base = model(weights, torch.float32, True)
-    objective = Suppression(settings("pps"), 0, lora(base, "STLoRA"), True)
+    frozen = model(weights, torch.float32, True)
+    objective = PromptSuppression(settings("pps"), 0, lora(frozen, "STLoRA"), True)
     place = "double_blocks.0.txt_mlp.0"
-    linear = base.network.get_submodule(place)
+    linear = frozen.network.get_submodule(place)
     x = torch.randn(2, ROWS, linear.in_features)
     with torch.no_grad():
-        moved = objective.changes(of)[place](linear.forward)(x) - linear(x)
+        moved = objective.forward_wrappers(of)[place](linear.forward)(x) - linear(x)
     assert [row for row in range(ROWS) if moved[0, row].any()] == [4, 5, 6]
     assert [row for row in range(ROWS) if moved[1, row].any()] == [2, 3]
 
 
 def test_nothing_stays_on_the_model(weights, manifest):
     of = batch(manifest)
-    base = model(weights, torch.float32, True)
-    learning = lora(base, "STLoRA")
+    frozen = model(weights, torch.float32, True)
+    learning = lora(frozen, "STLoRA")
     with torch.no_grad():
-        before = base.velocity(of.noised, of.sigma, of.text, 3.5, [of.source])
-    Suppression(settings("pps"), 0, learning, True).learn(base, of, 1.0)
+        before = frozen.velocity(of.noised_latent, of.sigma, of.text, 3.5, [of.source_latent])
+    PromptSuppression(settings("pps"), 0, learning, True).accumulate_gradients(frozen, of, 1.0)
     with torch.no_grad():
-        after = base.velocity(of.noised, of.sigma, of.text, 3.5, [of.source])
+        after = frozen.velocity(of.noised_latent, of.sigma, of.text, 3.5, [of.source_latent])
     assert torch.equal(before, after)
-    assert not any("forward" in vars(module) for module in base.network.modules())
-    assert all(parameter.grad is None for parameter in base.network.parameters())
+    assert not any("forward" in vars(module) for module in frozen.network.modules())
+    assert all(parameter.grad is None for parameter in frozen.network.parameters())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from support.tiny_models import write_tiny_models
-from support.training_run import INSTRUCTIONS, write_config, write_pictures, write_stacks
+from support.training_run import INSTRUCTIONS, write_config, write_edit_strips, write_images
 
 from training.collate import micro_batches
 from training.config import read_config
@@ -28,8 +28,8 @@ def place(tmp_path_factory):
     for part in (folder / "models").iterdir():
         if part.is_dir():
             folder_paths.add_model_folder_path(part.name, str(part))
-    write_pictures(folder / "pictures", 8)
-    write_stacks(folder / "stacks", 6)
+    write_images(folder / "images", 8)
+    write_edit_strips(folder / "edit_strips", 6)
     return folder
 
 
@@ -42,34 +42,40 @@ def in_training(monkeypatch):
 class Learned:
     run: Run
     losses: list[float]
-    held_out: list[Batch]
+    validation: list[Batch]
 
     def distance(self, changes) -> float:
         """Mean distance from what is wanted on the held-out samples, with the model changed as `changes` says."""
         total = count = 0.0
-        for batch in self.held_out:
-            objective, base = self.run.objective, self.run.base
-            with torch.no_grad(), base.changed(changes(batch)):
+        for batch in self.validation:
+            objective, base = self.run.objective, self.run.model
+            with torch.no_grad(), base.patched(changes(batch)):
                 velocity = objective.velocity(base, batch, batch.text)
-            total += objective.distances(velocity, objective.wanted(base, batch)).sum().item()
+            total += objective.losses(velocity, objective.target_velocity(base, batch)).sum().item()
             count += len(batch.samples)
         return total / count
 
 
 def learned(place, name: str, **changes) -> Learned:
     """A run in full, with samples of its held-out examples."""
-    data = {"kind": "combinations", "images": "pictures", "instructions": INSTRUCTIONS, "examples": 120, "held_out": 8}
-    settings = {"data": data, "adapter": {"rank": 8}, "optimiser": {"learning_rate": 3e-3}, **changes}
+    data = {
+        "type": "combinations",
+        "images": "images",
+        "instructions": INSTRUCTIONS,
+        "num_examples": 120,
+        "num_validation": 8,
+    }
+    settings = {"data": data, "adapter": {"rank": 8}, "optimizer": {"learning_rate": 3e-3}, **changes}
     config = read_config(write_config(place, {"name": name, "output": f"out_{name}", **settings}))
-    run = Run(config, Accelerator(cpu=True), lambda *_: None)
-    samples = [run.objective.draw(e, UNSEEN + k, k) for k in range(3) for e in run.examples.held_out]
+    run = Run.prepare(config, Accelerator(cpu=True), lambda *_: None)
+    samples = [run.objective.make_sample(e, UNSEEN + k, k) for k in range(3) for e in run.examples.validation]
     run.cache.fill_texts([p for sample in samples for p in (sample.prompt, sample.teacher or ())], lambda *_: None)
-    held_out = list(micro_batches(samples, run.cache, run.base, 8))
+    validation = list(micro_batches(samples, run.cache, run.model, 8))
     losses = []
     while run.step < config.run.steps:
-        losses.append(run.take_step()[0])
+        losses.append(run.train_step()[0])
         run.step += 1
-    return Learned(run, losses, held_out)
+    return Learned(run, losses, validation)
 
 
 def fell(losses: list[float], to: float) -> bool:
@@ -79,32 +85,34 @@ def fell(losses: list[float], to: float) -> bool:
 
 def test_an_stlora_deletes_the_instructions_that_it_acts_on(place):
     """PPS on random weights: the loss falls, and held-out prompts are answered as if they lacked the instruction."""
-    it = learned(place, "pps", run={"steps": 150, "batch": 8, "micro_batch": 8, "checkpointing": False})
+    it = learned(
+        place, "pps", run={"steps": 150, "batch_size": 8, "micro_batch_size": 8, "gradient_checkpointing": False}
+    )
     assert fell(it.losses, 0.8)
 
-    def at_strength_0(batch):  # as Apply STLoRA has it: the adapter once on the rows of what is to be deleted
+    def at_strength_0(batch):  # as Apply STLoRA has it: the adapter once on the tokens of what is to be deleted
         scale = torch.zeros(batch.text.states.shape[:2])
-        for image, (sample, rows) in enumerate(zip(batch.samples, batch.rows)):
+        for image, (sample, tokens) in enumerate(zip(batch.samples, batch.tokens)):
             for instruction in sample.suppressed:
-                scale[image, list(rows[instruction])] = 1.0
-        return it.run.learning.lora.forward_wrappers(scale)
+                scale[image, list(tokens[instruction])] = 1.0
+        return it.run.trainables.lora.forward_wrappers(scale)
 
     assert it.distance(at_strength_0) < 0.8 * it.distance(lambda _: {})
 
-    lora, partly = it.run.learning.lora, []
-    for batch in it.held_out:
+    lora, partly = it.run.trainables.lora, []
+    for batch in it.validation:
         some = [k for k, sample in enumerate(batch.samples) if sample.teacher]
         partly.append(only(batch, some))
-    it.held_out = [batch for batch in partly if batch.samples]
+    it.validation = [batch for batch in partly if batch.samples]
 
     def everywhere(batch):
         return lora.forward_wrappers(torch.ones(batch.text.states.shape[:2]))
 
     def on_the_others(batch):
         kept = [s._replace(suppressed=tuple(set(range(len(s.prompt))) - set(s.suppressed))) for s in batch.samples]
-        return it.run.objective.changes(batch._replace(samples=kept))
+        return it.run.objective.forward_wrappers(batch._replace(samples=kept))
 
-    chosen = it.distance(it.run.objective.changes)
+    chosen = it.distance(it.run.objective.forward_wrappers)
     assert chosen < 0.97 * it.distance(everywhere)
     assert chosen < 0.97 * it.distance(on_the_others)
 
@@ -115,23 +123,26 @@ def only(batch: Batch, places: list[int]) -> Batch:
 
     return Batch(
         samples=[batch.samples[k] for k in places],
-        source=batch.source[places],
-        clean=batch.clean[places],
+        source_latent=batch.source_latent[places],
+        target_latent=batch.target_latent[places],
         noise=batch.noise[places],
         sigma=batch.sigma[places],
         text=pick(batch.text),
         teacher=pick(batch.teacher),
-        rows=[batch.rows[k] for k in places],
+        tokens=[batch.tokens[k] for k in places],
     )
 
 
 def test_a_gstlora_makes_every_instruction_neutral(place):
     """SPPS on random weights."""
     it = learned(
-        place, "spps", method="gstlora", run={"steps": 60, "batch": 8, "micro_batch": 8, "checkpointing": False}
+        place,
+        "spps",
+        method="gstlora",
+        run={"steps": 60, "batch_size": 8, "micro_batch_size": 8, "gradient_checkpointing": False},
     )
     assert fell(it.losses, 0.8)
-    assert it.distance(it.run.objective.changes) < 0.8 * it.distance(lambda _: {})
+    assert it.distance(it.run.objective.forward_wrappers) < 0.8 * it.distance(lambda _: {})
 
 
 def test_a_projector_tells_strengths_apart(place):
@@ -140,18 +151,18 @@ def test_a_projector_tells_strengths_apart(place):
         place,
         "projector",
         method="projector",
-        data={"kind": "stacks", "path": "stacks", "held_out": 2},
-        objective={"strength_dropout": 0.0, "timesteps": "logit_normal", "timestep_mean": 2.0},
-        run={"steps": 120, "batch": 8, "micro_batch": 8, "checkpointing": False},
+        data={"type": "edit_strips", "path": "edit_strips", "num_validation": 2},
+        objective={"strength_dropout": 0.0, "timestep_sampling": "logit_normal", "logit_mean": 2.0},
+        run={"steps": 120, "batch_size": 8, "micro_batch_size": 8, "gradient_checkpointing": False},
     )
     assert fell(it.losses, 0.8)
 
     def at(move):
-        def changes(batch):
+        def forward_wrappers(batch):
             moved = [sample._replace(strength=move(sample.strength)) for sample in batch.samples]
-            return it.run.objective.changes(batch._replace(samples=moved))
+            return it.run.objective.forward_wrappers(batch._replace(samples=moved))
 
-        return changes
+        return forward_wrappers
 
     right = it.distance(at(lambda s: s))
     assert right < 0.95 * it.distance(at(lambda s: 1 - s))

@@ -1,1 +1,1 @@
-"""Makes the adapters that the nodes load: STLoRA, GSTLoRA and strength projectors. Run as `python -m training`."""
+"""Trains the adapters that the nodes load: STLoRA, GSTLoRA and strength projectors. Run `python -m training`."""

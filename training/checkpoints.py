@@ -1,4 +1,4 @@
-"""States to go on from: written whole or not at all, the newest few kept, read without running anything in them."""
+"""Checkpoints of a run: written atomically, the last few kept, read as tensors only (weights_only)."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ _NAME = re.compile(r"step_(\d+)\.pt")
 
 
 class Checkpoints:
-    """The states in a folder, by step."""
+    """The checkpoints in a folder, one file per step. keep_last: number of checkpoints to keep."""
 
-    def __init__(self, folder: Path, keep: int):
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep_last: int):
+        self.folder, self.keep_last = folder, keep_last
         folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def steps(self) -> list[int]:
-        """The steps of which there is a state."""
-        found = (_NAME.fullmatch(file.name) for file in self.folder.iterdir())
-        return sorted(int(match[1]) for match in found if match)
+        """The steps that have a checkpoint, in ascending order."""
+        matches = (_NAME.fullmatch(file.name) for file in self.folder.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Write a state, then forget the oldest. Raises OSError when the disk is full; nothing is lost then."""
+        """Write a checkpoint, then delete the oldest. Raises OSError if it cannot be written; none is deleted then."""
         content = io.BytesIO()
         torch.save(dict(state), content)
         atomic_write(self._file(step), content.getvalue())
-        for old in self.steps[: -self.keep]:
+        for old in self.steps[: -self.keep_last]:
             self._file(old).unlink(missing_ok=True)
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:
-        """The last state. Raises TrainingError when it cannot be read."""
-        for unfinished in self.folder.glob("*.part"):  # of a process that was killed
+        """The last checkpoint as (step, state); None if there is none. Raises TrainingError when it cannot be read."""
+        for unfinished in self.folder.glob("*.part"):  # left by a killed process
             unfinished.unlink(missing_ok=True)
         if not self.steps:
             return None
@@ -49,7 +49,7 @@ class Checkpoints:
             return step, torch.load(self._file(step), map_location="cpu", weights_only=True)
         except Exception as error:
             raise TrainingError(
-                f"{self._file(step)} cannot be read ({type(error).__name__}); it is damaged. Delete it to go on from "
+                f"{self._file(step)} is damaged and cannot be read ({type(error).__name__}). Delete it to resume from "
                 f"{'step ' + str(self.steps[-2]) if len(self.steps) > 1 else 'the start'}."
             ) from error
 

@@ -1,4 +1,4 @@
-"""What a run will take, from a few of its steps that are really taken, without saving anything of them."""
+"""Estimates memory, disk space and time of a run from a few real training steps, without saving them."""
 
 from __future__ import annotations
 
@@ -9,54 +9,54 @@ import psutil
 import torch
 from accelerate import Accelerator
 
-from .config import Config
+from .config import TrainingConfig
 from .run import Run
 from .sample_cache import Progress
 
 STEPS = 3
 
 
-def dry_run(config: Config, accelerator: Accelerator, on_progress: Progress) -> str:
-    """Take STEPS steps on as few examples as that needs. Returns a report of sizes, memory, disk and time.
+def dry_run(config: TrainingConfig, accelerator: Accelerator, on_progress: Progress) -> str:
+    """Take STEPS training steps on as few examples as possible. Returns a report of sizes, memory, disk and time.
 
-    Raises TrainingError for everything that would stop the run: files, pictures, instructions, settings.
+    Raises the errors that would stop the run: missing files, unreadable images, instructions, settings.
     """
     short = config.model_copy(update={"run": config.run.model_copy(update={"steps": STEPS})})
-    run = Run(short, accelerator, on_progress, most_examples=STEPS * config.run.batch)
+    run = Run.prepare(short, accelerator, on_progress, max_examples=STEPS * config.run.batch_size)
     seconds = []
     for _ in range(STEPS):
         started = time.perf_counter()
-        run.take_step()
+        run.train_step()
         seconds.append(time.perf_counter() - started)
         run.step += 1
-    whole = run.all_examples
-    prompts = len({*run.objective.prompts(whole.training, config.run.steps, config.run.batch)})
-    pictures = len(
-        {target.picture for e in whole.training for target in e.targets} | {e.source for e in whole.training}
+    examples = run.all_examples
+    num_prompts = len({*run.objective.prompts(examples.training, config.run.steps, config.run.batch_size)})
+    num_images = len(
+        {target.image for e in examples.training for target in e.targets} | {e.source for e in examples.training}
     )
     text = run.cache.prompt(run.examples.training[0].instructions).text
     latent = run.cache.latent(run.examples.training[0].source)
-    disk = prompts * _bytes(text.states, text.pooled) + pictures * _bytes(latent)
-    learning = sum(parameter.numel() for parameter in run.learning.parameters())
+    disk = num_prompts * _num_bytes(text.states, text.pooled) + num_images * _num_bytes(latent)
+    trainable = sum(parameter.numel() for parameter in run.trainables.parameters())
     step = min(seconds[1:])
     return "\n".join(
         [
-            f"examples: {len(whole.training)} to learn from, {len(whole.held_out)} held out",
-            f"base: {run.base.parameters / 1e6:.1f} million parameters, {run.base.dtype} on {run.base.device}",
-            f"adapter: {learning / 1e6:.3f} million parameters; {learning * 16 / 1e9:.2f} GB with its optimiser",
-            f"cache: {prompts} prompts and {pictures} pictures, {disk / 1e9:.2f} GB in {config.cache_folder}",
-            f"memory: {_memory(run.base.device)}",
-            f"time: {step:.2f} s a step, {step * config.run.steps / 3600:.2f} hours for {config.run.steps} steps, "
-            "without the pictures that are rendered on the way",
+            f"examples: {len(examples.training)} for training, {len(examples.validation)} for validation",
+            f"model: {run.model.num_parameters / 1e6:.1f} million parameters, {run.model.dtype} on {run.model.device}",
+            f"adapter: {trainable / 1e6:.3f} million parameters; {trainable * 16 / 1e9:.2f} GB with optimizer state",
+            f"cache: {num_prompts} prompts and {num_images} images, {disk / 1e9:.2f} GB in {config.cache_folder}",
+            f"memory: {_memory(run.model.device)}",
+            f"time: {step:.2f} s per step, {step * config.run.steps / 3600:.2f} hours for {config.run.steps} steps, "
+            "without the rendering of validation images",
         ]
     )
 
 
-def _bytes(*tensors: torch.Tensor) -> int:
+def _num_bytes(*tensors: torch.Tensor) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
 def _memory(device: torch.device) -> str:
     if comfy.model_management.is_device_cuda(device):
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB of the GPU at its peak"
-    return f"{psutil.Process().memory_info().rss / 1e9:.2f} GB of this process"
+        return f"peak of {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on the GPU"
+    return f"{psutil.Process().memory_info().rss / 1e9:.2f} GB in this process"

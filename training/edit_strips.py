@@ -1,7 +1,8 @@
-"""Edits at several strengths as files: Kontinuous Kontext's layout, and which of them are good enough to learn from.
+"""Edit strips: edits at several strengths in the file layout of Kontinuous Kontext, and its filters (A.1).
 
-A stack is a row of nine square pictures: the source, its reconstruction, five between, the edit's reconstruction, the
-edit. The seven inner ones are what the projector learns. A JSON record of the same name tells of it.
+An edit strip is an image of nine square columns: source, reconstruction of the source, five intermediate strengths,
+reconstruction of the edit, edit. The projector is trained on the seven inner columns. A JSON record of the same name
+contains the instruction and the distances between columns.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from slider_core.metrics.smoothness import kl_to_uniform, total_change
 
 from .errors import TrainingError
 
-INNER = 7
-COLUMNS = INNER + 2
-THRESHOLDS = {  # category -> least distance of the edit from the source, most of the edit from its reconstruction
+NUM_STRENGTHS = 7
+NUM_COLUMNS = NUM_STRENGTHS + 2
+CATEGORY_THRESHOLDS = {
     "stylization": (0.10, 0.55),
     "environment_change": (0.10, 0.55),
     "reimagining": (0.10, 0.52),
@@ -31,49 +32,55 @@ THRESHOLDS = {  # category -> least distance of the edit from the source, most o
     "attribute_change": (0.030, 0.45),
     "object_morphing": (0.030, 0.45),
 }
-MOST_KL = 0.15
+"""Category -> (min LPIPS(source, edit), max LPIPS(edit, reconstruction))."""
+MAX_KL = 0.15
 
 
-class Stack(NamedTuple):
-    """strengths: column -> strength, for those to learn from."""
+class EditStrip(NamedTuple):
+    """strengths: column index -> strength, for the inner columns."""
 
     file: Path
-    columns: int
+    num_columns: int
     instruction: str
     strengths: Mapping[int, float]
 
 
-def read_stacks(folder: Path, most_kl: float, category_thresholds: bool) -> list[Stack]:
-    """The stacks of a folder that pass the filters. Raises TrainingError when none does, telling why."""
+def read_edit_strips(folder: Path, max_kl: float, category_thresholds: bool) -> list[EditStrip]:
+    """The edit strips of a folder that pass the filters.
+
+    Raises TrainingError with the reasons if none does, and for invalid records.
+    """
     records = sorted(folder.glob("*.json")) if folder.is_dir() else []
-    kept: list[Stack] = []
-    why: Counter[str] = Counter()
+    strips: list[EditStrip] = []
+    rejected: Counter[str] = Counter()
     for file in records:
         record = read_record(file)
-        if reason := refusal(record, most_kl, category_thresholds):
-            why[reason] += 1
+        if reason := rejection_reason(record, max_kl, category_thresholds):
+            rejected[reason] += 1
             continue
         strengths = even_strengths(record["lpips_sequence"][1:-1])
-        picture = file.parent / record["image_name"]
-        kept.append(Stack(picture, COLUMNS, record["edit_instruction"], dict(enumerate(strengths, 1))))
-    if not kept:
-        told = "; ".join(f"{count} x {reason}" for reason, count in why.most_common()) or "there are none"
-        raise TrainingError(f"{folder} has no stack to learn from: {told}. Make some by 'python -m training prepare'.")
-    return kept
+        image = file.parent / record["image_name"]
+        strips.append(EditStrip(image, NUM_COLUMNS, record["edit_instruction"], dict(enumerate(strengths, 1))))
+    if not strips:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in rejected.most_common()) or "it contains none"
+        raise TrainingError(
+            f"{folder} has no usable edit strip: {reasons}. Make edit strips with 'python -m training prepare'."
+        )
+    return strips
 
 
-def refusal(record: Mapping[str, Any], most_kl: float, category_thresholds: bool) -> str:
-    """Why a stack is not to be learned from (Kontinuous Kontext, A.1); empty if it is."""
+def rejection_reason(record: Mapping[str, Any], max_kl: float, category_thresholds: bool) -> str:
+    """Why an edit strip is not used for training (Kontinuous Kontext, A.1); empty if it is used."""
     try:
-        if kl_to_uniform(record["lpips_sequence"]) > most_kl:
-            return "changes in jumps"
+        if kl_to_uniform(record["lpips_sequence"]) > max_kl:
+            return "changes unevenly"
         even_strengths(record["lpips_sequence"][1:-1])
     except SliderError:
         return "does not change"
-    if category_thresholds and not valid_ends(
+    if category_thresholds and not passes_category_thresholds(
         record.get("category", ""), record["lpips_kontext_edit"], record["lpips_edit_inversion"]
     ):
-        return "edit too weak or too badly reconstructed"
+        return "edit too weak or poorly reconstructed"
     return ""
 
 
@@ -86,34 +93,34 @@ def even_strengths(adjacent: Sequence[float]) -> list[float]:
     return [length / total for length in accumulate(adjacent, initial=0.0)]
 
 
-def valid_ends(category: str, edit: float, reconstruction: float) -> bool:
-    """Whether the edit is far enough from the source, and its reconstruction near enough to it, for its category."""
-    least, most = THRESHOLDS.get(category, (0.0, float("inf")))
-    return edit >= least and reconstruction <= most
+def passes_category_thresholds(category: str, edit_distance: float, reconstruction_distance: float) -> bool:
+    """edit_distance: LPIPS(source, edit). reconstruction_distance: LPIPS(edit, its reconstruction)."""
+    min_edit, max_reconstruction = CATEGORY_THRESHOLDS.get(category, (0.0, float("inf")))
+    return edit_distance >= min_edit and reconstruction_distance <= max_reconstruction
 
 
-def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one size in a row."""
-    width, height = pictures[0].size
-    row = Image.new("RGB", (width * len(pictures), height))
-    for k, picture in enumerate(pictures):
-        row.paste(picture, (k * width, 0))
-    return row
+def make_strip(images: Sequence[Image.Image]) -> Image.Image:
+    """Images of the same size, side by side."""
+    width, height = images[0].size
+    strip = Image.new("RGB", (width * len(images), height))
+    for k, image in enumerate(images):
+        strip.paste(image, (k * width, 0))
+    return strip
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """A stack's record. Raises TrainingError when the file is none."""
+    """The record of an edit strip. Raises TrainingError when the file is not a valid record."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         sequence = [float(value) for value in record["lpips_sequence"]]
         ends = {key: float(record[key]) for key in ("lpips_kontext_edit", "lpips_edit_inversion")}
-        named = isinstance(record["edit_instruction"], str) and isinstance(record["image_name"], str)
-        if len(sequence) != COLUMNS - 1 or not named:
+        has_texts = isinstance(record["edit_instruction"], str) and isinstance(record["image_name"], str)
+        if len(sequence) != NUM_COLUMNS - 1 or not has_texts:
             raise ValueError(f"{len(sequence)} distances")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(
-            f"{file.name} is no record of a stack ({type(error).__name__}: {error}); expected image_name, "
+            f"{file.name} is not the record of an edit strip ({type(error).__name__}: {error}); expected image_name, "
             f"edit_instruction, category, lpips_kontext_edit, lpips_edit_inversion and lpips_sequence with "
-            f"{COLUMNS - 1} distances."
+            f"{NUM_COLUMNS - 1} distances."
         ) from error
     return {**record, **ends, "lpips_sequence": sequence}

@@ -1,5 +1,5 @@
-"""What a person can mend, as one message."""
+"""The exception for errors that the user can fix."""
 
 
 class TrainingError(Exception):
-    """Says what was wrong, what was expected and what to do."""
+    """Printed without traceback. The message says what was wrong, what was expected and what to do."""

@@ -1,4 +1,4 @@
-"""What an adapter does, in pictures and numbers, on the held-out examples of a config."""
+"""Evaluates an adapter file on the validation examples of a config."""
 
 from __future__ import annotations
 
@@ -9,48 +9,40 @@ from accelerate import Accelerator
 
 from slider_core.adapters.adapter_file import read_adapter
 from slider_core.adapters.strength_projector import read_projector
-from slider_core.errors import SliderError
 
-from .config import Config
+from .config import TrainingConfig
 from .errors import TrainingError
 from .run import Run
 from .sample_cache import Progress
-from .validation import Curve, Renderer, Slider
+from .validation import Slider, StrengthCurve, ValidationRenderer
 
 
-def evaluate(config: Config, file: Path | None, accelerator: Accelerator, on_progress: Progress) -> tuple[Path, str]:
-    """Render the held-out examples with an adapter file, or with what the config has trained.
+def evaluate(
+    config: TrainingConfig, file: Path | None, accelerator: Accelerator, on_progress: Progress
+) -> tuple[Path, str]:
+    """Render the validation examples with an adapter file; None = the adapter that the config's run has written.
 
-    Returns the folder with sheets and curves, and a summary. Raises TrainingError when the file does not fit.
+    Returns the folder of contact sheets and curves, and a summary. Raises TrainingError when there are no validation
+    examples, SliderError when the file cannot be read or does not fit the model.
     """
     file = file or config.output / f"{config.name}.safetensors"
-    slider = _slider(config, file)
-    run = Run(config, accelerator, on_progress, most_examples=max(config.data.held_out, 1))
-    if not run.examples.held_out:
-        raise TrainingError("There are no held-out examples to look at; set data.held_out to 1 or more.")
+    slider: Slider = read_projector(file) if config.method == "projector" else read_adapter(file)
+    run = Run.prepare(config, accelerator, on_progress, max_examples=max(config.data.num_validation, 1))
+    if not run.examples.validation:
+        raise TrainingError("There are no validation examples; set data.num_validation to 1 or more.")
     folder = config.output / "evaluation" / file.stem
-    try:
-        curves = Renderer(run.base.patcher, run.cache, config.samples).write(slider, run.examples.held_out, folder)
-    except SliderError as error:
-        raise TrainingError(str(error)) from error
-    return folder, _summary(curves)
+    renderer = ValidationRenderer(run.model.patcher, run.cache, config.validation)
+    return folder, _summary(renderer.write(slider, run.examples.validation, folder))
 
 
-def _slider(config: Config, file: Path) -> Slider:
-    try:
-        return read_projector(file) if config.method == "projector" else read_adapter(file)
-    except SliderError as error:
-        raise TrainingError(str(error)) from error
-
-
-def _summary(curves: list[Curve]) -> str:
-    lines = [f"strips with one slider: {len(curves)}"]
+def _summary(curves: list[StrengthCurve]) -> str:
+    lines = [f"examples with one slider: {len(curves)}"]
     for name, meaning in (
-        ("rising", "share of the steps that lead further from the source"),
-        ("first_order", "share of the largest change between neighbours"),
+        ("rising", "fraction of the intervals that move away from the source"),
+        ("first_order", "largest change between adjacent strengths, divided by the total change"),
         ("delta_smooth", "largest detour"),
     ):
-        values = [value for found in curves if (value := getattr(found, name)) is not None]
+        values = [value for curve in curves if (value := getattr(curve, name)) is not None]
         if values:
             lines.append(f"{name}: {statistics.mean(values):.4f} ({meaning})")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What a run learns from: pictures with instructions, or pictures with their edits at several strengths."""
+"""Training examples: images with instructions, or with edited images at several strengths."""
 
 from __future__ import annotations
 
@@ -17,118 +17,126 @@ from PIL import Image, ImageOps
 
 from slider_core.atomic_write import atomic_write
 
-from .config import Combinations, Config, Data, HuggingFace, Pairs, Stacks
-from .edit_strips import read_stacks
+from .config import CombinationsConfig, DataConfig, EditStripsConfig, HuggingFaceConfig, PairsConfig, TrainingConfig
+from .edit_strips import read_edit_strips
 from .errors import TrainingError
 from .rng import generator
 
 _LOG = logging.getLogger(__name__)
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
-class Picture(NamedTuple):
-    """A picture file, or the k-th of n equal columns of one."""
+class ImageFile(NamedTuple):
+    """An image file, or one of `num_columns` equal columns of it."""
 
     file: Path
     column: int = 0
-    columns: int = 1
+    num_columns: int = 1
 
     def open(self) -> Image.Image:
-        """Its pixels, upright. Raises OSError when it is damaged."""
-        with Image.open(self.file) as picture:
-            whole = ImageOps.exif_transpose(picture).convert("RGB")
-        width = whole.width // self.columns
-        return whole.crop((self.column * width, 0, (self.column + 1) * width, whole.height))
+        """The image in RGB, with its EXIF orientation applied. Raises OSError when the file is damaged."""
+        with Image.open(self.file) as content:
+            image = ImageOps.exif_transpose(content).convert("RGB")
+        width = image.width // self.num_columns
+        return image.crop((self.column * width, 0, (self.column + 1) * width, image.height))
 
 
 class Target(NamedTuple):
-    """What the edit looks like at a strength."""
+    """The edited image at a strength."""
 
-    picture: Picture
+    image: ImageFile
     strength: float
 
 
 class Example(NamedTuple):
-    """A picture, what to do to it, and, for the projector, what comes of it."""
+    """An image and its instructions; targets: for the projector, the edited image at several strengths."""
 
-    source: Picture
+    source: ImageFile
     instructions: tuple[str, ...]
     targets: tuple[Target, ...] = ()
 
 
 class Examples(NamedTuple):
     training: list[Example]
-    held_out: list[Example]
+    validation: list[Example]
 
 
-def read_examples(config: Config) -> Examples:
-    """All examples, those that are held out apart. Raises TrainingError when there is nothing to learn from."""
+def read_examples(config: TrainingConfig) -> Examples:
+    """Read all examples and split off the validation examples. Raises TrainingError when no training example is left.
+
+    Training examples with the same image and instructions as a validation example are dropped.
+    """
     data, seed = config.data, config.run.seed
-    found = list(_examples(data, seed, config.cache_folder))
-    if len(found) <= data.held_out:
+    examples = list(_read(data, seed, config.cache_folder))
+    if len(examples) <= data.num_validation:
         raise TrainingError(
-            f"There are {len(found)} examples, and {data.held_out} of them are to be held out: nothing is left to "
-            "learn from. Give more pictures, or set data.held_out to less."
+            f"There are {len(examples)} examples and data.num_validation is {data.num_validation}: none are left for "
+            "training. Add images, or lower data.num_validation."
         )
-    order = torch.randperm(len(found), generator=generator(seed, "held out")).tolist()
-    held_out = [found[k] for k in sorted(order[: data.held_out])]
-    seen = {(example.source, frozenset(example.instructions)) for example in held_out}
-    training = [example for example in found if (example.source, frozenset(example.instructions)) not in seen]
+    order = torch.randperm(len(examples), generator=generator(seed, "held out")).tolist()
+    validation = [examples[k] for k in sorted(order[: data.num_validation])]
+    excluded = {(example.source, frozenset(example.instructions)) for example in validation}
+    training = [example for example in examples if (example.source, frozenset(example.instructions)) not in excluded]
     if not training:
         raise TrainingError(
-            "All examples are held out: every picture has the same instructions. Give more, or set data.held_out to 0."
+            "Every training example has the same image and instructions as a validation example. Add instructions, or "
+            "set data.num_validation to 0."
         )
-    if config.objective.kind == "pps" and all(len(example.instructions) == 1 for example in training):
-        _LOG.warning("Every prompt has one instruction only, so the adapter cannot learn to tell them apart.")
-    return Examples(training, held_out)
+    if config.objective.type == "pps" and all(len(example.instructions) == 1 for example in training):
+        _LOG.warning("Every prompt has only one instruction, so the adapter cannot learn to tell instructions apart.")
+    return Examples(training, validation)
 
 
-def _examples(data: Data, seed: int, cache: Path) -> Iterator[Example]:
-    if isinstance(data, Combinations):
-        return _combined(data, seed)
-    if isinstance(data, Pairs):
-        return _paired(data)
-    if isinstance(data, HuggingFace):
-        return _from_hub(data, cache)
-    return _from_stacks(data)
+def _read(data: DataConfig, seed: int, cache: Path) -> Iterator[Example]:
+    if isinstance(data, CombinationsConfig):
+        return _combinations(data, seed)
+    if isinstance(data, PairsConfig):
+        return _pairs(data)
+    if isinstance(data, HuggingFaceConfig):
+        return _hub_dataset(data, cache)
+    return _edit_strips(data)
 
 
-def pictures_in(folder: Path) -> list[Path]:
-    """The picture files of a folder, by name. Raises TrainingError when there are none."""
-    found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in PICTURES) if folder.is_dir() else []
-    if not found:
-        raise TrainingError(f"{folder} holds no pictures; expected a folder with {', '.join(sorted(PICTURES))} files.")
-    return found
+def list_images(folder: Path) -> list[Path]:
+    """The image files in a folder and its subfolders, sorted. Raises TrainingError when there are none."""
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES) if folder.is_dir() else []
+    if not files:
+        raise TrainingError(
+            f"{folder} contains no images; expected a folder with {', '.join(sorted(IMAGE_SUFFIXES))} files."
+        )
+    return files
 
 
-def _combined(data: Combinations, seed: int) -> Iterator[Example]:
-    """Each picture equally often, each time with 1 to most_in_a_prompt instructions that may stand together."""
-    images = pictures_in(data.images)
-    given = lines_of(data.instructions) if isinstance(data.instructions, Path) else data.instructions
-    instructions = list(map(_on_one_line, given))
-    contrary = [set(map(_on_one_line, group)) for group in data.never_together]
-    if unknown := set(chain(*contrary)) - set(instructions):
-        raise TrainingError(f"data.never_together names {sorted(unknown)[0]!r}, which is not among the instructions.")
+def _combinations(data: CombinationsConfig, seed: int) -> Iterator[Example]:
+    """Each image equally often, with 1 to max_instructions_per_prompt random compatible instructions."""
+    images = list_images(data.images)
+    given = read_lines(data.instructions) if isinstance(data.instructions, Path) else data.instructions
+    instructions = list(map(_single_line, given))
+    exclusive = [set(map(_single_line, group)) for group in data.mutually_exclusive]
+    if unknown := set(chain(*exclusive)) - set(instructions):
+        raise TrainingError(
+            f"data.mutually_exclusive contains {sorted(unknown)[0]!r}, which is not one of data.instructions."
+        )
     order = torch.randperm(len(images), generator=generator(seed, "pictures")).tolist()
-    for k in range(data.examples):
-        chance = generator(seed, "combination", k)
-        wanted = int(torch.randint(1, data.most_in_a_prompt + 1, (), generator=chance))
+    for k in range(data.num_examples):
+        rng = generator(seed, "combination", k)
+        count = int(torch.randint(1, data.max_instructions_per_prompt + 1, (), generator=rng))
         chosen: list[str] = []
-        for number in torch.randperm(len(instructions), generator=chance).tolist():
-            one = instructions[number]
-            if len(chosen) < wanted and not any(one in group and group & set(chosen) for group in contrary):
+        for index in torch.randperm(len(instructions), generator=rng).tolist():
+            one = instructions[index]
+            if len(chosen) < count and not any(one in group and group & set(chosen) for group in exclusive):
                 chosen.append(one)
-        yield Example(Picture(images[order[k % len(images)]]), tuple(chosen))
+        yield Example(ImageFile(images[order[k % len(images)]]), tuple(chosen))
 
 
-def _paired(data: Pairs) -> Iterator[Example]:
-    records = _records(data.path) if data.path.is_file() else _add_branch(data.path)
+def _pairs(data: PairsConfig) -> Iterator[Example]:
+    records = _json_lines(data.path) if data.path.is_file() else _text_files(data.path)
     for file, instructions in records:
-        for first in range(0, len(instructions), data.most_in_a_prompt):
-            yield Example(Picture(file), tuple(instructions[first : first + data.most_in_a_prompt]))
+        for first in range(0, len(instructions), data.max_instructions_per_prompt):
+            yield Example(ImageFile(file), tuple(instructions[first : first + data.max_instructions_per_prompt]))
 
 
-def _records(path: Path) -> Iterator[tuple[Path, list[str]]]:
+def _json_lines(path: Path) -> Iterator[tuple[Path, list[str]]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
@@ -142,22 +150,22 @@ def _records(path: Path) -> Iterator[tuple[Path, list[str]]]:
             raise TrainingError(
                 f'{path.name}, line {number}: expected {{"image": "file.png", "instructions": ["make ..."]}}.'
             ) from error
-        yield path.parent / file, list(map(_on_one_line, instructions))
+        yield path.parent / file, list(map(_single_line, instructions))
 
 
-def _add_branch(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    for file in pictures_in(folder):
+def _text_files(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    for file in list_images(folder):
         if file.with_suffix(".txt").is_file():
-            yield file, lines_of(file.with_suffix(".txt"))
+            yield file, read_lines(file.with_suffix(".txt"))
 
 
-def _on_one_line(instruction: str) -> str:
-    """Sub-instructions are told apart by line breaks later on."""
+def _single_line(instruction: str) -> str:
+    """The instruction without line breaks, which separate instructions when a prompt is encoded."""
     return " ".join(instruction.split())
 
 
-def lines_of(path: Path) -> list[str]:
-    """The lines of a text file. Raises TrainingError when it has none."""
+def read_lines(path: Path) -> list[str]:
+    """The non-empty lines of a text file. Raises TrainingError when there are none."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -167,46 +175,46 @@ def lines_of(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def _from_hub(data: HuggingFace, cache: Path) -> Iterator[Example]:
-    """Rows of a dataset, kept as files the first time: later the hub is not asked again."""
-    of = (data.dataset, data.split, data.image_column, data.instruction_column, data.examples)
-    folder = cache / "hub" / hashlib.sha256(repr(of).encode()).hexdigest()[:16]
+def _hub_dataset(data: HuggingFaceConfig, cache: Path) -> Iterator[Example]:
+    """The rows of a dataset. They are saved as files the first time; later runs do not access the hub."""
+    query = (data.dataset, data.split, data.image_column, data.instruction_column, data.num_examples)
+    folder = cache / "hub" / hashlib.sha256(repr(query).encode()).hexdigest()[:16]
     index = folder / "rows.json"
     if not index.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(index, json.dumps(_kept_rows(data, folder)).encode())
-    for name, told in json.loads(index.read_text(encoding="utf-8")):
-        yield Example(Picture(folder / name), tuple(told))
+        atomic_write(index, json.dumps(_save_rows(data, folder)).encode())
+    for name, instructions in json.loads(index.read_text(encoding="utf-8")):
+        yield Example(ImageFile(folder / name), tuple(instructions))
 
 
-def _kept_rows(data: HuggingFace, folder: Path) -> list[tuple[str, list[str]]]:
-    """The rows that have a picture and instructions; their pictures are written into the folder."""
-    kept: list[tuple[str, list[str]]] = []
-    left_out = 0
+def _save_rows(data: HuggingFaceConfig, folder: Path) -> list[tuple[str, list[str]]]:
+    """Save the images of rows that have an image and an instruction. Returns (file name, instructions) per row."""
+    saved: list[tuple[str, list[str]]] = []
+    skipped = 0
     for number, row in enumerate(_rows(data)):
-        if number == data.examples:
+        if number == data.num_examples:
             break
-        told = row[data.instruction_column]
-        told = [told] if isinstance(told, str) else list(told or ())
-        instructions = [_on_one_line(one) for one in told if isinstance(one, str) and one.strip()]
+        texts = row[data.instruction_column]
+        texts = [texts] if isinstance(texts, str) else list(texts or ())
+        instructions = [_single_line(text) for text in texts if isinstance(text, str) and text.strip()]
         if row[data.image_column] is None or not instructions:
-            left_out += 1
+            skipped += 1
             continue
         content = io.BytesIO()
         row[data.image_column].convert("RGB").save(content, "PNG")
         atomic_write(folder / f"{number:07}.png", content.getvalue())
-        kept.append((f"{number:07}.png", instructions[: data.most_in_a_prompt]))
-    if left_out:
-        _LOG.warning("%d rows of %s have no picture or no instruction, and are left out.", left_out, data.dataset)
-    return kept
+        saved.append((f"{number:07}.png", instructions[: data.max_instructions_per_prompt]))
+    if skipped:
+        _LOG.warning("%d rows of %s have no image or no instruction and are skipped.", skipped, data.dataset)
+    return saved
 
 
-def _rows(data: HuggingFace) -> Iterator[Any]:
-    """Raises TrainingError when the dataset cannot be read."""
+def _rows(data: HuggingFaceConfig) -> Iterator[Any]:
+    """Stream the rows of a dataset. Raises TrainingError when it cannot be loaded."""
     try:
         import datasets
     except ImportError as error:
-        raise TrainingError("data.kind huggingface needs the package 'datasets': pip install datasets.") from error
+        raise TrainingError("data.type huggingface needs the package datasets: pip install datasets.") from error
     try:
         for row in datasets.load_dataset(data.dataset, split=data.split, streaming=True):
             if not {data.image_column, data.instruction_column} <= set(row):
@@ -219,32 +227,38 @@ def _rows(data: HuggingFace) -> Iterator[Any]:
         raise
     except Exception as error:
         raise TrainingError(
-            f"The dataset {data.dataset!r} cannot be loaded: {error}. Is its name right, and the hub within reach? A "
-            "folder that holds a dataset works too."
+            f"The dataset {data.dataset!r} cannot be loaded: {error}. Check its name and the connection to the hub, or "
+            "set data.dataset to a folder with the dataset."
         ) from error
 
 
-def _from_stacks(data: Stacks) -> Iterator[Example]:
-    for stack in read_stacks(data.path, data.most_kl, data.category_thresholds):
-        targets = (Target(Picture(stack.file, k, stack.columns), strength) for k, strength in stack.strengths.items())
-        yield Example(Picture(stack.file, 0, stack.columns), (stack.instruction,), tuple(targets))
+def _edit_strips(data: EditStripsConfig) -> Iterator[Example]:
+    for strip in read_edit_strips(data.path, data.max_kl, data.category_thresholds):
+        targets = (
+            Target(ImageFile(strip.file, column, strip.num_columns), strength)
+            for column, strength in strip.strengths.items()
+        )
+        yield Example(ImageFile(strip.file, 0, strip.num_columns), (strip.instruction,), tuple(targets))
 
 
-def resized(picture: Image.Image, resolution: int) -> Image.Image:
-    """Of the area resolution x resolution and nearly its own shape: sides are multiples of 16, the middle is kept."""
-    scale = resolution / (picture.width * picture.height) ** 0.5
-    width, height = (max(round(side * scale / 16), 1) * 16 for side in picture.size)
-    enlarge = max(width / picture.width, height / picture.height)
-    whole = picture.resize([round(side * enlarge) for side in picture.size], Image.Resampling.LANCZOS)
-    left, top = (whole.width - width) // 2, (whole.height - height) // 2
-    return whole.crop((left, top, left + width, top + height))
+def resize_to_area(image: Image.Image, resolution: int) -> Image.Image:
+    """Resize to about resolution x resolution pixels, keeping the aspect ratio; sides become multiples of 16.
+
+    What exceeds those sides is cropped around the center.
+    """
+    scale = resolution / (image.width * image.height) ** 0.5
+    width, height = (max(round(side * scale / 16), 1) * 16 for side in image.size)
+    factor = max(width / image.width, height / image.height)
+    scaled = image.resize([round(side * factor) for side in image.size], Image.Resampling.LANCZOS)
+    left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
+    return scaled.crop((left, top, left + width, top + height))
 
 
-def of_pixels(pictures: Sequence[Image.Image]) -> torch.Tensor:
-    """(n, height, width, 3), 0 to 1, as ComfyUI's images."""
-    return torch.from_numpy(np.stack([np.asarray(picture, np.float32) for picture in pictures])) / 255
+def pil_to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
+    """A ComfyUI IMAGE: (n, height, width, 3), 0 to 1."""
+    return torch.from_numpy(np.stack([np.asarray(image, np.float32) for image in images])) / 255
 
 
-def as_picture(pixels: torch.Tensor) -> Image.Image:
-    """A picture of (height, width, 3), 0 to 1."""
+def tensor_to_pil(pixels: torch.Tensor) -> Image.Image:
+    """The image of a tensor (height, width, 3), 0 to 1."""
     return Image.fromarray((pixels * 255).round().clamp(0, 255).byte().cpu().numpy())

@@ -1,73 +1,82 @@
-"""Trained adapters as files: our own, which ComfyUI and the nodes load, and the authors' layouts."""
+"""Adapter files: written in the format that ComfyUI and the nodes load, exported to the formats of the papers' code."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
 
 from slider_core.atomic_write import atomic_write
-from slider_core.errors import SliderError
 from slider_core.tensor_file import read_tensors
 
 from .errors import TrainingError
 from .trainable import Tensors
 
 LORA_PREFIX = "transformer."
-METADATA = "edit_sliders"
-SIGN = "strength 0 = adapter in full, 1 = adapter off, above 1 = subtracted"
-_PROJECTOR_PARTS = ("pe_extender.", "projector.")
+METADATA_KEY = "edit_sliders"
+STRENGTH_MEANING = "strength 0 = full adapter, 1 = adapter off, above 1 = adapter subtracted"
+_PROJECTOR_PREFIXES = ("pe_extender.", "projector.")
+_FORMER_KEYS = {
+    "base": "model",
+    "base file": "model_file",
+    "targets": "target_modules",
+    "sign": "strength_meaning",
+    "text rows": "max_sequence_length",
+    "dataset": "dataset_hash",
+    "pack version": "pack_version",
+}
+"""Metadata keys in files of earlier versions -> their current names."""
 
 
 def write_adapter(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, object]) -> None:
-    """Write factors and projector, float32, into one safetensors file, in full or not at all."""
+    """Write LoRA factors and projector, in float32, atomically into one safetensors file."""
     named = {
-        name if name.startswith(_PROJECTOR_PARTS) else LORA_PREFIX + name: tensor.contiguous()
+        name if name.startswith(_PROJECTOR_PREFIXES) else LORA_PREFIX + name: tensor.contiguous()
         for name, tensor in tensors.items()
     }
-    atomic_write(file, save(named, {METADATA: json.dumps(metadata), "format": "pt"}))
+    atomic_write(file, save(named, {METADATA_KEY: json.dumps(metadata), "format": "pt"}))
 
 
 def read_metadata(file: Path) -> dict[str, object]:
-    """What a file trained here tells of itself; empty for others. Raises TrainingError when it cannot be read."""
-    try:
-        content = json.loads(read_tensors(file, "an adapter").header.get(METADATA, "{}"))
-    except SliderError as error:
-        raise TrainingError(str(error)) from error
-    return content if isinstance(content, dict) else {}
+    """The metadata of a file trained here, with current keys; empty for other files. Raises SliderError."""
+    metadata: Any = json.loads(read_tensors(file, "an adapter").header.get(METADATA_KEY, "{}"))
+    if not isinstance(metadata, dict):
+        return {}
+    return {_FORMER_KEYS.get(str(key), str(key)): value for key, value in metadata.items()}
 
 
-def export(file: Path, folder: Path) -> list[Path]:
-    """Write an adapter in the layout of its paper's own code. Returns the files; raises TrainingError if it cannot."""
-    try:
-        tensors = read_tensors(file, "an adapter trained here").tensors
-    except SliderError as error:
-        raise TrainingError(str(error)) from error
+def export_adapter(file: Path, folder: Path) -> list[Path]:
+    """Write an adapter trained here in the format of its paper's code. Returns the written files.
+
+    Raises SliderError when the file cannot be read, TrainingError when it has no method in its metadata.
+    """
+    tensors = read_tensors(file, "an adapter trained here").tensors
     method = read_metadata(file).get("method")
     lora = {name.removeprefix(LORA_PREFIX): t for name, t in tensors.items() if name.startswith(LORA_PREFIX)}
-    projector = {name: tensor for name, tensor in tensors.items() if name.startswith(_PROJECTOR_PARTS)}
+    projector = {name: tensor for name, tensor in tensors.items() if name.startswith(_PROJECTOR_PREFIXES)}
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     if method == "stlora":
-        written.append(_torch_file(folder / "selective_lora.pt", lora))
+        written.append(_write_torch_file(folder / "selective_lora.pt", lora))
     elif method in ("gstlora", "projector"):
         written.append(folder / "pytorch_lora_weights.safetensors")
         prefixed = {LORA_PREFIX + name: tensor.contiguous() for name, tensor in lora.items()}
         atomic_write(written[-1], save(prefixed, {"format": "pt"}))
         if method == "projector":
-            written.append(_torch_file(folder / "slider_projector.pth", projector))
+            written.append(_write_torch_file(folder / "slider_projector.pth", projector))
     else:
         raise TrainingError(
-            f"{file.name} does not say by which method it was trained ({method!r}); expected a file made by "
-            "'python -m training train'."
+            f"The metadata of {file.name} does not name a known training method ({method!r}); expected a file written "
+            "by 'python -m training train'."
         )
     return written
 
 
-def _torch_file(file: Path, tensors: Tensors) -> Path:
+def _write_torch_file(file: Path, tensors: Tensors) -> Path:
     import io
 
     content = io.BytesIO()

@@ -1,8 +1,4 @@
-"""The frozen model that adapters are trained on, as ComfyUI loads it, with exact gradients through it.
-
-ComfyUI's blocks overwrite their inputs. Plain autograd refuses that, and checkpointing hides it and gives wrong
-gradients; here everything that is overwritten is copied first.
-"""
+"""The frozen diffusion model that adapters are trained on, loaded by ComfyUI, with exact gradients through it."""
 
 from __future__ import annotations
 
@@ -24,34 +20,34 @@ from slider_core.patching.forward_patches import ForwardWrapper, patched_forward
 from .block_checkpointing import checkpoint_block, copy_input, copy_inputs, skip_recomputation
 
 _ACTIVATION_BYTES = 34
-"""Per token and unit of width, of what one block keeps for its backward pass."""
+"""Activations that one block keeps for its backward pass: bytes per token and unit of the hidden size."""
 
 
 class Text(NamedTuple):
-    """An encoded prompt. states: (batch, rows, width); pooled: (batch, width)."""
+    """An encoded prompt. states: (batch, tokens, width); pooled: (batch, width)."""
 
     states: torch.Tensor
     pooled: torch.Tensor
 
 
-class BaseModel:
-    """A frozen diffusion model.
+class FrozenModel:
+    """A diffusion model without trainable parameters.
 
-    checkpointing: of each block keep only what enters it and what its attention says; compute the rest once more in
-    the backward pass, except what ends the block.
+    gradient_checkpointing: store only the inputs and attention results of each block and recompute the rest in the
+    backward pass; see block_checkpointing.
     """
 
-    def __init__(self, patcher: ModelPatcher, checkpointing: bool = True):
+    def __init__(self, patcher: ModelPatcher, gradient_checkpointing: bool = True):
         self.patcher = patcher
-        self.checkpointing = checkpointing
+        self.gradient_checkpointing = gradient_checkpointing
         self.family: Family = family_of(patcher)
         self.network.requires_grad_(False)
 
     @classmethod
-    def load(cls, file: Path, weight_dtype: str, checkpointing: bool) -> BaseModel:
-        """Read a checkpoint by ComfyUI's loader; weight_dtype: 'default' or a torch dtype to store the weights in."""
+    def load(cls, file: Path, weight_dtype: str, gradient_checkpointing: bool) -> FrozenModel:
+        """Load a model file. weight_dtype: 'default' or the name of a torch dtype to store the weights in."""
         options = {} if weight_dtype == "default" else {"dtype": getattr(torch, weight_dtype)}
-        return cls(comfy.sd.load_diffusion_model(str(file), model_options=options), checkpointing)
+        return cls(comfy.sd.load_diffusion_model(str(file), model_options=options), gradient_checkpointing)
 
     @property
     def network(self) -> torch.nn.Module:
@@ -63,33 +59,36 @@ class BaseModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which it computes."""
+        """The dtype of computation."""
         return self.patcher.model.get_dtype_inference()
 
-    def to_device(self, images: int, tokens: int) -> None:
-        """Load it for batches of `images` with `tokens` each; what does not fit beside them stays on the CPU."""
-        width = self.family.hidden_size(self.network)
-        kept = 2 * len(self.family.blocks(self.network)) * tokens * width * self.dtype.itemsize
-        needed = images * (kept + tokens * width * _ACTIVATION_BYTES)
+    def load_to_device(self, batch_size: int, num_tokens: int) -> None:
+        """Load the weights to the device, leaving room for batches of samples with `num_tokens` text and image tokens.
+
+        Weights that do not fit stay on the CPU, as in ComfyUI's low-VRAM mode.
+        """
+        hidden_size = self.family.hidden_size(self.network)
+        checkpointed = 2 * len(self.family.blocks(self.network)) * num_tokens * hidden_size * self.dtype.itemsize
+        needed = batch_size * (checkpointed + num_tokens * hidden_size * _ACTIVATION_BYTES)
         comfy.model_management.load_models_gpu([self.patcher], memory_required=needed)
 
-    def latent(self, encoded: torch.Tensor) -> torch.Tensor:
-        """What a VAE gives, in the model's own scaling."""
-        return self.patcher.model.process_latent_in(encoded)
+    def scale_latent(self, latent: torch.Tensor) -> torch.Tensor:
+        """A VAE latent in the scaling that the model is trained on."""
+        return self.patcher.model.process_latent_in(latent)
 
     @contextlib.contextmanager
-    def changed(self, changes: Mapping[str, ForwardWrapper]) -> Iterator[None]:
-        """With these overrides and gradients, until the context ends; the backward pass belongs inside it.
+    def patched(self, wrappers: Mapping[str, ForwardWrapper]) -> Iterator[None]:
+        """Apply forward wrappers, by module path, within the context and make gradients exact.
 
-        Checkpointed blocks run once more in the backward pass, and must find the same overrides there.
+        The backward pass must run within the context too: recomputed blocks need the same wrappers.
         """
         copies = dict.fromkeys(self.family.inplace_modified_inputs(self.network), copy_input)
-        wrap = checkpoint_block if self.checkpointing else copy_inputs
-        blocks = dict.fromkeys((block.path for block in self.family.blocks(self.network)), wrap)
-        uses_results = self.dtype == torch.float16  # ComfyUI passes those of blocks through nan_to_num
-        last = self.family.block_output_linears(self.network) if self.checkpointing and not uses_results else []
-        ends = dict.fromkeys(last, skip_recomputation)
-        with patched_forwards(self.network, [ends, changes, copies, blocks]):
+        wrap_block = checkpoint_block if self.gradient_checkpointing else copy_inputs
+        blocks = dict.fromkeys((block.path for block in self.family.blocks(self.network)), wrap_block)
+        reads_outputs = self.dtype == torch.float16  # ComfyUI then applies nan_to_num to the output of blocks
+        skip = self.gradient_checkpointing and not reads_outputs
+        outputs = dict.fromkeys(self.family.block_output_linears(self.network) if skip else [], skip_recomputation)
+        with patched_forwards(self.network, [outputs, wrappers, copies, blocks]):
             yield
 
     def velocity(
@@ -98,21 +97,23 @@ class BaseModel:
         sigma: torch.Tensor,
         text: Text,
         guidance: float,
-        references: Sequence[torch.Tensor] = (),
+        reference_latents: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """Its noise - data, float32, shaped as `latent` (batch, channels, height, width); sigma: (batch,)."""
-        place: Any = {"device": self.device, "dtype": self.dtype}
+        """The predicted velocity, noise - data, in float32: (batch, channels, height, width), as `latent`.
+
+        sigma: (batch,). guidance: FLUX's guidance embedding.
+        """
+        to: Any = {"device": self.device, "dtype": self.dtype}
         return self.family.velocity(
             self.network,
-            latent.to(**place),
+            latent.to(**to),
             sigma.to(self.device, torch.float32),
-            text.states.to(**place),
-            text.pooled.to(**place),
-            torch.full((len(latent),), guidance, **place),
-            [reference.to(**place) for reference in references],
+            text.states.to(**to),
+            text.pooled.to(**to),
+            torch.full((len(latent),), guidance, **to),
+            [reference.to(**to) for reference in reference_latents],
         ).float()
 
     @cached_property
-    def parameters(self) -> int:
-        """Their number."""
+    def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.network.parameters())

@@ -1,4 +1,14 @@
-"""What the adapters are asked to do: PPS and SPPS (SliderEdit), flow matching with a strength (Kontinuous Kontext)."""
+"""Training objectives: PPS and SPPS (SliderEdit, 'Training'), flow matching with a strength (Kontinuous Kontext, 3).
+
+x_sigma = (1 - sigma) x + sigma noise; v is the velocity, noise - data; c is the source image (reference latent).
+
+PPS   || v_adapter(x_sigma, prompt) - v_frozen(x_sigma, prompt without the suppressed instructions) ||^2
+      x = c; the adapter acts on the text tokens of the suppressed instructions
+SPPS  || v_adapter(x_sigma, prompt) - v_frozen(x_sigma, "keep the image the same") ||^2
+      x = c; the adapter acts on all tokens
+flow  || v_adapter(x_sigma, prompt, s) - (noise - x) ||^2
+      x = the edited image at strength s
+"""
 
 from __future__ import annotations
 
@@ -10,199 +20,199 @@ import torch
 
 from slider_core.patching.forward_patches import ForwardWrapper
 
-from .config import Objective as Settings
-from .examples import Example, Picture
-from .frozen_model import BaseModel, Text
-from .rng import example_of, generator
+from .config import ObjectiveConfig
+from .examples import Example, ImageFile
+from .frozen_model import FrozenModel, Text
+from .rng import example_index, generator
 from .sample_cache import Prompt
 from .trainable import TrainableLora, TrainableProjector
 
-NEUTRAL: Prompt = ("keep the image the same",)
-"""What SPPS holds against an instruction."""
+NEUTRAL_PROMPT: Prompt = ("keep the image the same",)
+"""The teacher's prompt of SPPS."""
 
 
-class Sample(NamedTuple):
-    """One sample of a step, drawn but not read yet.
+class TrainingSample(NamedTuple):
+    """One sample of a step, before its image and prompts are read.
 
-    clean: what noise is put on. prompt: what the adapted model is told. teacher: what the bare one is told, if it is
-    asked. suppressed: places of the instructions in the prompt that the adapter deletes. noise: place of its noise.
+    target: the image whose latent is noised. prompt: input of the adapted model. teacher: prompt of the frozen model;
+    None where the target is not a prediction. suppressed: indices into `prompt` of the instructions that the adapter
+    suppresses. noise_key: key of the noise's generator.
     """
 
-    source: Picture
-    clean: Picture
+    source: ImageFile
+    target: ImageFile
     prompt: Prompt
     teacher: Prompt | None
     suppressed: tuple[int, ...]
     strength: float
-    dropped: bool
+    strength_dropped: bool
     sigma: float
-    noise: tuple[int, int, int]
+    noise_key: tuple[int, int, int]
 
 
 class Batch(NamedTuple):
-    """Samples of one shape on the model's device: source, clean, noise (n, channels, height, width), sigma (n,)."""
+    """Samples of the same shape, on the model's device.
 
-    samples: Sequence[Sample]
-    source: torch.Tensor
-    clean: torch.Tensor
+    source_latent, target_latent, noise: (batch, channels, height, width); sigma: (batch,). tokens: for each sample, for
+    each instruction of its prompt, the indices of its text tokens.
+    """
+
+    samples: Sequence[TrainingSample]
+    source_latent: torch.Tensor
+    target_latent: torch.Tensor
     noise: torch.Tensor
     sigma: torch.Tensor
     text: Text
     teacher: Text | None
-    rows: Sequence[tuple[tuple[int, ...], ...]]
+    tokens: Sequence[tuple[tuple[int, ...], ...]]
 
     @property
-    def noised(self) -> torch.Tensor:
+    def noised_latent(self) -> torch.Tensor:
         sigma = self.sigma[:, None, None, None]
-        return (1 - sigma) * self.clean + sigma * self.noise
+        return (1 - sigma) * self.target_latent + sigma * self.noise
 
 
 class Objective(ABC):
-    """Draws samples and says how far the adapted model is from what is wanted."""
+    """Makes training samples and computes their loss."""
 
-    def __init__(self, settings: Settings, seed: int):
-        self.settings, self.seed = settings, seed
+    def __init__(self, config: ObjectiveConfig, seed: int):
+        self.config, self.seed = config, seed
 
     @abstractmethod
-    def draw(self, example: Example, step: int, place: int) -> Sample:
-        """The sample that an example gives at a place of a step's batch."""
+    def make_sample(self, example: Example, step: int, batch_index: int) -> TrainingSample:
+        """The training sample of an example at this step and index in the batch."""
 
-    def samples(self, examples: Sequence[Example], step: int, batch: int) -> list[Sample]:
-        """The samples of a step, over all processes."""
-        numbers = range(step * batch, (step + 1) * batch)
-        chosen = [examples[example_of(self.seed, number, len(examples))] for number in numbers]
-        return [self.draw(example, step, place) for place, example in enumerate(chosen)]
+    def make_samples(self, examples: Sequence[Example], step: int, batch_size: int) -> list[TrainingSample]:
+        """All samples of a step, over all processes."""
+        numbers = range(step * batch_size, (step + 1) * batch_size)
+        chosen = [examples[example_index(self.seed, number, len(examples))] for number in numbers]
+        return [self.make_sample(example, step, batch_index) for batch_index, example in enumerate(chosen)]
 
-    def prompts(self, examples: Sequence[Example], steps: int, batch: int) -> Iterator[Prompt]:
-        """All prompts that so many steps need, some of them several times."""
+    def prompts(self, examples: Sequence[Example], steps: int, batch_size: int) -> Iterator[Prompt]:
+        """All prompts needed for this many steps, with repetitions."""
         for step in range(steps):
-            for sample in self.samples(examples, step, batch):
+            for sample in self.make_samples(examples, step, batch_size):
                 yield sample.prompt
                 if sample.teacher is not None:
                     yield sample.teacher
 
     @abstractmethod
-    def changes(self, batch: Batch) -> Mapping[str, ForwardWrapper]:
-        """What the adapter does to the model for this batch."""
+    def forward_wrappers(self, batch: Batch) -> Mapping[str, ForwardWrapper]:
+        """The adapter for this batch, as forward wrappers by module path."""
 
     @abstractmethod
-    def wanted(self, base: BaseModel, batch: Batch) -> torch.Tensor:
-        """The velocity that the adapted model should have, shaped as the latents."""
+    def target_velocity(self, model: FrozenModel, batch: Batch) -> torch.Tensor:
+        """The velocity that the adapted model should predict, shaped like the latents."""
 
-    def learn(self, base: BaseModel, batch: Batch, share: float) -> torch.Tensor:
-        """Add the gradients of share * sum of the samples' losses to what learns; returns the losses, (n,)."""
-        wanted = self.wanted(base, batch)
-        with base.changed(self.changes(batch)):
-            losses = self.distances(self.velocity(base, batch, batch.text), wanted)
-            (share * losses.sum()).backward()
+    def accumulate_gradients(self, model: FrozenModel, batch: Batch, weight: float) -> torch.Tensor:
+        """Forward and backward pass: add the gradients of weight * sum(losses). Returns the losses, (batch,)."""
+        target = self.target_velocity(model, batch)
+        with model.patched(self.forward_wrappers(batch)):
+            losses = self.losses(self.velocity(model, batch, batch.text), target)
+            (weight * losses.sum()).backward()
         return losses.detach()
 
-    def velocity(self, base: BaseModel, batch: Batch, text: Text) -> torch.Tensor:
-        return base.velocity(batch.noised, batch.sigma, text, self.settings.guidance, [batch.source])
+    def velocity(self, model: FrozenModel, batch: Batch, text: Text) -> torch.Tensor:
+        return model.velocity(batch.noised_latent, batch.sigma, text, self.config.guidance, [batch.source_latent])
 
-    def distances(self, predicted: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """Mean per sample of the squared difference, or of Huber's."""
-        if self.settings.loss == "huber":
-            each = torch.nn.functional.huber_loss(predicted, wanted, reduction="none")
+    def losses(self, predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Mean squared error or Huber loss of each sample, (batch,)."""
+        if self.config.loss == "huber":
+            elementwise = torch.nn.functional.huber_loss(predicted, target, reduction="none")
         else:
-            each = (predicted - wanted) ** 2
-        return each.flatten(1).mean(1)
+            elementwise = (predicted - target) ** 2
+        return elementwise.flatten(1).mean(1)
 
-    def chance(self, step: int, place: int, what: str) -> torch.Generator:
-        return generator(self.seed, what, step, place)
+    def rng(self, step: int, batch_index: int, purpose: str) -> torch.Generator:
+        return generator(self.seed, purpose, step, batch_index)
 
-    def sigma(self, step: int, place: int) -> float:
-        """A noise level, 0 to 1."""
-        chance = self.chance(step, place, "sigma")
-        if self.settings.timesteps == "uniform":
-            return torch.rand((), generator=chance).item()
-        normal = torch.randn((), generator=chance) * self.settings.timestep_spread + self.settings.timestep_mean
+    def sample_sigma(self, step: int, batch_index: int) -> float:
+        """A noise level from 0 to 1, uniform or logit-normal."""
+        rng = self.rng(step, batch_index, "sigma")
+        if self.config.timestep_sampling == "uniform":
+            return torch.rand((), generator=rng).item()
+        normal = torch.randn((), generator=rng) * self.config.logit_std + self.config.logit_mean
         return torch.sigmoid(normal).item()
 
 
-class Suppression(Objective):
-    """PPS: with the adapter on some instructions the model should say what it says without them.
-    SPPS: with the adapter on the whole prompt, what it says to a neutral one.
+class PromptSuppression(Objective):
+    """PPS (partial=True) and SPPS (partial=False) of SliderEdit. No edited images are needed."""
 
-    Noise is put on the source picture, which is the reference as well: no edited picture is needed.
-    Source: SliderEdit, section 'Training'.
-    """
-
-    def __init__(self, settings: Settings, seed: int, lora: TrainableLora, partial: bool):
-        super().__init__(settings, seed)
+    def __init__(self, config: ObjectiveConfig, seed: int, lora: TrainableLora, partial: bool):
+        super().__init__(config, seed)
         self.lora, self.partial = lora, partial
 
-    def draw(self, example: Example, step: int, place: int) -> Sample:
+    def make_sample(self, example: Example, step: int, batch_index: int) -> TrainingSample:
         prompt = example.instructions
         suppressed = tuple(range(len(prompt)))
-        teacher = NEUTRAL
+        teacher = NEUTRAL_PROMPT
         if self.partial:
-            subsets = 2 ** len(prompt) - 1
-            chosen = 1 + int(torch.randint(subsets, (), generator=self.chance(step, place, "suppressed")))
-            suppressed = tuple(k for k in suppressed if chosen >> k & 1)
-            teacher = tuple(one for k, one in enumerate(prompt) if k not in suppressed)
-        return Sample(
+            num_subsets = 2 ** len(prompt) - 1
+            subset = 1 + int(torch.randint(num_subsets, (), generator=self.rng(step, batch_index, "suppressed")))
+            suppressed = tuple(k for k in suppressed if subset >> k & 1)
+            teacher = tuple(instruction for k, instruction in enumerate(prompt) if k not in suppressed)
+        return TrainingSample(
             source=example.source,
-            clean=example.source,
+            target=example.source,
             prompt=prompt,
             teacher=teacher,
             suppressed=suppressed,
             strength=0.0,
-            dropped=False,
-            sigma=self.sigma(step, place),
-            noise=(self.seed, step, place),
+            strength_dropped=False,
+            sigma=self.sample_sigma(step, batch_index),
+            noise_key=(self.seed, step, batch_index),
         )
 
-    def changes(self, batch: Batch) -> Mapping[str, ForwardWrapper]:
-        if self.lora.kind == "GSTLoRA":
+    def forward_wrappers(self, batch: Batch) -> Mapping[str, ForwardWrapper]:
+        if self.lora.adapter_type == "GSTLoRA":
             return self.lora.forward_wrappers(torch.ones((), device=batch.sigma.device))
         scale = torch.zeros(batch.text.states.shape[:2])
-        for k, (sample, rows) in enumerate(zip(batch.samples, batch.rows)):
+        for k, (sample, tokens) in enumerate(zip(batch.samples, batch.tokens)):
             for instruction in sample.suppressed:
-                scale[k, list(rows[instruction])] = 1.0
+                scale[k, list(tokens[instruction])] = 1.0
         return self.lora.forward_wrappers(scale.to(batch.sigma.device))
 
-    def wanted(self, base: BaseModel, batch: Batch) -> torch.Tensor:
+    def target_velocity(self, model: FrozenModel, batch: Batch) -> torch.Tensor:
         assert batch.teacher is not None
         with torch.no_grad():
-            return self.velocity(base, batch, batch.teacher)
+            return self.velocity(model, batch, batch.teacher)
 
 
 class FlowMatching(Objective):
-    """The edit at a strength as the model should make it: velocity noise - edit(s), from the source as reference.
+    """Flow matching on edits at several strengths (Kontinuous Kontext, 3).
 
-    The strength is left out of some samples, so that the LoRA learns to do without. Source: Kontinuous Kontext, 3.
+    For a fraction `strength_dropout` of the samples the projector is off, so the LoRA also works without it.
     """
 
-    def __init__(self, settings: Settings, seed: int, lora: TrainableLora, projector: TrainableProjector):
-        super().__init__(settings, seed)
+    def __init__(self, config: ObjectiveConfig, seed: int, lora: TrainableLora, projector: TrainableProjector):
+        super().__init__(config, seed)
         self.lora, self.projector = lora, projector
 
-    def draw(self, example: Example, step: int, place: int) -> Sample:
-        chance = self.chance(step, place, "strength")
-        target = example.targets[int(torch.randint(len(example.targets), (), generator=chance))]
-        return Sample(
+    def make_sample(self, example: Example, step: int, batch_index: int) -> TrainingSample:
+        rng = self.rng(step, batch_index, "strength")
+        target = example.targets[int(torch.randint(len(example.targets), (), generator=rng))]
+        return TrainingSample(
             source=example.source,
-            clean=target.picture,
+            target=target.image,
             prompt=example.instructions,
             teacher=None,
             suppressed=(),
             strength=target.strength,
-            dropped=torch.rand((), generator=chance).item() < self.settings.strength_dropout,
-            sigma=self.sigma(step, place),
-            noise=(self.seed, step, place),
+            strength_dropped=torch.rand((), generator=rng).item() < self.config.strength_dropout,
+            sigma=self.sample_sigma(step, batch_index),
+            noise_key=(self.seed, step, batch_index),
         )
 
-    def prompts(self, examples: Sequence[Example], steps: int, batch: int) -> Iterator[Prompt]:
+    def prompts(self, examples: Sequence[Example], steps: int, batch_size: int) -> Iterator[Prompt]:
         return (example.instructions for example in examples)
 
-    def changes(self, batch: Batch) -> Mapping[str, ForwardWrapper]:
+    def forward_wrappers(self, batch: Batch) -> Mapping[str, ForwardWrapper]:
         strengths = [sample.strength for sample in batch.samples]
-        dropped = [sample.dropped for sample in batch.samples]
+        dropped = [sample.strength_dropped for sample in batch.samples]
         return {
             **self.lora.forward_wrappers(torch.ones((), device=batch.sigma.device)),
             **self.projector.forward_wrappers(strengths, batch.text.pooled, dropped),
         }
 
-    def wanted(self, base: BaseModel, batch: Batch) -> torch.Tensor:
-        return batch.noise - batch.clean
+    def target_velocity(self, model: FrozenModel, batch: Batch) -> torch.Tensor:
+        return batch.noise - batch.target_latent

@@ -1,6 +1,6 @@
-"""Everything a try-out on the CPU needs, made by code: pictures, and a model of random weights that knows nothing.
+"""Writes everything for a first training run on the CPU: a tiny model with random weights, images and a config.
 
-It shows that an installation trains, stops, goes on and writes files that the nodes load. It shows no edits.
+The run shows that the installation trains, resumes and writes files that the nodes load. The random model cannot edit.
 """
 
 from __future__ import annotations
@@ -60,39 +60,39 @@ _T5 = {
     "is_gated_act": True,
     "model_type": "t5",
 }
-_COLOURS = ("crimson", "gold", "seagreen", "royalblue", "orchid", "slategray", "black", "linen")
+_COLORS = ("crimson", "gold", "seagreen", "royalblue", "orchid", "slategray", "black", "linen")
 
 
-def write_quickstart(folder: Path, pictures: int = 40) -> Path:
-    """Write models/, pictures/ and the config quickstart.yaml into `folder`; returns the config."""
-    parts = {
-        "diffusion_models/quickstart-flux": _module(comfy.ldm.flux.model.Flux, **_FLUX),
-        "text_encoders/quickstart-clip-l": _module(comfy.clip_model.CLIPTextModel, _CLIP_L),
-        "text_encoders/quickstart-t5": _module(comfy.text_encoders.t5.T5, _T5),
+def write_quickstart(folder: Path, num_images: int = 40) -> Path:
+    """Write models/, images/ and quickstart.yaml into `folder`. Returns the path of quickstart.yaml."""
+    modules = {
+        "diffusion_models/quickstart-flux": _build(comfy.ldm.flux.model.Flux, **_FLUX),
+        "text_encoders/quickstart-clip-l": _build(comfy.clip_model.CLIPTextModel, _CLIP_L),
+        "text_encoders/quickstart-t5": _build(comfy.text_encoders.t5.T5, _T5),
         "vae_approx/taef1_encoder": comfy.taesd.taesd.Encoder(latent_channels=16),
         "vae_approx/taef1_decoder": comfy.taesd.taesd.Decoder(latent_channels=16),
     }
-    for name, module in parts.items():
+    for name, module in modules.items():
         file = folder / "models" / f"{name}.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(_random(module.state_dict()), file)
-    (folder / "pictures").mkdir(exist_ok=True)
-    for k in range(pictures):
-        _picture(k).save(folder / "pictures" / f"{k:03}.png")
+        save_file(_random_weights(module.state_dict()), file)
+    (folder / "images").mkdir(exist_ok=True)
+    for k in range(num_images):
+        _image(k).save(folder / "images" / f"{k:03}.png")
     config = folder / "quickstart.yaml"
     example = Path(__file__).parent / "configs" / "quickstart.yaml"
     config.write_text(example.read_text(encoding="utf-8"), encoding="utf-8")
     return config
 
 
-def _module(kind: Any, *config: Any, **more: Any) -> torch.nn.Module:
-    return kind(*config, dtype=torch.float32, device="cpu", operations=comfy.ops.manual_cast, **more)
+def _build(module: Any, *config: Any, **options: Any) -> torch.nn.Module:
+    return module(*config, dtype=torch.float32, device="cpu", operations=comfy.ops.manual_cast, **options)
 
 
-def _random(shapes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Norms at 1, biases at 0, the rest normal by fan-in; by name alone."""
+def _random_weights(like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Norms are 1, biases 0, other weights normal with variance 1 / fan-in, seeded by their names."""
     tensors = {}
-    for name, tensor in shapes.items():
+    for name, tensor in like.items():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         if tensor.ndim < 2:
             value = torch.zeros(tensor.shape) if name.endswith("bias") else torch.ones(tensor.shape)
@@ -102,13 +102,13 @@ def _random(shapes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _picture(number: int) -> Image.Image:
-    """A circle and a square on a plain ground, 64x64."""
-    chance = random.Random(number)
-    ground, *colours = chance.sample(_COLOURS, 3)
-    picture = Image.new("RGB", (64, 64), ground)
-    draw = ImageDraw.Draw(picture)
-    for colour, draws in zip(colours, (draw.ellipse, draw.rectangle)):
-        left, top, size = chance.randrange(4, 40), chance.randrange(4, 40), chance.randrange(12, 24)
-        draws((left, top, left + size, top + size), fill=colour)
-    return picture
+def _image(seed: int) -> Image.Image:
+    """A circle and a square on a plain background, 64 x 64 pixels."""
+    rng = random.Random(seed)
+    background, *colors = rng.sample(_COLORS, 3)
+    image = Image.new("RGB", (64, 64), background)
+    draw = ImageDraw.Draw(image)
+    for color, shape in zip(colors, (draw.ellipse, draw.rectangle)):
+        left, top, size = rng.randrange(4, 40), rng.randrange(4, 40), rng.randrange(12, 24)
+        shape((left, top, left + size, top + size), fill=color)
+    return image

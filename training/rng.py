@@ -1,5 +1,8 @@
-"""Chance that depends on nothing but the seed and the place of a sample: any number of processes, and a run that goes
-on after a stop, draw the same."""
+"""Stateless random numbers: every draw is seeded by a key such as (seed, "noise", step, batch index).
+
+Results therefore depend neither on the number of processes nor on where a run was resumed. The keys that callers use
+are part of the results: changing one changes every run.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,18 @@ from functools import lru_cache
 import torch
 
 
-def generator(*place: object) -> torch.Generator:
-    """A CPU generator of its own for this place, such as (seed, 'noise', step, number in the batch)."""
-    digest = hashlib.sha256(repr(place).encode()).digest()
+def generator(*key: object) -> torch.Generator:
+    """A CPU generator seeded by the key's repr."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def example_of(seed: int, number: int, examples: int) -> int:
-    """Which example the number-th sample of a run is: every epoch has each of them once, in an order of its own."""
-    epoch, place = divmod(number, examples)
-    return _order(seed, epoch, examples)[place]
+def example_index(seed: int, sample: int, num_examples: int) -> int:
+    """Index of the example for the given sample of a run. Each epoch contains every example once, in its own order."""
+    epoch, position = divmod(sample, num_examples)
+    return _epoch_order(seed, epoch, num_examples)[position]
 
 
 @lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, examples: int) -> list[int]:
-    return torch.randperm(examples, generator=generator(seed, "epoch", epoch)).tolist()
+def _epoch_order(seed: int, epoch: int, num_examples: int) -> list[int]:
+    return torch.randperm(num_examples, generator=generator(seed, "epoch", epoch)).tolist()

@@ -1,4 +1,4 @@
-"""A training run from its config to its adapter file."""
+"""A training run, from its config to its adapter file."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import json
 import logging
+import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,303 +17,371 @@ from accelerate import Accelerator
 
 from slider_core.adapters.strength_projector import ProjectorBundle
 
-from .callbacks import Watching
+from .callbacks import Callback, StepReport
 from .checkpoints import Checkpoints
 from .collate import micro_batches
 from .comfyui import model_file
-from .config import Config
+from .config import TrainingConfig
 from .errors import TrainingError
-from .examples import Example, Examples, Picture, read_examples
-from .export import SIGN, write_adapter
-from .frozen_model import BaseModel
-from .objectives import FlowMatching, Objective, Sample, Suppression
-from .optimizer import average, optimiser, schedule
+from .examples import Example, Examples, ImageFile, read_examples
+from .export import STRENGTH_MEANING, write_adapter
+from .frozen_model import FrozenModel
+from .objectives import FlowMatching, Objective, PromptSuppression, TrainingSample
+from .optimizer import build_ema, build_lr_scheduler, build_optimizer
 from .sample_cache import Progress, Prompt, SampleCache
+from .strict_config import RENAMED_VALUES, current_path
 from .trainable import Tensors, TrainableLora, TrainableProjector
-from .validation import Slider
+from .validation import Slider, StrengthCurve, ValidationRenderer
 
-PACK_VERSION = "0.1.0"
-_KINDS = {"stlora": "STLoRA", "gstlora": "GSTLoRA", "projector": "GSTLoRA"}
-_FREE_TO_CHANGE = {"output", "cache", "samples", "checkpoints", "watching"}
-_FREE = {
-    *("run.steps", "run.micro_batch", "run.checkpointing", "base.comfyui", "base.models", "base.cpu"),
-    *("data.images", "data.path"),  # what they hold is part of the data's hash
+_ADAPTER_TYPES = {"stlora": "STLoRA", "gstlora": "GSTLoRA", "projector": "GSTLoRA"}
+_IGNORED_SECTIONS = {"output", "cache", "validation", "checkpoints", "logging"}
+_IGNORED_KEYS = {
+    *("run.steps", "run.micro_batch_size", "run.gradient_checkpointing"),
+    *("model.comfyui", "model.extra_models_folder", "model.cpu"),
+    *("data.images", "data.path"),  # the dataset hash covers their content
 }
-_CHANGED_WITH_CARE = {"optimiser.learning_rate", "base.weight_dtype"}
-"""What a run that has broken off may have to go on with."""
+"""Settings that may differ when a run is resumed."""
+_CHANGED_WITH_WARNING = {"optimizer.learning_rate", "model.weight_dtype"}
+"""Settings that may differ too, because error messages advise changing them."""
+_FORMER_STATE_KEYS = {
+    "learning": "trainables",
+    "optimiser": "optimizer",
+    "schedule": "lr_scheduler",
+    "average": "ema",
+}
+"""Keys in checkpoints of earlier versions -> their current names."""
 _LOG = logging.getLogger(__name__)
 
 
-class Learning(torch.nn.Module):
-    """All that learns in a run."""
+class Trainables(torch.nn.Module):
+    """All trainable parameters of a run."""
 
-    def __init__(self, config: Config, base: BaseModel):
+    def __init__(self, config: TrainingConfig, model: FrozenModel):
         super().__init__()
-        self.lora = TrainableLora(base, _KINDS[config.method], config.adapter.rank, config.run.seed)
+        self.lora = TrainableLora(model, _ADAPTER_TYPES[config.method], config.adapter.rank, config.run.seed)
         self.projector: TrainableProjector | None = None
         if config.method == "projector":
-            self.projector = TrainableProjector(base, config.run.seed)
+            self.projector = TrainableProjector(model, config.run.seed)
 
     def tensors(self) -> Tensors:
         return {**self.lora.tensors(), **(self.projector.tensors() if self.projector else {})}
 
 
-def objective_of(config: Config, learning: Learning) -> Objective:
-    if learning.projector is not None:
-        return FlowMatching(config.objective, config.run.seed, learning.lora, learning.projector)
-    partial = config.objective.kind == "pps"
-    return Suppression(config.objective, config.run.seed, learning.lora, partial)
+def build_objective(config: TrainingConfig, trainables: Trainables) -> Objective:
+    if trainables.projector is not None:
+        return FlowMatching(config.objective, config.run.seed, trainables.lora, trainables.projector)
+    partial = config.objective.type == "pps"
+    return PromptSuppression(config.objective, config.run.seed, trainables.lora, partial)
 
 
 class Run:
-    """A run that can be stopped at any time and goes on where its last checkpoint is."""
+    """A training run that can be interrupted at any time and resumes from its last checkpoint.
 
-    def __init__(
-        self, config: Config, accelerator: Accelerator, on_progress: Progress, most_examples: int | None = None
-    ):
-        self.config, self.accelerator = config, accelerator
-        file = model_file("diffusion_models", config.base.model)
-        self.base = BaseModel.load(file, config.base.weight_dtype, config.run.checkpointing)
-        self.cache = SampleCache(
-            config.cache_folder, config.base, config.run.resolution, self.base.dtype, self.base.family.context_encoder
-        )
-        self.learning = Learning(config, self.base)
-        self.objective = objective_of(config, self.learning)
-        with accelerator.main_process_first():
-            self._prepare(on_progress, most_examples)
-        self.base.to_device(config.run.micro_batch, self.tokens)
-        self.optimiser = optimiser(config.optimiser, self.learning.parameters())
-        self.schedule = schedule(config.optimiser, self.optimiser, config.run.steps)
-        self.average = average(config.optimiser, self.learning)
-        self.checkpoints = Checkpoints(config.output / "checkpoints", config.checkpoints.keep)
+    all_examples: of the config. examples: those that are used, without unreadable images and beyond any limit.
+    """
+
+    def __init__(self, config: TrainingConfig, accelerator: Accelerator, model: FrozenModel, cache: SampleCache):
+        self.config, self.accelerator, self.model, self.cache = config, accelerator, model, cache
+        self.trainables = Trainables(config, model)
+        self.objective = build_objective(config, self.trainables)
+        self.optimizer = build_optimizer(config.optimizer, self.trainables.parameters())
+        self.lr_scheduler = build_lr_scheduler(config.optimizer, self.optimizer, config.run.steps)
+        self.ema = build_ema(config.optimizer, self.trainables)
+        self.checkpoints = Checkpoints(config.output / "checkpoints", config.checkpoints.keep_last)
+        self.all_examples = self.examples = Examples([], [])
         self.step = 0
-        self.asked_to_stop = False
+        self.stop_requested = False
         self.stopped = False
         self._unsaved = False
 
-    def resume(self) -> None:
-        """Go on from the newest checkpoint, if there is one. Raises TrainingError when it is of another run."""
-        found = self.checkpoints.newest()
-        if found is None:
-            return
-        self.step, state = found
-        self._check_same_run(state["settings"])
-        self.learning.load_state_dict(state["learning"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.schedule.load_state_dict(state["schedule"])
-        self._use_learning_rate()
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        _LOG.info("Going on from step %d.", self.step)
+    @classmethod
+    def prepare(
+        cls, config: TrainingConfig, accelerator: Accelerator, on_progress: Progress, max_examples: int | None = None
+    ) -> Run:
+        """Load the model and encode the examples, at most `max_examples` each for training and validation."""
+        file = model_file("diffusion_models", config.model.diffusion_model)
+        model = FrozenModel.load(file, config.model.weight_dtype, config.run.gradient_checkpointing)
+        encoder = model.family.context_encoder
+        cache = SampleCache(config.cache_folder, config.model, config.run.resolution, model.dtype, encoder)
+        run = cls(config, accelerator, model, cache)
+        with accelerator.main_process_first():
+            run.encode_examples(on_progress, max_examples)
+        run.load_model()
+        return run
 
-    def train(self, watching: Watching) -> None:
-        """Take the remaining steps; after Ctrl-C, or when told to end, the step is finished and saved."""
-        if self.step >= self.config.run.steps:  # the last checkpoint may be there without its adapter
+    def encode_examples(self, on_progress: Progress, max_examples: int | None = None) -> None:
+        """Read the examples and encode their images and prompts into the cache. Skips unreadable images.
+
+        Raises TrainingError when no example is left.
+        """
+        self.all_examples = read_examples(self.config)
+        examples = Examples(*(part[:max_examples] for part in self.all_examples))
+        unreadable = self.cache.fill_latents(_images_of([*examples.training, *examples.validation]), on_progress)
+        for image, reason in unreadable.items():
+            _LOG.warning("%s is skipped: %s", image.file, reason)
+        training, validation = (
+            [example for example in part if not unreadable.keys() & set(_images_of([example]))] for part in examples
+        )
+        if not training:
+            raise TrainingError(f"None of the images can be read, for example {next(iter(unreadable)).file}.")
+        self.examples = Examples(training, validation)
+        self.cache.fill_texts(self._prompts(), on_progress)
+
+    def load_model(self) -> None:
+        """Load the model to the device, leaving room for a micro-batch."""
+        self.model.load_to_device(self.config.run.micro_batch_size, self.num_tokens)
+
+    def resume(self) -> None:
+        """Resume from the last checkpoint, if any. Raises TrainingError when it has other settings."""
+        checkpoint = self.checkpoints.newest()
+        if checkpoint is None:
+            return
+        self.step, state = checkpoint
+        state = {_FORMER_STATE_KEYS.get(key, key): value for key, value in state.items()}
+        self._check_same_run(state["settings"])
+        _load_state(self.trainables, state["trainables"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self._use_learning_rate()
+        if self.ema is not None:
+            _load_state(self.ema, state["ema"])
+        _LOG.info("Resuming from step %d.", self.step)
+
+    def train(self, callbacks: Sequence[Callback] = ()) -> None:
+        """Take the remaining steps. SIGINT and SIGTERM stop the run after the current step, which is saved."""
+        if self.step >= self.config.run.steps:  # interrupted between the last checkpoint and the adapter file
             self._save(last=True)
-        with _stops(self):
+        with _stop_signals(self):
             while self.step < self.config.run.steps and not self.stopped:
-                losses, norm = self.take_step()
+                loss, grad_norm = self.train_step()
                 self.step += 1
                 last = self.stopped or self.step == self.config.run.steps
-                self._unsaved |= self.step % self.config.checkpoints.every == 0 or last
+                self._unsaved |= self.step % self.config.checkpoints.every_n_steps == 0 or last
                 if self._unsaved:
                     self._save(last)
-                watching.step(self, losses, norm)
-        watching.end(self)
+                report = StepReport(self.step, loss, grad_norm, self.optimizer.param_groups[0]["lr"])
+                for callback in callbacks:
+                    callback.on_step_end(report)
+        for callback in callbacks:
+            callback.on_train_end()
 
-    def take_step(self) -> tuple[float, float]:
-        """One step of the optimiser over all processes. Returns the mean loss and the norm of the gradients."""
-        parameters = list(self.learning.parameters())
-        share = 1 / self.config.run.batch
-        total = torch.zeros((), device=self.base.device)
+    def train_step(self) -> tuple[float, float]:
+        """One optimizer step over all processes. Returns the mean loss and the gradient norm before clipping."""
+        parameters = list(self.trainables.parameters())
+        weight = 1 / self.config.run.batch_size
+        total = torch.zeros((), device=self.model.device)
         try:
-            for batch in micro_batches(self._own_samples(), self.cache, self.base, self.config.run.micro_batch):
-                total += self.objective.learn(self.base, batch, share).sum() * share
+            batches = micro_batches(self._own_samples(), self.cache, self.model, self.config.run.micro_batch_size)
+            for batch in batches:
+                total += self.objective.accumulate_gradients(self.model, batch, weight).sum() * weight
         except torch.OutOfMemoryError as error:
             raise TrainingError(
-                f"{self.base.device} has not enough memory for a step. Set run.micro_batch to 1, run.checkpointing to "
-                "true, or base.weight_dtype to float8_e4m3fn, and start again: it goes on from the last checkpoint. Or "
-                "begin a run with a smaller run.resolution."
+                f"{self.model.device} ran out of memory in a training step. Set run.micro_batch_size to 1, "
+                "run.gradient_checkpointing to true or model.weight_dtype to float8_e4m3fn, and start again: the run "
+                "resumes from the last checkpoint. Or start a new run with a smaller run.resolution."
             ) from error
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([*(g.flatten() for g in gradients), total[None], total.new_tensor([self.asked_to_stop])])
+        flat = torch.cat([*(g.flatten() for g in gradients), total[None], total.new_tensor([self.stop_requested])])
         flat = self.accelerator.reduce(flat, reduction="sum")
         *gradients, loss, stopped = flat.split([*(p.numel() for p in parameters), 1, 1])
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient.view_as(parameter)
         self.stopped = bool(stopped)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optimiser.clip_norm)
-        if not (loss.isfinite().all() and norm.isfinite()):
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm)
+        if not (loss.isfinite().all() and grad_norm.isfinite()):
             raise TrainingError(
-                f"The loss at step {self.step + 1} is not finite; nothing was changed by it. Lower the learning rate, "
-                "or choose base.weight_dtype bfloat16, and start again: it goes on from the last checkpoint."
+                f"The loss or gradient of step {self.step + 1} is not finite; the step was not applied. Lower "
+                "optimizer.learning_rate or set model.weight_dtype to bfloat16, and start again: the run resumes from "
+                "the last checkpoint."
             )
-        self.optimiser.step()
-        self.schedule.step()
-        self.optimiser.zero_grad()
-        if self.average is not None:
-            self.average.update_parameters(self.learning)
-        return loss.item(), norm.item()
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update_parameters(self.trainables)
+        return loss.item(), grad_norm.item()
 
     @property
-    def result(self) -> Learning:
-        """What learns, averaged over time if the config wants that."""
-        averaged = self.learning if self.average is None else self.average.module
-        assert isinstance(averaged, Learning)
-        return averaged
+    def averaged(self) -> Trainables:
+        """The EMA of the trainable parameters, or the parameters themselves without EMA."""
+        trainables = self.trainables if self.ema is None else self.ema.module
+        assert isinstance(trainables, Trainables)
+        return trainables
 
     def slider(self) -> Slider:
-        """The adapter as it is now, as the nodes would read it from its file."""
-        adapter = self.result.lora.adapter(self.config.name)
-        if self.result.projector is None:
+        """The current adapter, as the nodes read it from its file."""
+        adapter = self.averaged.lora.adapter(self.config.name)
+        if self.averaged.projector is None:
             return adapter
-        return ProjectorBundle(self.result.projector.projector, adapter)
+        return ProjectorBundle(self.averaged.projector.projector, adapter)
+
+    def render_validation(self, folder: Path) -> list[StrengthCurve]:
+        """Render the validation examples with the current adapter into a folder."""
+        renderer = ValidationRenderer(self.model.patcher, self.cache, self.config.validation)
+        curves = renderer.write(self.slider(), self.examples.validation, folder)
+        self.load_model()
+        return curves
 
     def write_adapter(self, file: Path) -> None:
-        """The adapter as it is now."""
-        write_adapter(file, self.result.tensors(), self.metadata())
+        """Write the current adapter."""
+        write_adapter(file, self.averaged.tensors(), self.metadata())
 
     def metadata(self) -> dict[str, Any]:
-        """What an adapter's file tells of its making."""
-        config, lora = self.config, self.learning.lora
+        """The metadata in the adapter file."""
+        config, lora = self.config, self.trainables.lora
         return {
             "method": config.method,
-            "objective": config.objective.kind,
-            "base": self.base.family.name,
-            "base file": config.base.model,
+            "objective": config.objective.type,
+            "model": self.model.family.name,
+            "model_file": config.model.diffusion_model,
             "rank": config.adapter.rank,
-            "targets": sorted({layer.split(".", 2)[2] for layers in lora.layers.values() for layer in layers}),
-            "sign": SIGN if config.method != "projector" else "strength 0 to 1",
+            "target_modules": sorted({layer.split(".", 2)[2] for layers in lora.layers.values() for layer in layers}),
+            "strength_meaning": STRENGTH_MEANING if config.method != "projector" else "strength 0 to 1",
             "spans": "character ranges of ComfyUI's tokenization",
-            "text rows": config.base.text_rows,
-            "dataset": self.dataset_hash(),
+            "max_sequence_length": config.model.max_sequence_length,
+            "dataset_hash": self.dataset_hash(),
             "steps": self.step,
-            "pack version": PACK_VERSION,
+            "pack_version": pack_version(),
         }
 
     def dataset_hash(self) -> str:
-        """Tells data sets apart, wherever they lie."""
-        told = [
+        """Identifies the training examples, independent of the folder they are in."""
+        content = [
             (
                 example.source.file.name,
                 example.source.column,
                 example.instructions,
-                [(target.picture.column, round(target.strength, 6)) for target in example.targets],
+                [(target.image.column, round(target.strength, 6)) for target in example.targets],
             )
             for example in self.examples.training
         ]
-        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
-    def _own_samples(self) -> Sequence[Sample]:
-        samples = self.objective.samples(self.examples.training, self.step, self.config.run.batch)
+    def _own_samples(self) -> Sequence[TrainingSample]:
+        """The samples of the step that belong to this process."""
+        samples = self.objective.make_samples(self.examples.training, self.step, self.config.run.batch_size)
         return samples[self.accelerator.process_index :: self.accelerator.num_processes]
-
-    def _prepare(self, on_progress: Progress, most: int | None) -> None:
-        """Have the examples, with everything that is needed of them in the cache; those with bad pictures left out."""
-        self.all_examples = read_examples(self.config)
-        examples = Examples(*(part[:most] for part in self.all_examples))
-        bad = self.cache.fill_latents(_pictures([*examples.training, *examples.held_out]), on_progress)
-        for picture, reason in bad.items():
-            _LOG.warning("%s is left out: %s", picture.file, reason)
-        training, held_out = (
-            [example for example in part if not bad.keys() & set(_pictures([example]))] for part in examples
-        )
-        if not training:
-            raise TrainingError(f"None of the pictures can be read, such as {next(iter(bad)).file}.")
-        self.examples = Examples(training, held_out)
-        self.cache.fill_texts(self._prompts(), on_progress)
 
     def _prompts(self) -> Iterator[Prompt]:
         config = self.config.run
-        yield from self.objective.prompts(self.examples.training, config.steps, config.batch)
-        for example in self.examples.held_out:
+        yield from self.objective.prompts(self.examples.training, config.steps, config.batch_size)
+        for example in self.examples.validation:
             yield example.instructions
 
     @property
-    def tokens(self) -> int:
-        """Rows of text and of pictures in one sample."""
-        rows = self.cache.prompt(self.examples.training[0].instructions).text.states.shape[1]
+    def num_tokens(self) -> int:
+        """Number of text and image tokens of a sample: text, noised latent and reference latent."""
+        text_tokens = self.cache.prompt(self.examples.training[0].instructions).text.states.shape[1]
         shape = self.cache.latent(self.examples.training[0].source).shape
-        return rows + 2 * self.base.family.image_tokens(shape)
+        return text_tokens + 2 * self.model.family.image_tokens(shape)
 
     def _save(self, last: bool) -> None:
-        """Write checkpoint and adapter; while the disk is full, go on and try again after the next step."""
+        """Write checkpoint and adapter. If that fails, warn and retry after the next step; raise after the last."""
         if not self.accelerator.is_main_process:
             self._unsaved = False
             return
         state = {
             "settings": self._settings(),
-            "learning": self.learning.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "average": self.average.state_dict() if self.average is not None else {},
+            "trainables": self.trainables.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else {},
         }
         try:
             self.checkpoints.save(self.step, state)
             self.write_adapter(self.config.output / f"{self.config.name}.safetensors")
             self._unsaved = False
         except OSError as error:
-            kept = f"the last whole checkpoint is of step {(self.checkpoints.steps or [0])[-1]}"
+            kept = f"the last complete checkpoint is of step {(self.checkpoints.steps or [0])[-1]}"
             if last:
                 raise TrainingError(
-                    f"Step {self.step} cannot be written to {self.config.output} ({error.strerror}); {kept}. Make room "
-                    "and start the same command again: it goes on from there."
+                    f"Step {self.step} cannot be written to {self.config.output} ({error.strerror}); {kept}. Free disk "
+                    "space and start the same command again: the run resumes from there."
                 ) from error
-            _LOG.warning("Step %d cannot be written (%s); %s. Make room: it is tried again.", self.step, error, kept)
+            _LOG.warning(
+                "Step %d cannot be written (%s); %s. Free disk space: the next step tries again.",
+                self.step,
+                error,
+                kept,
+            )
 
     def _settings(self) -> str:
-        settings = {**self.config.model_dump(mode="json", exclude=_FREE_TO_CHANGE), "dataset": self.dataset_hash()}
-        return json.dumps({name: value for name, value in _flat(settings).items() if name not in _FREE}, sort_keys=True)
+        """The settings that must not change when the run is resumed, as JSON: path of the key -> value."""
+        settings = {**self.config.model_dump(mode="json", exclude=_IGNORED_SECTIONS), "dataset": self.dataset_hash()}
+        kept = {key: value for key, value in _flatten(settings).items() if key not in _IGNORED_KEYS}
+        return json.dumps(kept, sort_keys=True)
 
-    def _check_same_run(self, found: str) -> None:
-        """A setting that the checkpoint does not know is newer than it."""
-        before, now = _flat(json.loads(found)), json.loads(self._settings())
+    def _check_same_run(self, settings: str) -> None:
+        """Compare with the settings in a checkpoint. Settings that it does not contain are newer than it."""
+        before, now = _current_settings(json.loads(settings)), json.loads(self._settings())
         changed = [key for key in before if key in now and before[key] != now[key]]
-        told = "; ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in sorted(changed))
-        if set(changed) - _CHANGED_WITH_CARE:
+        changes = "; ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in sorted(changed))
+        if set(changed) - _CHANGED_WITH_WARNING:
             raise TrainingError(
-                f"{self.config.output} holds a run with other settings: {told}. Change them back to go on with it, or "
+                f"{self.config.output} contains a run with other settings: {changes}. Restore them to resume it, or "
                 "choose another output folder."
             )
         if changed:
-            _LOG.warning("Going on with other settings: %s.", told)
+            _LOG.warning("Resuming with changed settings: %s.", changes)
 
     def _use_learning_rate(self) -> None:
-        """That of the config, where the optimiser has come with that of its checkpoint."""
-        wanted = self.config.optimiser.learning_rate
-        for group, before in zip(self.optimiser.param_groups, self.schedule.base_lrs):
-            group["lr"] *= wanted / before
-            group["initial_lr"] = wanted
-        self.schedule.base_lrs = [wanted] * len(self.schedule.base_lrs)
+        """Replace the learning rate of the checkpoint by that of the config."""
+        learning_rate = self.config.optimizer.learning_rate
+        for group, before in zip(self.optimizer.param_groups, self.lr_scheduler.base_lrs):
+            group["lr"] *= learning_rate / before
+            group["initial_lr"] = learning_rate
+        self.lr_scheduler.base_lrs = [learning_rate] * len(self.lr_scheduler.base_lrs)
 
 
-def _pictures(examples: Sequence[Example]) -> list[Picture]:
-    return [
-        picture for example in examples for picture in (example.source, *(target.picture for target in example.targets))
-    ]
+def pack_version() -> str:
+    """The version in pyproject.toml."""
+    text = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    version = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
+    return version[1] if version else "unknown"
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def _load_state(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Load a state dict by order: parameters of earlier versions have other names, but the same order."""
+    module.load_state_dict(dict(zip(module.state_dict(), state.values(), strict=True)))
+
+
+def _current_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a checkpoint with the current names of keys and values."""
+    renamed = {".".join(current_path(key.split("."))): value for key, value in settings.items()}
+    return {
+        key: RENAMED_VALUES.get((key, value), value) if isinstance(value, str) else value
+        for key, value in renamed.items()
+    }
+
+
+def _images_of(examples: Sequence[Example]) -> list[ImageFile]:
+    return [image for example in examples for image in (example.source, *(target.image for target in example.targets))]
+
+
+def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
+    """Nested dicts -> path of keys, joined by dots -> value."""
     if not isinstance(tree, dict):
-        return {prefix: tree}
+        return {path: tree}
     return {
         name: value
-        for key, part in tree.items()
-        for name, value in _flat(part, f"{prefix}.{key}" if prefix else key).items()
+        for key, subtree in tree.items()
+        for name, value in _flatten(subtree, f"{path}.{key}" if path else key).items()
     }
 
 
 @contextlib.contextmanager
-def _stops(run: Run) -> Iterator[None]:
-    """Ctrl-C and a polite end finish the step and save; a second one ends at once."""
+def _stop_signals(run: Run) -> Iterator[None]:
+    """The first SIGINT or SIGTERM sets run.stop_requested; the second one has its usual effect."""
 
-    def stop(number: int, frame: object) -> None:
-        run.asked_to_stop = True
-        signal.signal(number, before[number])
+    def request_stop(number: int, frame: object) -> None:
+        run.stop_requested = True
+        signal.signal(number, previous[number])
 
-    before: dict[int, Any] = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous: dict[int, Any] = {
+        number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Config files read strictly: everything wrong in one is reported at once, each with its line."""
+"""Strict reading of YAML config files: all errors are reported at once, each with its line number."""
 
 from __future__ import annotations
 
@@ -11,26 +11,69 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo
 
 from .errors import TrainingError
 
+RENAMED_KEYS = {
+    "base": "model",
+    "model.model": "diffusion_model",
+    "model.models": "extra_models_folder",
+    "model.encoder_options": "text_encoder_options",
+    "model.text_rows": "max_sequence_length",
+    "data.kind": "type",
+    "data.held_out": "num_validation",
+    "data.examples": "num_examples",
+    "data.never_together": "mutually_exclusive",
+    "data.most_in_a_prompt": "max_instructions_per_prompt",
+    "data.most_kl": "max_kl",
+    "objective.kind": "type",
+    "objective.timesteps": "timestep_sampling",
+    "objective.timestep_mean": "logit_mean",
+    "objective.timestep_spread": "logit_std",
+    "optimiser": "optimizer",
+    "optimizer.kind": "type",
+    "optimizer.schedule": "lr_scheduler",
+    "optimizer.clip_norm": "max_grad_norm",
+    "optimizer.ema": "ema_decay",
+    "run.batch": "batch_size",
+    "run.micro_batch": "micro_batch_size",
+    "run.checkpointing": "gradient_checkpointing",
+    "samples": "validation",
+    "validation.every": "every_n_steps",
+    "checkpoints.every": "every_n_steps",
+    "checkpoints.keep": "keep_last",
+    "watching": "logging",
+    "render.kind": "type",
+    "render.renoise": "denoise",
+    "render.neutral": "neutral_prompt",
+    "render.adapter_kind": "adapter_type",
+    "stack_resolution": "strip_resolution",
+    "filter.most_kl": "max_kl",
+}
+"""Keys of earlier configs. Path, with the section's current name -> current name of the key."""
+
+RENAMED_VALUES = {("data.type", "stacks"): "edit_strips"}
+"""(current path of the key, earlier value) -> current value."""
+
 
 class Section(BaseModel):
-    """A part of a config; keys that it does not have are errors."""
+    """A section of a config. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-Read = TypeVar("Read", bound=Section)
+Config = TypeVar("Config", bound=Section)
 
 
-def from_here(value: Path, info: ValidationInfo) -> Path:
-    """Relative paths count from the config's folder."""
+def resolve_path(value: Path, info: ValidationInfo) -> Path:
+    """The absolute path; a relative one is relative to the folder of the config."""
     folder = (info.context or {}).get("folder", Path())
     return (folder / value.expanduser()).resolve()
 
 
-def read_strictly(path: Path, section: type[Read], complete: Callable[[dict[str, Any]], None] | None = None) -> Read:
-    """Read a YAML file as a section. Raises TrainingError with everything that is wrong in it, each with its line.
+def read_config_file(
+    path: Path, section: type[Config], add_defaults: Callable[[dict[str, Any]], None] | None = None
+) -> Config:
+    """Read and validate a YAML file. add_defaults: fills in missing keys before validation, in place.
 
-    complete: fills in what may be left out.
+    Raises TrainingError with one line per error: file, line number, key, what is wrong.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -39,12 +82,16 @@ def read_strictly(path: Path, section: type[Read], complete: Callable[[dict[str,
     try:
         tree, content = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise TrainingError(f"{path.name} is no YAML: {error}") from error
+        raise TrainingError(f"{path.name} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         first = next(iter(section.model_fields))
-        raise TrainingError(f"{path.name} holds {type(content).__name__}; expected keys such as '{first}: ...'.")
-    if complete:
-        complete(content)
+        raise TrainingError(
+            f"{path.name} contains a single {type(content).__name__}; expected keys such as '{first}: ...'."
+        )
+    if renamed := list(_renamed(tree)):
+        raise TrainingError("\n".join(f"{path.name}, line {line}: {message}" for line, message in renamed))
+    if add_defaults:
+        add_defaults(content)
     try:
         return section.model_validate(content, context={"folder": path.resolve().parent})
     except ValidationError as error:
@@ -52,61 +99,83 @@ def read_strictly(path: Path, section: type[Read], complete: Callable[[dict[str,
         raise TrainingError("\n".join(text for _, text in problems)) from error
 
 
-def listed(values: Sequence[str]) -> str:
+def current_path(path: Sequence[str]) -> tuple[str, ...]:
+    """The current path of a key of an earlier config: ('optimiser', 'ema') -> ('optimizer', 'ema_decay')."""
+    current: tuple[str, ...] = ()
+    for key in path:
+        current = (*current, RENAMED_KEYS.get(".".join((*current, key)), key))
+    return current
+
+
+def quoted_alternatives(values: Sequence[str]) -> str:
     return " or ".join(map(repr, values))
 
 
+def _renamed(node: yaml.Node | None, parents: tuple[str, ...] = ()) -> Iterator[tuple[int, str]]:
+    """Line and message for each key or value that has a new name."""
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        path = (*parents, key.value)
+        current = current_path(path)
+        if current[-1] != key.value:
+            yield key.start_mark.line + 1, f"'{'.'.join(path)}' is now '{'.'.join(current)}'"
+        if isinstance(value, yaml.ScalarNode) and (new := RENAMED_VALUES.get((".".join(current), value.value))):
+            yield value.start_mark.line + 1, f"the value '{value.value}' of '{'.'.join(current)}' is now '{new}'"
+        yield from _renamed(value, path)
+
+
 def _problem(path: Path, section: type[Section], tree: yaml.Node | None, error: Any) -> tuple[int, str]:
-    """Line and message of one thing that is wrong."""
-    line, known, places = _found(tree, error["loc"], error["type"] == "missing")
-    where = ".".join(map(str, places)) or "the whole"
-    said = error["msg"].removeprefix("Value error, ")
+    """Line number and message of a pydantic error."""
+    line, has_value, keys = _locate(tree, error["loc"], error["type"] == "missing")
+    location = ".".join(map(str, keys)) or "config"
+    message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        allowed = ", ".join(sorted(_allowed(section, error["loc"][:-1])))
-        said = f"there is no such key here; there are {allowed}"
-    found = f", found {error['input']!r}" if known and isinstance(error["input"], (str, int, float)) else ""
-    return line, f"{path.name}, line {line}: {where}: {said}{found}"
+        message = f"unknown key; expected one of {', '.join(sorted(_allowed_keys(section, error['loc'][:-1])))}"
+    value = f", found {error['input']!r}" if has_value and isinstance(error["input"], (str, int, float)) else ""
+    return line, f"{path.name}, line {line}: {location}: {message}{value}"
 
 
-def _found(node: yaml.Node | None, loc: Sequence[Any], missing: bool) -> tuple[int, bool, list[Any]]:
-    """The line of a value, else of what it should be in; whether the value itself is there; its place in the file.
+def _locate(node: yaml.Node | None, loc: Sequence[Any], missing: bool) -> tuple[int, bool, list[Any]]:
+    """Find pydantic's error location in the file: line number, whether the value is in the file, path of keys.
 
-    Of a location, names of the alternatives that were tried are left out: they stand nowhere in the file.
+    For a missing key the line is that of its section. Pydantic also puts the tags of unions into `loc`; they are not
+    keys of the file and are left out of the path.
     """
-    line, places = 1, []
-    for k, place in enumerate(loc):
+    line, keys = 1, []
+    for k, key in enumerate(loc):
         if isinstance(node, yaml.MappingNode):
-            pair = next(((key, value) for key, value in node.value if key.value == str(place)), None)
+            pair = next(((name, value) for name, value in node.value if name.value == str(key)), None)
             if pair:
                 line, node = pair[0].start_mark.line + 1, pair[1]
-                places.append(place)
+                keys.append(key)
             elif missing and k == len(loc) - 1:
-                return line, False, [*places, place]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(place, int) and place < len(node.value):
-            node = node.value[place]
+                return line, False, [*keys, key]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
+            node = node.value[key]
             line = node.start_mark.line + 1
-            places.append(place)
-    return line, True, places
+            keys.append(key)
+    return line, True, keys
 
 
-def _allowed(section: type[BaseModel], loc: Sequence[Any]) -> set[str]:
-    """The keys that may stand at a location."""
+def _allowed_keys(section: type[BaseModel], loc: Sequence[Any]) -> set[str]:
+    """The valid keys at pydantic's location `loc`."""
     sections = [section]
-    for place in loc:
-        if alternative := [one for one in sections if _is_kind(one, place)]:
-            sections = alternative
-        elif fields := [one.model_fields[place] for one in sections if place in one.model_fields]:
+    for key in loc:
+        if tagged := [one for one in sections if _has_type(one, key)]:
+            sections = tagged
+        elif fields := [one.model_fields[key] for one in sections if key in one.model_fields]:
             sections = [inner for field in fields for inner in _sections_in(field.annotation)]
     return {name for one in sections for name in one.model_fields}
 
 
-def _is_kind(section: type[BaseModel], tag: object) -> bool:
-    field = section.model_fields.get("kind")
+def _has_type(section: type[BaseModel], tag: object) -> bool:
+    field = section.model_fields.get("type")
     return field is not None and tag in get_args(field.annotation)
 
 
 def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    for part in get_args(annotation):
-        yield from _sections_in(part)
+    for argument in get_args(annotation):
+        yield from _sections_in(argument)

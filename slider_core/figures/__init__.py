@@ -1,1 +1,1 @@
-"""Images for people: plots, contact sheets, captions."""
+"""Pictures for people: plots, contact sheets, captions."""

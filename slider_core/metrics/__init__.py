@@ -1,1 +1,1 @@
-"""Metrics of sweeps: image distances, smoothness, calibration."""
+"""Numbers that tell how even a sweep is."""

@@ -1,1 +1,1 @@
-"""Sampling: sigmas, checks for flow matching and samplers, sampling loops."""
+"""What the pack's own samplers share."""

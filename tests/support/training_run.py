@@ -1,4 +1,4 @@
-"""Training runs on the tiny models, over pictures made by code."""
+"""Training runs on the tiny models, with generated images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from PIL import Image, ImageDraw
 
-from training.edit_strips import COLUMNS, stacked
+from training.edit_strips import NUM_COLUMNS, make_strip
 
 REPO = Path(__file__).resolve().parents[2]
 ENCODER_OPTIONS = {
@@ -28,43 +28,43 @@ CONFIG: dict[str, Any] = {
     "name": "tiny",
     "output": "out",
     "cache": "cache",
-    "base": {
-        "models": "models",
-        "model": "tiny-kontext.safetensors",
+    "model": {
+        "extra_models_folder": "models",
+        "diffusion_model": "tiny-kontext.safetensors",
         "text_encoders": ["tiny-clip-l.safetensors", "tiny-t5xxl.safetensors"],
-        "encoder_options": ENCODER_OPTIONS,
-        "text_rows": 16,
+        "text_encoder_options": ENCODER_OPTIONS,
+        "max_sequence_length": 16,
         "vae": "taef1",
         "cpu": True,
     },
-    "data": {"kind": "combinations", "images": "pictures", "instructions": INSTRUCTIONS, "examples": 12},
+    "data": {"type": "combinations", "images": "images", "instructions": INSTRUCTIONS, "num_examples": 12},
     "adapter": {"rank": 4},
-    "optimiser": {"learning_rate": 1e-3},
-    "run": {"steps": 4, "batch": 4, "micro_batch": 4, "resolution": 64},
-    "samples": {"every": 0, "steps": 2},
-    "checkpoints": {"every": 2},
-    "watching": {"tensorboard": False},
+    "optimizer": {"learning_rate": 1e-3},
+    "run": {"steps": 4, "batch_size": 4, "micro_batch_size": 4, "resolution": 64},
+    "validation": {"every_n_steps": 0, "steps": 2},
+    "checkpoints": {"every_n_steps": 2},
+    "logging": {"tensorboard": False},
 }
 
 
-def write_pictures(folder: Path, count: int) -> None:
-    """Circles on plain grounds, 64x64."""
+def write_images(folder: Path, count: int) -> None:
+    """Circles on plain backgrounds, 64x64."""
     folder.mkdir(parents=True, exist_ok=True)
-    chance = random.Random(0)
+    rng = random.Random(0)
     for k in range(count):
-        colours = [tuple(chance.randrange(256) for _ in range(3)) for _ in range(2)]
-        picture = Image.new("RGB", (64, 64), colours[0])
-        left, top = chance.randrange(8, 40), chance.randrange(8, 40)
-        ImageDraw.Draw(picture).ellipse((left, top, left + 18, top + 18), fill=colours[1])
+        colors = [tuple(rng.randrange(256) for _ in range(3)) for _ in range(2)]
+        picture = Image.new("RGB", (64, 64), colors[0])
+        left, top = rng.randrange(8, 40), rng.randrange(8, 40)
+        ImageDraw.Draw(picture).ellipse((left, top, left + 18, top + 18), fill=colors[1])
         picture.save(folder / f"{k}.png")
 
 
-def write_stacks(folder: Path, count: int) -> None:
-    """Plain pictures that become redder from column to column, in the projector's layout."""
+def write_edit_strips(folder: Path, count: int) -> None:
+    """Edit strips of plain images that become redder from column to column."""
     folder.mkdir()
     for k in range(count):
-        row = [Image.new("RGB", (64, 64), (28 * column, 20 * k, 90)) for column in range(COLUMNS)]
-        stacked(row).save(folder / f"{k}.png")
+        row = [Image.new("RGB", (64, 64), (28 * column, 20 * k, 90)) for column in range(NUM_COLUMNS)]
+        make_strip(row).save(folder / f"{k}.png")
         record = {
             "image_name": f"{k}.png",
             "edit_instruction": "make it red",
@@ -72,7 +72,7 @@ def write_stacks(folder: Path, count: int) -> None:
             "lpips_kontext_edit": 0.3,
             "lpips_edit_inversion": 0.1,
             "lpips_inversion_edit": 0.2,
-            "lpips_sequence": [0.1] * (COLUMNS - 1),
+            "lpips_sequence": [0.1] * (NUM_COLUMNS - 1),
         }
         (folder / f"{k}.json").write_text(json.dumps(record))
 

@@ -1,1 +1,1 @@
-"""python -m training prepare: edits at several strengths, rendered by ComfyUI servers, as data for a projector."""
+"""python -m training prepare: renders edit strips for training a strength projector, on running ComfyUI servers."""

@@ -1,4 +1,4 @@
-"""The config of 'python -m training prepare': which pictures to edit how, and on which servers."""
+"""The config of 'python -m training prepare'. training/configs/prepare.yaml documents all settings."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
-from ..edit_strips import MOST_KL
-from ..strict_config import Section, from_here, read_strictly
+from ..edit_strips import MAX_KL
+from ..strict_config import Section, read_config_file, resolve_path
 
 
-def _address(url: str) -> str:
+def _check_url(url: str) -> str:
     if not url.startswith(("http://", "https://")):
-        raise ValueError("expected the address of a ComfyUI, such as http://127.0.0.1:8188")
+        raise ValueError("expected the address of a ComfyUI server, such as http://127.0.0.1:8188")
     return url.rstrip("/")
 
 
-Server = Annotated[str, AfterValidator(_address)]
+Server = Annotated[str, AfterValidator(_check_url)]
 Instruction = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class Folder(Section):
-    """Every picture of a folder with every instruction: a list, a file with one per line, or category -> list."""
+class FolderConfig(Section):
+    """Every image of a folder with every instruction: a list, a file with one per line, or category -> list."""
 
-    kind: Literal["folder"]
+    type: Literal["folder"]
     images: Path
     instructions: Path | list[Instruction] | dict[str, list[Instruction]]
     category: str = ""
@@ -33,100 +33,106 @@ class Folder(Section):
     @field_validator("images", "instructions")
     @classmethod
     def _resolve(cls, value: Any, info: ValidationInfo) -> Any:
-        return from_here(value, info) if isinstance(value, Path) else value
+        return resolve_path(value, info) if isinstance(value, Path) else value
 
     @model_validator(mode="after")
-    def _one_category(self) -> Folder:
+    def _check_category(self) -> FolderConfig:
         if self.category and isinstance(self.instructions, dict):
-            raise ValueError("the instructions are given by category, so leave out the key category")
+            raise ValueError("the instructions are given by category; remove the key category")
         return self
 
 
-class Lines(Section):
-    """JSON lines {"image": "file.png", "instruction": "...", "category": "..."}; category may be left out."""
+class JsonLinesConfig(Section):
+    """JSON lines {"image": "file.png", "instruction": "...", "category": "..."}; category is optional."""
 
-    kind: Literal["jsonl"]
+    type: Literal["jsonl"]
     path: Path
 
-    _resolve = field_validator("path")(from_here)
+    _resolve = field_validator("path")(resolve_path)
 
 
-class _BuiltIn(Section):
-    """Models by their names in the servers' folders, and how to sample."""
+class _ModelRenderConfig(Section):
+    """Models, by their names in the servers' model folders, and sampling settings."""
 
     model: str
     weight_dtype: str = "default"
     text_encoders: Annotated[list[str], Field(min_length=2, max_length=2)]
     vae: str
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
-    guidance: Annotated[Number, Field(ge=0, le=100)] = 2.5
+    guidance: Annotated[FiniteFloat, Field(ge=0, le=100)] = 2.5
     sampler: str = "euler"
     scheduler: str = "simple"
 
 
-class Latents(_BuiltIn):
-    """In between: latents of source and edit interpolated, noise added, denoised with an interpolated text.
+class LatentInterpolationConfig(_ModelRenderConfig):
+    """Intermediate strengths by interpolating the latents of source and edit, and denoising them partly.
 
-    renoise: part of the schedule that is run again. neutral: the text of strength 0.
+    denoise: KSampler's denoise. neutral_prompt: prompt at strength 0, interpolated with the instruction.
     """
 
-    kind: Literal["latents"]
-    renoise: Annotated[Number, Field(gt=0, le=1)] = 0.3
-    neutral: str = "keep the image the same"
+    type: Literal["latents"]
+    denoise: Annotated[FiniteFloat, Field(gt=0, le=1)] = 0.3
+    neutral_prompt: str = "keep the image the same"
 
 
-class Sliders(_BuiltIn):
-    """In between: the instruction at a strength, by an adapter of this pack; the servers need the pack."""
+class SliderConfig(_ModelRenderConfig):
+    """Intermediate strengths by an adapter of this pack, which must be installed on the servers."""
 
-    kind: Literal["sliders"]
+    type: Literal["sliders"]
     adapter: str
-    adapter_kind: Literal["stlora", "gstlora"]
+    adapter_type: Literal["stlora", "gstlora"]
 
 
-class Graphs(Section):
-    """Own graphs, exported from ComfyUI in API format.
+class GraphConfig(Section):
+    """Workflows of the user, exported from ComfyUI in API format.
 
-    edit: makes the full edit. strengths: makes the edit at "{strength}".
+    edit: renders the full edit. strengths: renders the edit at the strength "{strength}".
     """
 
-    kind: Literal["graphs"]
+    type: Literal["graphs"]
     edit: Path
     strengths: Path
 
-    _resolve = field_validator("edit", "strengths")(from_here)
+    _resolve = field_validator("edit", "strengths")(resolve_path)
 
 
-class Filter(Section):
-    """By what the report counts; as in the section data of a training config."""
+class FilterConfig(Section):
+    """Filters of the report; same meaning as in the section data of a training config."""
 
-    most_kl: Annotated[Number, Field(ge=0)] = MOST_KL
+    max_kl: Annotated[FiniteFloat, Field(ge=0)] = MAX_KL
     category_thresholds: bool = True
 
 
 class PrepareConfig(Section):
-    """What to prepare. output: gets stacks/, report.json and report.png.
+    """output: gets edit_strips/, report.json and report.png.
 
-    resolution: of the renderings; stack_resolution: of the pictures in a stack. Both: side of a square of equal area.
+    resolution: of the renderings; strip_resolution: of each column of a strip. Both: side of a square of equal area.
     """
 
     output: Path
     servers: Annotated[list[Server], Field(min_length=1)]
-    data: Annotated[Folder | Lines, Field(discriminator="kind")]
-    render: Annotated[Latents | Sliders | Graphs, Field(discriminator="kind")]
+    data: Annotated[FolderConfig | JsonLinesConfig, Field(discriminator="type")]
+    render: Annotated[LatentInterpolationConfig | SliderConfig | GraphConfig, Field(discriminator="type")]
     resolution: Annotated[int, Field(ge=16, multiple_of=16)] = 1024
-    stack_resolution: Annotated[int, Field(ge=16, multiple_of=16)] = 512
+    strip_resolution: Annotated[int, Field(ge=16, multiple_of=16)] = 512
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     distance: Literal["lpips", "pixels"] = "lpips"
-    filter: Filter = Filter()
+    filter: FilterConfig = FilterConfig()
 
-    _resolve = field_validator("output")(from_here)
+    _resolve = field_validator("output")(resolve_path)
 
     @field_validator("servers")
     @classmethod
-    def _each_once(cls, value: list[str]) -> list[str]:
+    def _remove_duplicates(cls, value: list[str]) -> list[str]:
         return list(dict.fromkeys(value))
+
+    @property
+    def strips_folder(self) -> Path:
+        """edit_strips in the output, or stacks, where earlier versions wrote, if that exists."""
+        former = self.output / "stacks"
+        return former if former.is_dir() else self.output / "edit_strips"
 
 
 def read_prepare_config(path: Path) -> PrepareConfig:
-    """Read the config. Raises TrainingError with everything that is wrong in it, each with its line."""
-    return read_strictly(path, PrepareConfig)
+    """Read the config. Raises TrainingError with one line per error, each with its line number."""
+    return read_config_file(path, PrepareConfig)

@@ -1,4 +1,4 @@
-"""Distances between two pictures of one size."""
+"""Distances between two images of the same size."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from PIL import Image
 
 from ..errors import TrainingError
-from ..examples import of_pixels
+from ..examples import pil_to_tensor
 
 _SIDE = 64
 
 Distance = Callable[[Image.Image, Image.Image], float]
 
 
-def distance_named(name: Literal["lpips", "pixels"]) -> Distance:
-    """'lpips' as in Kontinuous Kontext (AlexNet), or 'pixels'. Raises TrainingError when its package is missing."""
+def get_distance(name: Literal["lpips", "pixels"]) -> Distance:
+    """'lpips' (AlexNet, as in Kontinuous Kontext) or 'pixels'. Raises TrainingError when a package is missing."""
     return pixel_distance if name == "pixels" else _lpips()
 
 
 def pixel_distance(one: Image.Image, other: Image.Image) -> float:
-    """Root mean square over the pixels, 0 to 1, of pictures made 64 x 64."""
-    small = [np.asarray(picture.resize((_SIDE, _SIDE), Image.Resampling.BOX), np.float64) for picture in (one, other)]
+    """Root mean square difference of the pixels, 0 to 1, of the images resized to 64 x 64."""
+    small = [np.asarray(image.resize((_SIDE, _SIDE), Image.Resampling.BOX), np.float64) for image in (one, other)]
     return float(np.sqrt(np.mean((small[0] - small[1]) ** 2)) / 255)
 
 
@@ -45,7 +45,7 @@ def _lpips() -> Distance:
         ) from error
 
     def distance(one: Image.Image, other: Image.Image) -> float:
-        pixels = [of_pixels([picture]).movedim(-1, 1) * 2 - 1 for picture in (one, other)]
+        pixels = [pil_to_tensor([image]).movedim(-1, 1) * 2 - 1 for image in (one, other)]
         with torch.inference_mode():
             return network(*pixels).item()
 

@@ -1,4 +1,4 @@
-"""Work shared among workers, of which any may fail at a piece or be lost."""
+"""A queue of work items for workers that can fail at an item or disappear."""
 
 from __future__ import annotations
 
@@ -7,69 +7,73 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
-Piece = TypeVar("Piece")
+Item = TypeVar("Item")
 
 
-class Shared(Generic[Piece]):
-    """Pieces to be done, in order. One is given up when every worker that is left has failed at it.
+class WorkQueue(Generic[Item]):
+    """Work items, in order. An item is abandoned when all remaining workers have failed at it.
 
-    waiting: not done yet. given_up: piece -> why.
+    waiting: items that no worker has taken. abandoned: item -> reason.
     """
 
-    def __init__(self, pieces: Iterable[Piece], workers: Iterable[str]):
-        self.waiting = deque(pieces)
-        self.given_up: dict[Piece, str] = {}
+    def __init__(self, items: Iterable[Item], workers: Iterable[str]):
+        self.waiting = deque(items)
+        self.abandoned: dict[Item, str] = {}
         self._workers = set(workers)
-        self._failures: dict[Piece, dict[str, str]] = {}
-        self._in_hand: dict[str, Piece] = {}
+        self._failures: dict[Item, dict[str, str]] = {}
+        self._in_progress: dict[str, Item] = {}
         self._changed = asyncio.Condition()
 
-    async def take(self, worker: str) -> Piece | None:
-        """A piece that this worker has not failed at; waits while others may hand one back. None = all is over."""
+    async def take(self, worker: str) -> Item | None:
+        """The next item that this worker has not failed at; None when all items are finished.
+
+        Waits while other workers may still return an item.
+        """
         async with self._changed:
-            while self.waiting or self._in_hand:
-                for piece in self.waiting:
-                    if worker not in self._failures.get(piece, ()):
-                        self.waiting.remove(piece)
-                        self._in_hand[worker] = piece
-                        return piece
+            while self.waiting or self._in_progress:
+                for item in self.waiting:
+                    if worker not in self._failures.get(item, ()):
+                        self.waiting.remove(item)
+                        self._in_progress[worker] = item
+                        return item
                 await self._changed.wait()
             return None
 
     async def done(self, worker: str) -> None:
-        """The worker's piece is done."""
+        """The worker has finished its item."""
         async with self._changed:
-            del self._in_hand[worker]
+            del self._in_progress[worker]
             self._changed.notify_all()
 
-    async def impossible(self, worker: str, why: str) -> None:
-        """No worker can do the worker's piece."""
+    async def abandon(self, worker: str, reason: str) -> None:
+        """Abandon the worker's item, which no worker can do."""
         async with self._changed:
-            self.given_up[self._in_hand.pop(worker)] = why
+            self.abandoned[self._in_progress.pop(worker)] = reason
             self._changed.notify_all()
 
-    async def failed(self, worker: str, why: str) -> bool:
-        """The worker cannot do its piece; another may. Whether the piece is given up with that."""
+    async def failed(self, worker: str, reason: str) -> bool:
+        """The worker has failed at its item; other workers can try. Returns whether the item is abandoned now."""
         async with self._changed:
-            piece = self._in_hand.pop(worker)
-            self._failures.setdefault(piece, {})[worker] = why
-            self.waiting.append(piece)
-            self._give_up_hopeless()
+            item = self._in_progress.pop(worker)
+            self._failures.setdefault(item, {})[worker] = reason
+            self.waiting.append(item)
+            self._abandon_failed_items()
             self._changed.notify_all()
-            return piece in self.given_up
+            return item in self.abandoned
 
-    async def leave(self, worker: str) -> None:
-        """The worker takes no more, and hands back what it has."""
+    async def worker_left(self, worker: str) -> None:
+        """The worker takes no more items. An item that it has in progress is returned to the queue."""
         async with self._changed:
-            if worker in self._in_hand:
-                self.waiting.appendleft(self._in_hand.pop(worker))
+            if worker in self._in_progress:
+                self.waiting.appendleft(self._in_progress.pop(worker))
             self._workers.discard(worker)
-            self._give_up_hopeless()
+            self._abandon_failed_items()
             self._changed.notify_all()
 
-    def _give_up_hopeless(self) -> None:
-        for piece in list(self.waiting):
-            reasons = self._failures.get(piece, {})
+    def _abandon_failed_items(self) -> None:
+        """Abandon the waiting items that all remaining workers have failed at."""
+        for item in list(self.waiting):
+            reasons = self._failures.get(item, {})
             if self._workers and self._workers <= set(reasons):
-                self.waiting.remove(piece)
-                self.given_up[piece] = "; ".join(dict.fromkeys(reasons.values()))
+                self.waiting.remove(item)
+                self.abandoned[item] = "; ".join(dict.fromkeys(reasons.values()))

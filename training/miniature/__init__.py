@@ -1,1 +1,4 @@
-"""A world made by code, in which what an edit does is known as numbers: a circle and a square on a plain ground."""
+"""A miniature edit model for synthetic scenes, in which the effect of an edit can be measured exactly.
+
+Scenes are a circle and a square on a plain background.
+"""

@@ -1,4 +1,4 @@
-"""What can be asked of a scene, in words, and what then is true at every strength."""
+"""Edits of synthetic scenes: instructions, and the exact scene at every strength."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ from slider_core.text.instructions import SEPARATOR
 from ..errors import TrainingError
 from ..rng import generator
 from .synthetic_scenes import (
-    COLOUR_OF,
-    COLOURS,
-    GROWTH,
+    COLOR_OF,
+    COLORS,
+    MAX_GROWTH,
+    MIN_SIZE,
     OBJECTS,
     SIZE_OF,
-    SMALLEST,
     TONES,
     Attribute,
-    Colour,
-    Object,
+    Color,
+    ObjectName,
     Scene,
-    numbers,
-    scene,
+    attribute_values,
+    random_scene,
 )
 
 TRAINING_SEEDS = range(0, 1_000_000)
-HELD_OUT_SEEDS = range(1_000_000, 1_010_000)
-"""Seeds of tasks that no model is trained on."""
+VALIDATION_SEEDS = range(1_000_000, 1_010_000)
+"""Seeds of scenes and tasks that no model is trained on."""
 
-MOST_AT_ONCE = 3
+MAX_EDITS = 3
 STRENGTHS = (-0.5, 1.5)
-"""Here every path is straight, nothing is clamped, and the objects stay at LEAST_CONTRAST."""
-VISIBLE_COLOUR = 0.2
-"""A full edit changes a colour by at least this RGB distance; a colour nearer to the asked one counts as it already."""
-LEAST_CONTRAST = 0.15
-"""RGB distance of the objects from the background that edits of both keep at all strengths: 38 of 255 in one channel,
-six times a noise of 0.025."""
-FACTORS = {"bigger": 1.5, "smaller": 2 / 3}
-"""Sizes at strength 1, times those at 0."""
+"""Within these strengths edits are linear without clipping, and objects keep MIN_CONTRAST."""
+MIN_COLOR_CHANGE = 0.2
+"""Minimum RGB distance that an edit changes a color by at strength 1."""
+MIN_CONTRAST = 0.15
+"""Minimum RGB distance between objects and background at all strengths: 38 of 255 in one channel, six times a noise of
+0.025."""
+SIZE_FACTORS = {"bigger": 1.5, "smaller": 2 / 3}
+"""Size at strength 1, relative to the source."""
 
-_COLOUR_WORDS = (
+_COLOR_PHRASES = (
     "make the {0} {1}",
     "turn the {0} {1}",
     "the {0} should be {1}",
     "paint the {0} {1}",
     "change the {0} to {1}",
 )
-_SIZE_WORDS = {
+_SIZE_PHRASES = {
     "bigger": (
         "make the {0} bigger",
         "make the {0} larger",
@@ -71,25 +71,25 @@ _SIZE_WORDS = {
 
 @dataclass(frozen=True)
 class Edit:
-    """An instruction and its truth. full: the colour at strength 1, or the size there, times that at 0."""
+    """full: the color at strength 1, or the size at strength 1 relative to the source."""
 
     instruction: str
     attribute: Attribute
-    full: Colour | float
+    full: Color | float
 
     def at(self, source: Scene, strength: float) -> Scene:
-        """The scene with this edit: linear in the attribute, the source at 0, also beyond 0 and 1 while drawable."""
+        """The scene at a strength: the attribute changes linearly, below 0 and above 1 too, within its valid range."""
         value: Any
         if isinstance(self.full, float):
             size = getattr(source, self.attribute)
-            value = max(size * min(1 + strength * (self.full - 1), GROWTH), SMALLEST)
+            value = max(size * min(1 + strength * (self.full - 1), MAX_GROWTH), MIN_SIZE)
         else:
-            value = tuple(_colours(source, self, [strength])[0].tolist())
+            value = tuple(_edited_colors(source, self, [strength])[0].tolist())
         return replace(source, **{self.attribute: value})
 
 
 class Task(NamedTuple):
-    """A scene and what is asked of it at once."""
+    """A scene and the edits of one prompt."""
 
     scene: Scene
     edits: tuple[Edit, ...]
@@ -99,99 +99,101 @@ class Task(NamedTuple):
         return SEPARATOR.join(edit.instruction for edit in self.edits)
 
 
-def task(seed: int) -> Task:
-    """The task of a seed: 1 to MOST_AT_ONCE edits of a random scene."""
-    chance = generator(seed, "miniature")
-    source = scene(chance)
-    count = 1 + int(torch.randint(MOST_AT_ONCE, (), generator=chance))
-    return Task(source, edits(chance, source, count))
+def random_task(seed: int) -> Task:
+    """1 to MAX_EDITS edits of a random scene."""
+    rng = generator(seed, "miniature")
+    source = random_scene(rng)
+    count = 1 + int(torch.randint(MAX_EDITS, (), generator=rng))
+    return Task(source, random_edits(rng, source, count))
 
 
-def edits(chance: torch.Generator, source: Scene, count: int) -> tuple[Edit, ...]:
-    """Edits of different attributes, each to be seen by itself, all to be seen together, in random order.
+def random_edits(rng: torch.Generator, source: Scene, count: int) -> tuple[Edit, ...]:
+    """Edits of different attributes, in random order, that are visible by themselves and together.
 
-    Raises TrainingError unless count is 1 to MOST_AT_ONCE.
+    Raises TrainingError unless count is 1 to MAX_EDITS.
     """
-    if not 1 <= count <= MOST_AT_ONCE:
-        raise TrainingError(f"{count} edits were asked for at once; expected 1 to {MOST_AT_ONCE}.")
-    possible = _possible(source, chance)
+    if not 1 <= count <= MAX_EDITS:
+        raise TrainingError(f"The number of edits is {count}; expected 1 to {MAX_EDITS}.")
+    possible = _possible_edits(source, rng)
     chosen: list[Edit] = []
-    for number in torch.randperm(len(possible), generator=chance).tolist():
+    for index in torch.randperm(len(possible), generator=rng).tolist():
         if len(chosen) == count:
             break
-        options = [edit for edit in possible[number] if legible(source, [*chosen, edit])]
+        options = [edit for edit in possible[index] if is_legible(source, [*chosen, edit])]
         if options:
-            chosen.append(_one_of(options, chance))
+            chosen.append(_choose(options, rng))
     return tuple(chosen)
 
 
-def apply(source: Scene, together: Sequence[Edit], strengths: Sequence[float]) -> Scene:
+def apply_edits(source: Scene, edits: Sequence[Edit], strengths: Sequence[float]) -> Scene:
     """The scene with several edits, each at its strength.
 
-    Raises TrainingError when two of them change the same attribute, or when there are not as many strengths.
+    Raises TrainingError when two edits change the same attribute, or when the number of strengths differs.
     """
-    if len({edit.attribute for edit in together}) < len(together):
-        raise TrainingError(f"{[edit.instruction for edit in together]} change the same thing twice; keep one of them.")
-    if len(strengths) != len(together):
-        raise TrainingError(f"{len(together)} edits need as many strengths; found {len(strengths)}.")
+    if len({edit.attribute for edit in edits}) < len(edits):
+        raise TrainingError(
+            f"{[edit.instruction for edit in edits]} change the same attribute twice; remove one of them."
+        )
+    if len(strengths) != len(edits):
+        raise TrainingError(f"Expected {len(edits)} strengths, one per edit; found {len(strengths)}.")
     result = source
-    for edit, strength in zip(together, strengths):
+    for edit, strength in zip(edits, strengths):
         result = edit.at(result, strength)
     return result
 
 
-def fits(source: Scene, edit: Edit) -> bool:
-    """Whether an edit of another scene changes something to be seen in this one, at all STRENGTHS."""
-    changes = isinstance(edit.full, float) or _differs(source, edit.attribute, edit.full)
-    return changes and legible(source, [edit])
+def edit_fits(source: Scene, edit: Edit) -> bool:
+    """Whether an edit of another scene is visible in this one and keeps MIN_CONTRAST at all STRENGTHS."""
+    changes = isinstance(edit.full, float) or _is_visible_change(source, edit.attribute, edit.full)
+    return changes and is_legible(source, [edit])
 
 
-def legible(source: Scene, together: Sequence[Edit]) -> bool:
-    """Whether both objects stand out from the background at all STRENGTHS of all these edits."""
-    by_attribute = {edit.attribute: edit for edit in together}
-    grounds = _path(source, "background", by_attribute.get("background"))
-    paths = np.concatenate([_path(source, one, by_attribute.get(one)) for one in COLOUR_OF.values()])
-    return bool(np.linalg.norm(paths[:, None] - grounds[None], axis=-1).min() >= LEAST_CONTRAST)
+def is_legible(source: Scene, edits: Sequence[Edit]) -> bool:
+    """Whether both objects keep MIN_CONTRAST to the background at all combinations of STRENGTHS of the edits."""
+    by_attribute = {edit.attribute: edit for edit in edits}
+    backgrounds = _color_path(source, "background", by_attribute.get("background"))
+    paths = np.concatenate([_color_path(source, name, by_attribute.get(name)) for name in COLOR_OF.values()])
+    return bool(np.linalg.norm(paths[:, None] - backgrounds[None], axis=-1).min() >= MIN_CONTRAST)
 
 
-def _path(source: Scene, attribute: Attribute, edit: Edit | None) -> np.ndarray:
-    """The colours that an attribute goes through, (n, 3)."""
+def _color_path(source: Scene, attribute: Attribute, edit: Edit | None) -> np.ndarray:
+    """The colors of an attribute over STRENGTHS, (n, 3)."""
     if edit is None:
-        return numbers(source, attribute)[None]
-    return _colours(source, edit, np.linspace(*STRENGTHS, 21))
+        return attribute_values(source, attribute)[None]
+    return _edited_colors(source, edit, np.linspace(*STRENGTHS, 21))
 
 
-def _colours(source: Scene, edit: Edit, strengths: Sequence[float] | np.ndarray) -> np.ndarray:
-    """The edited colour at each strength, (n, 3)."""
-    start = numbers(source, edit.attribute)
+def _edited_colors(source: Scene, edit: Edit, strengths: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The edited color at each strength, (n, 3)."""
+    start = attribute_values(source, edit.attribute)
     return np.clip(start + np.asarray(strengths)[:, None] * (np.asarray(edit.full) - start), 0, 1)
 
 
-def _possible(source: Scene, chance: torch.Generator) -> list[list[Edit]]:
-    """For each attribute the edits that change something to be seen, in words drawn for each."""
-    found = [list(_recolourings(source, "background", "background", TONES, chance))]
-    for thing in OBJECTS:
-        found.append(list(_recolourings(source, COLOUR_OF[thing], thing, COLOURS, chance)))
-        found.append(list(_resizings(thing, chance)))
-    return found
+def _possible_edits(source: Scene, rng: torch.Generator) -> list[list[Edit]]:
+    """Lists of the visible edits of each attribute, with randomly phrased instructions."""
+    edits = [list(_color_edits(source, "background", "background", TONES, rng))]
+    for name in OBJECTS:
+        edits.append(list(_color_edits(source, COLOR_OF[name], name, COLORS, rng)))
+        edits.append(list(_size_edits(name, rng)))
+    return edits
 
 
-def _recolourings(
-    source: Scene, attribute: Attribute, what: str, colours: dict[str, Colour], chance: torch.Generator
+def _color_edits(
+    source: Scene, attribute: Attribute, subject: str, colors: dict[str, Color], rng: torch.Generator
 ) -> Iterator[Edit]:
-    for name, colour in colours.items():
-        if _differs(source, attribute, colour):
-            yield Edit(_one_of(_COLOUR_WORDS, chance).format(what, name), attribute, colour)
+    for name, color in colors.items():
+        if _is_visible_change(source, attribute, color):
+            yield Edit(_choose(_COLOR_PHRASES, rng).format(subject, name), attribute, color)
 
 
-def _differs(source: Scene, attribute: Attribute, colour: Colour) -> bool:
-    return bool(np.linalg.norm(numbers(source, attribute) - colour) >= VISIBLE_COLOUR)
+def _is_visible_change(source: Scene, attribute: Attribute, color: Color) -> bool:
+    return bool(np.linalg.norm(attribute_values(source, attribute) - color) >= MIN_COLOR_CHANGE)
 
 
-def _resizings(thing: Object, chance: torch.Generator) -> Iterator[Edit]:
-    for direction, factor in FACTORS.items():
-        yield Edit(_one_of(_SIZE_WORDS[direction], chance).format(thing), SIZE_OF[thing], factor)
+def _size_edits(name: ObjectName, rng: torch.Generator) -> Iterator[Edit]:
+    for direction, factor in SIZE_FACTORS.items():
+        yield Edit(_choose(_SIZE_PHRASES[direction], rng).format(name), SIZE_OF[name], factor)
 
 
-def _one_of(options: Sequence[Any], chance: torch.Generator) -> Any:
-    return options[int(torch.randint(len(options), (), generator=chance))]
+def _choose(options: Sequence[Any], rng: torch.Generator) -> Any:
+    return options[int(torch.randint(len(options), (), generator=rng))]

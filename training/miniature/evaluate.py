@@ -1,9 +1,9 @@
-"""How well the miniature model does what it is told, on scenes that it has never seen."""
+"""Evaluates the miniature model on validation scenes."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -14,79 +14,84 @@ from torch import Tensor
 
 from slider_core.text.instructions import SEPARATOR
 
-from ..frozen_model import BaseModel
+from ..frozen_model import FrozenModel
 from ..rng import generator
-from .autoencoder import Autoencoder, as_pixels
-from .edits import HELD_OUT_SEEDS, Edit, apply, edits
-from .read_attributes import as_wanted, deviations, measured
-from .synthetic_scenes import Scene, scene
+from .autoencoder import Autoencoder, scene_to_tensor
+from .edits import VALIDATION_SEEDS, Edit, apply_edits, random_edits
+from .read_attributes import deviations, read_attributes, within_tolerance
+from .synthetic_scenes import Scene, random_scene
 from .text_encoders import TextEncoders
 
 STEPS = 8
 GUIDANCE = 3.5
-ROWS = 32
-_AT_ONCE = 32
+NUM_TEXT_TOKENS = 32
+_BATCH = 32
 
 Tasks = Sequence[tuple[Scene, Sequence[Edit]]]
 
 
-class Examined(NamedTuple):
-    """right: share of the tasks after which every attribute is within tolerance, by what was asked.
+class Evaluation(NamedTuple):
+    """Success of edits at strength 1, measured in the images.
 
-    wrong: how often each attribute is not, of all tasks, by whether it was asked to change.
+    success_rate: fraction of the tasks after which every attribute is within its tolerance; for all tasks, and by the
+    edited attribute. error_rate: for each attribute, fraction of the tasks after which it is not within its tolerance,
+    separately for tasks that edit it and tasks that do not.
     """
 
-    right: dict[str, float]
-    wrong: dict[str, float]
+    success_rate: dict[str, float]
+    error_rate: dict[str, float]
 
 
-def held_out_tasks(count: int, edits_each: int) -> Tasks:
-    """The same every time."""
-    found = []
-    for seed in HELD_OUT_SEEDS[:count]:
-        chance = generator(seed, "examination", edits_each)
-        source = scene(chance)
-        found.append((source, edits(chance, source, edits_each)))
-    return found
+def validation_tasks(count: int, num_edits: int) -> Tasks:
+    """Scenes that no model is trained on, with edits; the same in every call."""
+    tasks = []
+    for seed in VALIDATION_SEEDS[:count]:
+        rng = generator(seed, "examination", num_edits)
+        source = random_scene(rng)
+        tasks.append((source, random_edits(rng, source, num_edits)))
+    return tasks
 
 
-def examined(pictures: np.ndarray, tasks: Tasks) -> Examined:
-    """pictures: what came of the tasks, (tasks, SIDE, SIDE, 3)."""
-    right, wrong = defaultdict[str, list[bool]](list), defaultdict[str, list[bool]](list)
-    for picture, (source, asked) in zip(pictures, tasks):
-        true = apply(source, asked, [1.0] * len(asked))
-        found = measured(picture, source)
-        what = asked[0].attribute if len(asked) == 1 else "several"
-        for name in {"all", what}:
-            right[name].append(as_wanted(true, found))
-        for attribute, far in deviations(true, found).items():
-            about = "asked" if attribute in {edit.attribute for edit in asked} else "not asked"
-            wrong[f"{attribute}, {about}"].append(far > 1)
-    return Examined(
-        *({name: float(np.mean(values)) for name, values in sorted(part.items())} for part in (right, wrong))
-    )
+def evaluate_images(images: np.ndarray, tasks: Tasks) -> Evaluation:
+    """images: the edited image of each task, (tasks, SIDE, SIDE, 3)."""
+    successes, errors = defaultdict[str, list[bool]](list), defaultdict[str, list[bool]](list)
+    for image, (source, edits) in zip(images, tasks):
+        expected = apply_edits(source, edits, [1.0] * len(edits))
+        measured = read_attributes(image, source)
+        edited = {edit.attribute for edit in edits}
+        for name in {"all", edits[0].attribute if len(edits) == 1 else "several"}:
+            successes[name].append(within_tolerance(expected, measured))
+        for attribute, deviation in deviations(expected, measured).items():
+            errors[f"{attribute}, {'edited' if attribute in edited else 'not edited'}"].append(deviation > 1)
+    return Evaluation(_means(successes), _means(errors))
+
+
+def _means(groups: Mapping[str, Sequence[bool]]) -> dict[str, float]:
+    return {name: float(np.mean(values)) for name, values in sorted(groups.items())}
 
 
 @torch.no_grad()
-def rendered(
-    base: BaseModel, encoders: TextEncoders, autoencoder: Autoencoder, tasks: Tasks, steps: int = STEPS
+def render_tasks(
+    model: FrozenModel, encoders: TextEncoders, autoencoder: Autoencoder, tasks: Tasks, steps: int = STEPS
 ) -> np.ndarray:
-    """Sampled by Euler's method over ComfyUI's noise levels, (tasks, SIDE, SIDE, 3)."""
-    sigmas = comfy.samplers.calculate_sigmas(base.patcher.model.model_sampling, "simple", steps)
-    made = [
-        autoencoder.decoder(_sampled(base, encoders, autoencoder, tasks[k : k + _AT_ONCE], sigmas, k))
-        for k in range(0, len(tasks), _AT_ONCE)
+    """Edit the scenes with the Euler sampler and ComfyUI's simple schedule: (tasks, SIDE, SIDE, 3)."""
+    sigmas = comfy.samplers.calculate_sigmas(model.patcher.model.model_sampling, "simple", steps)
+    images = [
+        autoencoder.decoder(_sample(model, encoders, autoencoder, tasks[k : k + _BATCH], sigmas, k))
+        for k in range(0, len(tasks), _BATCH)
     ]
-    return torch.cat(made).permute(0, 2, 3, 1).clamp(0, 1).numpy()
+    return torch.cat(images).permute(0, 2, 3, 1).clamp(0, 1).numpy()
 
 
-def _sampled(
-    base: BaseModel, encoders: TextEncoders, autoencoder: Autoencoder, tasks: Tasks, sigmas: Tensor, number: int
+def _sample(
+    model: FrozenModel, encoders: TextEncoders, autoencoder: Autoencoder, tasks: Tasks, sigmas: Tensor, first: int
 ) -> Tensor:
-    sources = autoencoder.encoded(torch.stack([as_pixels(source) for source, _ in tasks]))
-    text = encoders.encoded([SEPARATOR.join(edit.instruction for edit in asked) for _, asked in tasks], ROWS)
-    latent = torch.randn(sources.shape, generator=generator("examination", number))
-    for now, after in pairwise(sigmas):
-        velocity = base.velocity(latent, now.expand(len(tasks)), text, GUIDANCE, [sources])
-        latent = latent + (after - now) * velocity
+    """The latents of edited tasks. first: index of the first task, the key of the noise."""
+    sources = autoencoder.encode(torch.stack([scene_to_tensor(source) for source, _ in tasks]))
+    prompts = [SEPARATOR.join(edit.instruction for edit in edits) for _, edits in tasks]
+    text = encoders.encode(prompts, NUM_TEXT_TOKENS)
+    latent = torch.randn(sources.shape, generator=generator("examination", first))
+    for sigma, next_sigma in pairwise(sigmas):
+        velocity = model.velocity(latent, sigma.expand(len(tasks)), text, GUIDANCE, [sources])
+        latent = latent + (next_sigma - sigma) * velocity
     return latent

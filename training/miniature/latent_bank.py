@@ -1,4 +1,4 @@
-"""What the transformer learns from: the world's tasks as latents, made once."""
+"""Training samples of the transformer: random tasks as latents, computed once and kept on disk."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ from torch.nn.functional import max_pool2d
 from slider_core.atomic_write import atomic_write
 
 from ..rng import generator
-from .autoencoder import Autoencoder, as_pixels
-from .edits import MOST_AT_ONCE, TRAINING_SEEDS, Edit, apply, edits
-from .synthetic_scenes import OBJECTS, Scene, coverage, scene
+from .autoencoder import Autoencoder, scene_to_tensor
+from .edits import MAX_EDITS, TRAINING_SEEDS, Edit, apply_edits, random_edits
+from .synthetic_scenes import OBJECTS, Scene, coverage, random_scene
 
-TASKS_OF_A_SCENE = 4
-_SCENES_IN_A_FILE = 250
+TASKS_PER_SCENE = 4
+_SCENES_PER_FILE = 250
 
 
-class Samples(NamedTuple):
-    """sources, targets: latents (n, 16, 8, 8). objects: where either has an object, (n, 1, 8, 8). instructions: n."""
+class LatentSamples(NamedTuple):
+    """Edits at strength 1.
+
+    sources, targets: latents, (n, 16, 8, 8). objects: cells with an object in source or target, (n, 1, 8, 8), bool.
+    instructions: one tuple per sample.
+    """
 
     sources: Tensor
     targets: Tensor
@@ -34,50 +38,51 @@ class Samples(NamedTuple):
     instructions: Sequence[tuple[str, ...]]
 
 
-def training_samples(folder: Path, autoencoder: Autoencoder, files: int) -> Samples:
-    """From so many files of 1000 samples each, made first where they are missing."""
+def load_training_samples(folder: Path, autoencoder: Autoencoder, num_files: int) -> LatentSamples:
+    """Load `num_files` files of 1000 samples each; missing files are computed and written first."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [_file(folder / f"{k:04}.safetensors", autoencoder, k) for k in range(files)]
-    return Samples(
-        torch.cat([part.sources for part in parts]),
-        torch.cat([part.targets for part in parts]),
-        torch.cat([part.objects for part in parts]),
-        [one for part in parts for one in part.instructions],
+    files = [_load_file(folder / f"{k:04}.safetensors", autoencoder, k) for k in range(num_files)]
+    return LatentSamples(
+        torch.cat([samples.sources for samples in files]),
+        torch.cat([samples.targets for samples in files]),
+        torch.cat([samples.objects for samples in files]),
+        [instructions for samples in files for instructions in samples.instructions],
     )
 
 
-def samples_of(autoencoder: Autoencoder, tasks: Sequence[tuple[Scene, Sequence[Edit]]]) -> Samples:
-    """The latents of tasks, with every edit whole."""
-    scenes = [(source, apply(source, asked, [1.0] * len(asked))) for source, asked in tasks]
-    different = list(dict.fromkeys(one for pair in scenes for one in pair))
-    latents = dict(zip(different, autoencoder.encoded(torch.stack(list(map(as_pixels, different)))).half()))
-    return Samples(
-        torch.stack([latents[source] for source, _ in scenes]),
-        torch.stack([latents[target] for _, target in scenes]),
-        torch.stack([_places(source) | _places(target) for source, target in scenes]),
-        [tuple(edit.instruction for edit in asked) for _, asked in tasks],
+def encode_tasks(autoencoder: Autoencoder, tasks: Sequence[tuple[Scene, Sequence[Edit]]]) -> LatentSamples:
+    """The latents of tasks, with every edit at strength 1."""
+    pairs = [(source, apply_edits(source, edits, [1.0] * len(edits))) for source, edits in tasks]
+    unique = list(dict.fromkeys(scene for pair in pairs for scene in pair))
+    latents = dict(zip(unique, autoencoder.encode(torch.stack(list(map(scene_to_tensor, unique)))).half()))
+    return LatentSamples(
+        torch.stack([latents[source] for source, _ in pairs]),
+        torch.stack([latents[target] for _, target in pairs]),
+        torch.stack([_object_cells(source) | _object_cells(target) for source, target in pairs]),
+        [tuple(edit.instruction for edit in edits) for _, edits in tasks],
     )
 
 
-def _places(one: Scene) -> Tensor:
-    """(1, 8, 8)"""
-    covered = sum(coverage(one, thing) for thing in OBJECTS)
+def _object_cells(scene: Scene) -> Tensor:
+    """The latent cells that an object covers in part, (1, 8, 8), bool."""
+    covered = sum(coverage(scene, name) for name in OBJECTS)
     return max_pool2d(torch.from_numpy(np.asarray(covered))[None].float(), 8) > 0
 
 
-def _file(file: Path, autoencoder: Autoencoder, number: int) -> Samples:
+def _load_file(file: Path, autoencoder: Autoencoder, index: int) -> LatentSamples:
     if not file.is_file():
-        seeds = TRAINING_SEEDS[number * _SCENES_IN_A_FILE : (number + 1) * _SCENES_IN_A_FILE]
-        made = samples_of(autoencoder, [task for seed in seeds for task in _tasks(seed)])
-        tensors = {"sources": made.sources, "targets": made.targets, "objects": made.objects}
-        atomic_write(file, save(tensors, {"instructions": json.dumps(made.instructions)}))
-    with safe_open(file, "pt") as opened:
-        sources, targets, objects = (opened.get_tensor(name) for name in ("sources", "targets", "objects"))
-        return Samples(sources, targets, objects, list(map(tuple, json.loads(opened.metadata()["instructions"]))))
+        seeds = TRAINING_SEEDS[index * _SCENES_PER_FILE : (index + 1) * _SCENES_PER_FILE]
+        samples = encode_tasks(autoencoder, [task for seed in seeds for task in _random_tasks(seed)])
+        tensors = {"sources": samples.sources, "targets": samples.targets, "objects": samples.objects}
+        atomic_write(file, save(tensors, {"instructions": json.dumps(samples.instructions)}))
+    with safe_open(file, "pt") as content:
+        sources, targets, objects = (content.get_tensor(name) for name in ("sources", "targets", "objects"))
+        instructions = json.loads(content.metadata()["instructions"])
+        return LatentSamples(sources, targets, objects, list(map(tuple, instructions)))
 
 
-def _tasks(seed: int) -> list[tuple[Scene, Sequence[Edit]]]:
-    chance = generator(seed, "bank")
-    source = scene(chance)
-    counts = (1 + torch.randint(MOST_AT_ONCE, (TASKS_OF_A_SCENE,), generator=chance)).tolist()
-    return [(source, edits(chance, source, count)) for count in counts]
+def _random_tasks(seed: int) -> list[tuple[Scene, Sequence[Edit]]]:
+    rng = generator(seed, "bank")
+    source = random_scene(rng)
+    counts = (1 + torch.randint(MAX_EDITS, (TASKS_PER_SCENE,), generator=rng)).tolist()
+    return [(source, random_edits(rng, source, count)) for count in counts]

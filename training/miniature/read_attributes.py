@@ -1,6 +1,6 @@
-"""Reads back from any picture, also a blurred or noisy one, what has become of a scene, and how true that is to edits.
+"""Measures the attributes of a scene in an image, which may be blurred or noisy, and compares them with edits.
 
-Nothing here knows what was asked when it measures: only where the scene's objects are, for no edit moves them.
+The measurement uses only the positions of the objects, which no edit changes; it does not use the edits.
 """
 
 from __future__ import annotations
@@ -13,140 +13,143 @@ import numpy as np
 
 from .edits import Edit
 from .synthetic_scenes import (
-    APART,
-    GROWTH,
+    MAX_GROWTH,
+    MIN_GAP,
     OBJECTS,
     SIDE,
     SIZE_OF,
     Attribute,
-    Colour,
-    Looks,
-    Object,
+    Color,
+    ObjectName,
     Scene,
-    away,
-    covered,
-    drawn,
-    edge_at,
-    numbers,
+    SceneAttributes,
+    attribute_values,
+    center_distances,
+    draw_scene,
+    edge_size,
+    pixel_coverage,
 )
 
-COLOUR_TOLERANCE = 0.06
-"""RGB distance, 15 of 255 in one channel: under a third of the least full change, 0.2."""
+COLOR_TOLERANCE = 0.06
+"""RGB distance: 15 of 255 in one channel, less than a third of the smallest change at strength 1, 0.2."""
 SIZE_TOLERANCE = 0.5
-"""Pixels: a quarter of the least full change, 2; over twice what noise of 0.03 and half the resolution misread."""
-SEEN = 0.05
-"""RGB distance from the background below which there is no object: its size is 0."""
+"""Pixels: a quarter of the smallest change at strength 1, and over twice the error under noise of 0.03 and blur."""
+MIN_VISIBLE_CONTRAST = 0.05
+"""RGB distance from the background below which an object counts as missing, with size 0."""
 
 _CORE = 1.5
 _RIM = 2.0
-"""How far from an edge blur may mix the colours of its sides, pixels."""
+"""Distance from an edge, in pixels, within which blur may mix the colors of its sides."""
 _STEP = 0.25
 
 
 @dataclass(frozen=True)
-class Attributes(Looks):
-    """What a picture shows. residual: RMS over pixels and channels, 0 to 1, of what the redrawn scene leaves over."""
+class MeasuredAttributes(SceneAttributes):
+    """residual: RMS difference, over pixels and channels, between the image and the scene redrawn from it, 0 to 1."""
 
     residual: float
 
 
-def measured(picture: np.ndarray, scene: Scene) -> Attributes:
-    """What a (SIDE, SIDE, 3) picture, 0 to 1, shows where the scene has its objects.
+def read_attributes(image: np.ndarray, scene: Scene) -> MeasuredAttributes:
+    """Measure an image (SIDE, SIDE, 3), 0 to 1, at the positions of the scene's objects.
 
-    Colours are medians over pixels that can be nothing else. A size is the best fit by least squares, then refined to
-    the area that the object seems to cover, which blur does not change.
-    Raises ValueError when the picture is of another shape or not finite.
+    Colors are medians over pixels that can show nothing else. A size is fitted by least squares, then refined so that
+    the covered area, which blur does not change, agrees. Raises ValueError for a wrong shape or non-finite values.
     """
-    pixels = np.asarray(picture, np.float64)
+    pixels = np.asarray(image, np.float64)
     if pixels.shape != (SIDE, SIDE, 3) or not np.isfinite(pixels).all():
         raise ValueError(f"Expected finite numbers of shape ({SIDE}, {SIDE}, 3), found {pixels.shape}.")
-    outside = np.logical_and.reduce([edge_at(scene, thing) > _reach(scene, thing) for thing in OBJECTS])
-    background = _median(pixels[outside])
-    circle_colour, circle_size = _object(pixels, scene, "circle", background)
-    square_colour, square_size = _object(pixels, scene, "square", background)
-    found = Looks(circle_colour, square_colour, background, circle_size, square_size)
-    redrawn = drawn(replace(scene, **vars(found)))
-    return Attributes(**vars(found), residual=float(np.sqrt(np.mean((redrawn - pixels) ** 2))))
+    outside = np.logical_and.reduce([edge_size(scene, name) > _max_extent(scene, name) for name in OBJECTS])
+    background = _median_color(pixels[outside])
+    circle_color, circle_size = _read_object(pixels, scene, "circle", background)
+    square_color, square_size = _read_object(pixels, scene, "square", background)
+    attributes = SceneAttributes(circle_color, square_color, background, circle_size, square_size)
+    redrawn = draw_scene(replace(scene, **vars(attributes)))
+    return MeasuredAttributes(**vars(attributes), residual=float(np.sqrt(np.mean((redrawn - pixels) ** 2))))
 
 
-def edit_reached(edit: Edit, scene: Scene, found: Looks) -> float:
-    """The strength at which the edit's path, taken as a line without end, is nearest to what was found.
+def reached_strength(edit: Edit, scene: Scene, measured: SceneAttributes) -> float:
+    """The strength at which the edit, extended linearly, is closest to the measured attribute: 0 source, 1 full edit.
 
-    0 is the source and 1 the full edit. What is beside the path does not count: see beside_path.
+    Deviations perpendicular to the edit are ignored; see path_deviation.
     """
-    start, change = _line(edit, scene)
-    return float((numbers(found, edit.attribute) - start) @ change / (change @ change))
+    start, change = _edit_line(edit, scene)
+    return float((attribute_values(measured, edit.attribute) - start) @ change / (change @ change))
 
 
-def beside_path(edit: Edit, scene: Scene, found: Looks) -> float:
-    """How far the edited attribute is from its path's nearest place, in tolerances; of sizes always 0."""
-    start, change = _line(edit, scene)
-    nearest = start + edit_reached(edit, scene, found) * change
-    return _apart(edit.attribute, nearest, numbers(found, edit.attribute))
+def path_deviation(edit: Edit, scene: Scene, measured: SceneAttributes) -> float:
+    """Distance of the measured attribute from the edit, extended linearly, in tolerances; 0 for sizes."""
+    start, change = _edit_line(edit, scene)
+    nearest = start + reached_strength(edit, scene, measured) * change
+    return _deviation(edit.attribute, nearest, attribute_values(measured, edit.attribute))
 
 
-def drift(edits: Sequence[Edit], scene: Scene, found: Looks) -> float:
-    """The largest change of an attribute that none of the edits is about, in tolerances: 1 is just within."""
+def drift(edits: Sequence[Edit], scene: Scene, measured: SceneAttributes) -> float:
+    """The largest change of an attribute that none of the edits changes, in tolerances."""
     edited = {edit.attribute for edit in edits}
-    return max(change for attribute, change in deviations(scene, found).items() if attribute not in edited)
+    return max(change for attribute, change in deviations(scene, measured).items() if attribute not in edited)
 
 
-def deviations(true: Looks, found: Looks) -> dict[Attribute, float]:
-    """How far each attribute is from what it should be, in tolerances."""
+def deviations(expected: SceneAttributes, measured: SceneAttributes) -> dict[Attribute, float]:
+    """The distance of each measured attribute from its expected value, in tolerances."""
     attributes: tuple[Attribute, ...] = get_args(Attribute)
-    return {one: _apart(one, numbers(true, one), numbers(found, one)) for one in attributes}
+    return {
+        name: _deviation(name, attribute_values(expected, name), attribute_values(measured, name))
+        for name in attributes
+    }
 
 
-def as_wanted(true: Looks, found: Looks) -> bool:
+def within_tolerance(expected: SceneAttributes, measured: SceneAttributes) -> bool:
     """Whether every attribute is within its tolerance."""
-    return max(deviations(true, found).values()) <= 1
+    return max(deviations(expected, measured).values()) <= 1
 
 
-def _apart(attribute: Attribute, true: np.ndarray, found: np.ndarray) -> float:
-    tolerance = SIZE_TOLERANCE if attribute in SIZE_OF.values() else COLOUR_TOLERANCE
-    return float(np.linalg.norm(found - true)) / tolerance
+def _deviation(attribute: Attribute, expected: np.ndarray, measured: np.ndarray) -> float:
+    tolerance = SIZE_TOLERANCE if attribute in SIZE_OF.values() else COLOR_TOLERANCE
+    return float(np.linalg.norm(measured - expected)) / tolerance
 
 
-def _line(edit: Edit, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """The attribute at strength 0, and its change from there to 1."""
-    start = numbers(scene, edit.attribute)
-    return start, numbers(edit.at(scene, 1), edit.attribute) - start
+def _edit_line(edit: Edit, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """The attribute at strength 0, and its change from strength 0 to 1."""
+    start = attribute_values(scene, edit.attribute)
+    return start, attribute_values(edit.at(scene, 1), edit.attribute) - start
 
 
-def _reach(scene: Scene, thing: Object) -> float:
-    """The size beyond which even a blurred rim of the object never comes."""
-    return getattr(scene, SIZE_OF[thing]) * GROWTH + APART / 2
+def _max_extent(scene: Scene, name: ObjectName) -> float:
+    """The size that an edited object never exceeds, including a blurred rim."""
+    return getattr(scene, SIZE_OF[name]) * MAX_GROWTH + MIN_GAP / 2
 
 
-def _object(pixels: np.ndarray, scene: Scene, thing: Object, background: Colour) -> tuple[Colour, float]:
-    """Its colour and size: first by its innermost pixels, then again by all that seem to be inside it."""
+def _read_object(pixels: np.ndarray, scene: Scene, name: ObjectName, background: Color) -> tuple[Color, float]:
+    """Color and size of an object: from its innermost pixels, then again from all pixels inside the fitted size."""
     size = 0.0
     for _ in range(2):
-        inside = edge_at(scene, thing) <= max(size - _RIM, _CORE)
-        colour = _median(pixels[inside])
-        size = _size(pixels, scene, thing, background, colour)
-    return colour, size
+        inside = edge_size(scene, name) <= max(size - _RIM, _CORE)
+        color = _median_color(pixels[inside])
+        size = _fit_size(pixels, scene, name, background, color)
+    return color, size
 
 
-def _size(pixels: np.ndarray, scene: Scene, thing: Object, background: Colour, colour: Colour) -> float:
-    """The size that explains best how much of the object's colour each pixel has; 0 when there is none."""
-    contrast = np.subtract(colour, background)
-    if np.linalg.norm(contrast) < SEEN:
+def _fit_size(pixels: np.ndarray, scene: Scene, name: ObjectName, background: Color, color: Color) -> float:
+    """The size that best explains the fraction of the object's color in each pixel; 0 without contrast."""
+    contrast = np.subtract(color, background)
+    if np.linalg.norm(contrast) < MIN_VISIBLE_CONTRAST:
         return 0.0
-    [other] = set(OBJECTS) - {thing}
-    own = (edge_at(scene, thing) <= _reach(scene, thing) + APART) & (edge_at(scene, other) > _reach(scene, other))
-    shares = (pixels[own] - background) @ contrast / (contrast @ contrast)
-    across, down = (part[own] for part in away(scene, thing))
-    sizes = np.arange(_STEP, _reach(scene, thing), _STEP)
-    misfits = ((covered(thing, across, down, sizes[:, None]) - np.clip(shares, 0, 1)) ** 2).sum(1)
-    best = sizes[misfits.argmin()]
-    near = edge_at(scene, thing)[own] <= best + 2 * _RIM
+    [other] = set(OBJECTS) - {name}
+    nearby = edge_size(scene, name) <= _max_extent(scene, name) + MIN_GAP
+    region = nearby & (edge_size(scene, other) > _max_extent(scene, other))
+    fractions = (pixels[region] - background) @ contrast / (contrast @ contrast)
+    dx, dy = (distances[region] for distances in center_distances(scene, name))
+    sizes = np.arange(_STEP, _max_extent(scene, name), _STEP)
+    errors = ((pixel_coverage(name, dx, dy, sizes[:, None]) - np.clip(fractions, 0, 1)) ** 2).sum(1)
+    best = sizes[errors.argmin()]
+    near_edge = edge_size(scene, name)[region] <= best + 2 * _RIM
     sizes = best + np.linspace(-0.5, 0.5, 51)
-    areas = covered(thing, across[near], down[near], sizes[:, None]).sum(1)
-    return float(np.interp(shares[near].sum(), areas, sizes))
+    areas = pixel_coverage(name, dx[near_edge], dy[near_edge], sizes[:, None]).sum(1)
+    return float(np.interp(fractions[near_edge].sum(), areas, sizes))
 
 
-def _median(colours: np.ndarray) -> Colour:
-    """Per channel, of (n, 3)."""
-    red, green, blue = np.median(colours, 0).tolist()
+def _median_color(colors: np.ndarray) -> Color:
+    """The median of each channel of (n, 3)."""
+    red, green, blue = np.median(colors, 0).tolist()
     return red, green, blue

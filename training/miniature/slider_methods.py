@@ -1,4 +1,4 @@
-"""Sliders on the miniature model: pictures at many strengths by every method, through ComfyUI's own sampler."""
+"""All slider methods on the miniature model, rendered at several strengths with ComfyUI's sampler."""
 
 from __future__ import annotations
 
@@ -29,36 +29,36 @@ from slider_core.training_free.token_interpolation import apply_token_interpolat
 from slider_core.training_free.velocity_blending import blend_velocity
 from slider_core.types import Conditioning
 
-from ..objectives import NEUTRAL
+from ..objectives import NEUTRAL_PROMPT
 from ..rng import generator
-from .autoencoder import as_pixels
+from .autoencoder import scene_to_tensor
 from .edits import Edit
 from .model import CLIP_L, DECODER, ENCODER, T5, TRANSFORMER
 from .synthetic_scenes import Scene
 from .text_encoders import ENCODER_OPTIONS
 
-ROWS = 32
+NUM_TEXT_TOKENS = 32
 STEPS = 8
 GUIDANCE = 3.5
 
 
-class Slid(NamedTuple):
-    """What a method makes of a prompt: one picture per strength.
+class SliderSetup(NamedTuple):
+    """Model and conditioning of a method, for a batch with one image per strength.
 
-    cfg: classifier-free guidance, one per picture. blended: strengths of blending with the source, one per picture.
-    steered: strengths of steering away from what the negative prompt says of the source, one per picture.
+    Without `negative`: sampled without guidance; blend_strengths: strengths of velocity blending, one per image.
+    With `negative`: either cfg_scales or flowslider_strengths, one per image.
     """
 
     model: ModelPatcher
     positive: Conditioning
     negative: Conditioning | None = None
-    cfg: Sequence[float] | None = None
-    blended: Sequence[float] | None = None
-    steered: Sequence[float] | None = None
+    cfg_scales: Sequence[float] | None = None
+    blend_strengths: Sequence[float] | None = None
+    flowslider_strengths: Sequence[float] | None = None
 
 
 class Miniature:
-    """The files of a models folder, loaded by ComfyUI; adapters are those in its loras."""
+    """The miniature model in a ComfyUI models folder, loaded by ComfyUI; its adapters are in loras/."""
 
     def __init__(self, models: Path):
         self.loras = models / "loras"
@@ -68,104 +68,121 @@ class Miniature:
         self.clip = comfy.sd.load_text_encoder_state_dicts(
             encoders, clip_type=comfy.sd.CLIPType.FLUX, model_options=options
         )
-        self.clip.set_tokenizer_option("t5xxl_min_length", ROWS)
-        self.vae = _vae(models)
+        self.clip.set_tokenizer_option("t5xxl_min_length", NUM_TEXT_TOKENS)
+        self.vae = _load_vae(models)
 
     def prompt(self, instructions: Sequence[str]) -> Conditioning:
-        """The instructions joined, each a span; none gives the empty prompt."""
+        """The encoded prompt of joined instructions, with a span for each; the empty prompt if there are none."""
         if not instructions:
             return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(""))
         return encode_instructions(self.clip, "\n".join(instructions), "one per line", None).conditioning
 
     @torch.inference_mode()
     def latent(self, source: Scene) -> Tensor:
-        return self.vae.encode(as_pixels(source).movedim(0, -1)[None])
+        return self.vae.encode(scene_to_tensor(source).movedim(0, -1)[None])
 
-    def beside(self, conditioning: Conditioning, latent: Tensor) -> Conditioning:
-        """The conditioning of an edit of the picture with this latent."""
-        more = {"reference_latents": [latent], "reference_latents_method": "offset", "guidance": GUIDANCE}
-        return [[states, {**options, **more}] for states, options in conditioning]
+    def edit_conditioning(self, conditioning: Conditioning, latent: Tensor) -> Conditioning:
+        """The conditioning with `latent` as reference latent, and guidance."""
+        edit_options = {"reference_latents": [latent], "reference_latents_method": "offset", "guidance": GUIDANCE}
+        return [[states, {**options, **edit_options}] for states, options in conditioning]
 
     @torch.inference_mode()
-    def pictures(self, source: Scene, slid: Slid, count: int, seed: str = "sliding") -> np.ndarray:
-        """(count, SIDE, SIDE, 3), all from the same noise, which the seed tells."""
+    def render(self, source: Scene, setup: SliderSetup, count: int, seed: str = "sliding") -> np.ndarray:
+        """Edit a scene `count` times from the same noise: (count, SIDE, SIDE, 3), 0 to 1."""
         latent = self.latent(source)
         noise = torch.randn(latent.shape, generator=generator(seed)).expand(count, -1, -1, -1).contiguous()
-        positive = self.beside(slid.positive, latent)
-        if slid.negative is None:
-            model = blend_velocity(slid.model, latent, tuple(slid.blended)) if slid.blended else slid.model
-            return self._decoded(_sampled(model, positive, positive, noise, 1.0))
-        negative = self.beside(slid.negative, latent)
-        if slid.steered:
-            sigmas = scheduler_sigmas(slid.model, "simple", STEPS)
-            return self._decoded(
-                sample_flowslider(slid.model, negative, positive, latent, noise[:1], tuple(slid.steered), sigmas)
-            )
-        assert slid.cfg is not None
-        each = [_sampled(slid.model, positive, negative, noise[:1], cfg) for cfg in slid.cfg]
-        return self._decoded(torch.cat(each))
+        positive = self.edit_conditioning(setup.positive, latent)
+        model = setup.model
+        if setup.negative is None:
+            if setup.blend_strengths:
+                model = blend_velocity(model, latent, tuple(setup.blend_strengths))
+            return self._decode(_sample(model, positive, positive, noise, 1.0))
+        negative = self.edit_conditioning(setup.negative, latent)
+        if setup.flowslider_strengths:
+            sigmas = scheduler_sigmas(model, "simple", STEPS)
+            strengths = tuple(setup.flowslider_strengths)
+            return self._decode(sample_flowslider(model, negative, positive, latent, noise[:1], strengths, sigmas))
+        assert setup.cfg_scales is not None
+        latents = [_sample(model, positive, negative, noise[:1], scale) for scale in setup.cfg_scales]
+        return self._decode(torch.cat(latents))
 
-    def _decoded(self, latents: Tensor) -> np.ndarray:
+    def _decode(self, latents: Tensor) -> np.ndarray:
         return self.vae.decode(latents).clamp(0, 1).numpy()
 
 
-Method = Callable[[Miniature, Sequence[Edit], int, Sequence[float]], Slid]
-"""(miniature, edits, which of them is moved, its strengths) to what makes the pictures; the others stay at 1."""
+Method = Callable[[Miniature, Sequence[Edit], int, Sequence[float]], SliderSetup]
+"""(miniature, edits, index of the edit with a slider, its strengths) -> setup. The other edits have strength 1."""
 
 
-def stlora(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
-    adapter = read_adapter(it.loras / "miniature-stlora.safetensors")
-    return Slid(apply_stlora(it.model, adapter), _only_one_moves(it, edits, moved, strengths))
+def stlora(miniature: Miniature, edits: Sequence[Edit], index: int, strengths: Sequence[float]) -> SliderSetup:
+    adapter = read_adapter(miniature.loras / "miniature-stlora.safetensors")
+    return SliderSetup(apply_stlora(miniature.model, adapter), _with_slider(miniature, edits, index, strengths))
 
 
-def gstlora(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
-    adapter = read_adapter(it.loras / "miniature-gstlora.safetensors")
-    return Slid(apply_gstlora(it.model, adapter, list(strengths)), it.prompt(_told(edits)))
+def gstlora(miniature: Miniature, edits: Sequence[Edit], index: int, strengths: Sequence[float]) -> SliderSetup:
+    adapter = read_adapter(miniature.loras / "miniature-gstlora.safetensors")
+    return SliderSetup(apply_gstlora(miniature.model, adapter, list(strengths)), miniature.prompt(_instructions(edits)))
 
 
-def projector(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
-    read = read_projector(it.loras / "miniature-projector.safetensors")
-    conditioning = set_projector_strength(it.prompt(_told(edits)), read, list(strengths))
-    return Slid(apply_projector(it.model, read), conditioning)
+def projector(miniature: Miniature, edits: Sequence[Edit], index: int, strengths: Sequence[float]) -> SliderSetup:
+    bundle = read_projector(miniature.loras / "miniature-projector.safetensors")
+    conditioning = set_projector_strength(miniature.prompt(_instructions(edits)), bundle, list(strengths))
+    return SliderSetup(apply_projector(miniature.model, bundle), conditioning)
 
 
-def text_modulation(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
-    return Slid(apply_text_modulation(it.model), _only_one_moves(it, edits, moved, strengths))
+def text_modulation(miniature: Miniature, edits: Sequence[Edit], index: int, strengths: Sequence[float]) -> SliderSetup:
+    return SliderSetup(apply_text_modulation(miniature.model), _with_slider(miniature, edits, index, strengths))
 
 
-def attention_to_text(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
-    from_none = [max(strength, 0.0) for strength in strengths]
-    return Slid(apply_attention_reweighting(it.model), _only_one_moves(it, edits, moved, from_none))
+def attention_reweighting(
+    miniature: Miniature, edits: Sequence[Edit], index: int, strengths: Sequence[float]
+) -> SliderSetup:
+    non_negative = [max(strength, 0.0) for strength in strengths]
+    conditioning = _with_slider(miniature, edits, index, non_negative)
+    return SliderSetup(apply_attention_reweighting(miniature.model), conditioning)
 
 
-def token_interpolation(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
-    return Slid(apply_token_interpolation(it.model), _only_one_moves(it, edits, moved, strengths))
+def token_interpolation(
+    miniature: Miniature, edits: Sequence[Edit], index: int, strengths: Sequence[float]
+) -> SliderSetup:
+    return SliderSetup(apply_token_interpolation(miniature.model), _with_slider(miniature, edits, index, strengths))
 
 
-def velocity_blending(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
-    return Slid(it.model, it.prompt(_told(edits)), blended=strengths)
+def velocity_blending(
+    miniature: Miniature, edits: Sequence[Edit], index: int, strengths: Sequence[float]
+) -> SliderSetup:
+    return SliderSetup(miniature.model, miniature.prompt(_instructions(edits)), blend_strengths=strengths)
 
 
-def fidelity_steering(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
-    return Slid(it.model, it.prompt(_told(edits)), it.prompt(NEUTRAL), steered=strengths)
+def flowslider(miniature: Miniature, edits: Sequence[Edit], index: int, strengths: Sequence[float]) -> SliderSetup:
+    prompt, neutral = miniature.prompt(_instructions(edits)), miniature.prompt(NEUTRAL_PROMPT)
+    return SliderSetup(miniature.model, prompt, neutral, flowslider_strengths=strengths)
 
 
-def prompt_difference(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
-    differences = encode_differences(it.clip, "\n".join(_told(edits)), "one per line", None)
-    return Slid(it.model, differences.with_strengths(_values(edits, moved, strengths)))
+def prompt_difference(
+    miniature: Miniature, edits: Sequence[Edit], index: int, strengths: Sequence[float]
+) -> SliderSetup:
+    differences = encode_differences(miniature.clip, "\n".join(_instructions(edits)), "one per line", None)
+    return SliderSetup(miniature.model, differences.with_strengths(_slider_values(edits, index, strengths)))
 
 
-def guidance_scale(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
-    return Slid(it.model, it.prompt(_told(edits)), it.prompt(()), list(strengths))
+def guidance_scale(miniature: Miniature, edits: Sequence[Edit], index: int, strengths: Sequence[float]) -> SliderSetup:
+    """Classifier-free guidance against the empty prompt, with the strength as scale."""
+    return SliderSetup(miniature.model, miniature.prompt(_instructions(edits)), miniature.prompt(()), list(strengths))
 
 
-def embedding_interpolation(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Slid:
-    """Between the encoded prompt and the one without the moved instruction."""
-    [[whole, options]] = it.prompt(_told(edits))
-    [[without, other]] = it.prompt(_told([edit for k, edit in enumerate(edits) if k != moved]))
-    share = torch.tensor(strengths)[:, None, None]
-    pooled = torch.lerp(other["pooled_output"], options["pooled_output"], share[:, 0])
-    return Slid(it.model, [[torch.lerp(without, whole, share), {**options, "pooled_output": pooled}]])
+def embedding_interpolation(
+    miniature: Miniature, edits: Sequence[Edit], index: int, strengths: Sequence[float]
+) -> SliderSetup:
+    """Interpolation between the encoded prompts with and without the edit that has the slider."""
+    [[states, options]] = miniature.prompt(_instructions(edits))
+    others = [edit for k, edit in enumerate(edits) if k != index]
+    [[states_without, options_without]] = miniature.prompt(_instructions(others))
+    weight = torch.tensor(strengths)[:, None, None]
+    pooled = torch.lerp(options_without["pooled_output"], options["pooled_output"], weight[:, 0])
+    return SliderSetup(
+        miniature.model, [[torch.lerp(states_without, states, weight), {**options, "pooled_output": pooled}]]
+    )
 
 
 METHODS: dict[str, Method] = {
@@ -173,39 +190,41 @@ METHODS: dict[str, Method] = {
     "GSTLoRA": gstlora,
     "strength projector": projector,
     "text modulation": text_modulation,
-    "attention to text": attention_to_text,
+    "attention to text": attention_reweighting,
     "token interpolation": token_interpolation,
     "Velocity Blending": velocity_blending,
-    "FlowSlider": fidelity_steering,
+    "FlowSlider": flowslider,
     "Prompt Difference": prompt_difference,
     "guidance scale": guidance_scale,
     "embedding interpolation": embedding_interpolation,
 }
-"""By name; the last two are what one would do without this pack."""
+"""Methods by name. The last two are baselines that do not need this pack."""
 
 
-def _told(edits: Sequence[Edit]) -> list[str]:
+def _instructions(edits: Sequence[Edit]) -> list[str]:
     return [edit.instruction for edit in edits]
 
 
-def _only_one_moves(it: Miniature, edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> Conditioning:
-    return set_strengths(it.prompt(_told(edits)), _values(edits, moved, strengths))
+def _with_slider(miniature: Miniature, edits: Sequence[Edit], index: int, strengths: Sequence[float]) -> Conditioning:
+    """The encoded prompt with strengths for one edit."""
+    return set_strengths(miniature.prompt(_instructions(edits)), _slider_values(edits, index, strengths))
 
 
-def _values(edits: Sequence[Edit], moved: int, strengths: Sequence[float]) -> dict[str, object]:
-    return {f"strength_{k + 1}": list(strengths) if k == moved else 1.0 for k in range(len(edits))}
+def _slider_values(edits: Sequence[Edit], index: int, strengths: Sequence[float]) -> dict[str, object]:
+    return {f"strength_{k + 1}": list(strengths) if k == index else 1.0 for k in range(len(edits))}
 
 
-def _sampled(model: ModelPatcher, positive: Conditioning, negative: Conditioning, noise: Tensor, cfg: float) -> Tensor:
+def _sample(model: ModelPatcher, positive: Conditioning, negative: Conditioning, noise: Tensor, cfg: float) -> Tensor:
     empty = torch.zeros_like(noise)
     return comfy.sample.sample(
         model, noise, STEPS, cfg, "euler", "simple", positive, negative, empty, disable_pbar=True
     )
 
 
-def _vae(models: Path) -> comfy.sd.VAE:
-    weights: dict[str, Tensor] = {"vae_scale": torch.tensor(0.3611), "vae_shift": torch.tensor(0.1159)}  # FLUX.1's
-    for part, name in (("taesd_encoder", ENCODER), ("taesd_decoder", DECODER)):
-        read = comfy.utils.load_torch_file(str(models / name), safe_load=True)
-        weights |= {f"{part}.{key}": value for key, value in read.items()}
+def _load_vae(models: Path) -> comfy.sd.VAE:
+    """A TAESD VAE of encoder and decoder, with FLUX.1's scale and shift."""
+    weights: dict[str, Tensor] = {"vae_scale": torch.tensor(0.3611), "vae_shift": torch.tensor(0.1159)}
+    for prefix, name in (("taesd_encoder", ENCODER), ("taesd_decoder", DECODER)):
+        tensors = comfy.utils.load_torch_file(str(models / name), safe_load=True)
+        weights |= {f"{prefix}.{key}": value for key, value in tensors.items()}
     return comfy.sd.VAE(sd=weights)

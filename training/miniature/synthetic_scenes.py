@@ -1,4 +1,4 @@
-"""Scenes of a circle and a square, as numbers and as pictures. Lengths are pixels, colours RGB from 0 to 1."""
+"""Scenes of a circle and a square, as attributes and as images. Lengths are in pixels, colors RGB from 0 to 1."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..examples import as_picture
+from ..examples import tensor_to_pil
 
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 Point = tuple[float, float]
-Object = Literal["circle", "square"]
-Attribute = Literal["circle_colour", "square_colour", "background", "circle_size", "square_size"]
+ObjectName = Literal["circle", "square"]
+Attribute = Literal["circle_color", "square_color", "background", "circle_size", "square_size"]
 
 SIDE = 64
-OBJECTS: tuple[Object, ...] = ("circle", "square")
-COLOUR_OF: dict[Object, Attribute] = {"circle": "circle_colour", "square": "square_colour"}
-SIZE_OF: dict[Object, Attribute] = {"circle": "circle_size", "square": "square_size"}
+OBJECTS: tuple[ObjectName, ...] = ("circle", "square")
+COLOR_OF: dict[ObjectName, Attribute] = {"circle": "circle_color", "square": "square_color"}
+SIZE_OF: dict[ObjectName, Attribute] = {"circle": "circle_size", "square": "square_size"}
 SIZES = (6.0, 8.0)
-SMALLEST = 2.0
-"""No edit makes an object smaller: what is less cannot be told from noise by its colour."""
-GROWTH = 1.75
-"""No edit makes an object larger than this, times its size; every scene has room for both objects grown so."""
-APART = 2.0
-"""Between the grown objects, and between them and the frame, there is at least this."""
+MIN_SIZE = 2.0
+"""Lower limit of edited sizes. The color of smaller objects cannot be told from noise."""
+MAX_GROWTH = 1.75
+"""Upper limit of edited sizes, relative to the source. Every scene has room for both objects at this size."""
+MIN_GAP = 2.0
+"""Minimum gap between the objects, and between them and the border, when both have grown by MAX_GROWTH."""
 
-# Channels stay in 0.25 to 0.75, so that a path between two colours is straight from strength -0.5 to 1.5: 0.27 and 0.73
-# with their jitter reach 0.01 and 0.99 there.
-COLOURS: dict[str, Colour] = {
+# Channels are within 0.25 to 0.75, so edits extrapolate linearly from strength -0.5 to 1.5 without clipping: 0.27 and
+# 0.73 with jitter reach 0.01 and 0.99 there.
+COLORS: dict[str, Color] = {
     "red": (0.73, 0.27, 0.27),
     "green": (0.27, 0.73, 0.27),
     "blue": (0.27, 0.27, 0.73),
@@ -39,131 +39,131 @@ COLOURS: dict[str, Colour] = {
     "pink": (0.73, 0.27, 0.73),
     "cyan": (0.27, 0.73, 0.73),
 }
-TONES: dict[str, Colour] = {
+TONES: dict[str, Color] = {
     "dark": (0.27, 0.27, 0.27),
     "gray": (0.50, 0.50, 0.50),
     "bright": (0.73, 0.73, 0.73),
     "brown": (0.48, 0.39, 0.29),
 }
 JITTER = 0.02
-"""Most that a channel of a scene's colours is off the named one."""
+"""Maximum deviation of a channel of a scene's color from the named color."""
 
 
 @dataclass(frozen=True)
-class Looks:
-    """All that edits change. A circle's size is its radius, a square's half its side."""
+class SceneAttributes:
+    """The attributes that edits change. The size of a circle is its radius, that of a square half its side."""
 
-    circle_colour: Colour
-    square_colour: Colour
-    background: Colour
+    circle_color: Color
+    square_color: Color
+    background: Color
     circle_size: float
     square_size: float
 
 
 @dataclass(frozen=True)
-class Scene(Looks):
-    """A picture as numbers. Centres are (x, y) from the upper left corner; pixel k spans k to k + 1."""
+class Scene(SceneAttributes):
+    """Centers are (x, y) from the upper left corner; pixel k spans k to k + 1."""
 
-    circle_centre: Point
-    square_centre: Point
-
-
-def numbers(looks: Looks, attribute: Attribute) -> np.ndarray:
-    """An attribute as (3,) or, for a size, (1,)."""
-    return np.atleast_1d(np.asarray(getattr(looks, attribute), np.float64))
+    circle_center: Point
+    square_center: Point
 
 
-def centre_of(scene: Scene, thing: Object) -> Point:
-    return scene.circle_centre if thing == "circle" else scene.square_centre
+def attribute_values(attributes: SceneAttributes, attribute: Attribute) -> np.ndarray:
+    """The value of an attribute: (3,) for a color, (1,) for a size."""
+    return np.atleast_1d(np.asarray(getattr(attributes, attribute), np.float64))
 
 
-def away(scene: Scene, thing: Object) -> tuple[np.ndarray, np.ndarray]:
-    """How far the middle of each pixel is from an object's centre, across and down, each (SIDE, SIDE), none below 0."""
-    x, y = centre_of(scene, thing)
-    down, across = np.indices((SIDE, SIDE)) + 0.5
-    return np.abs(across - x), np.abs(down - y)
+def center_of(scene: Scene, name: ObjectName) -> Point:
+    return scene.circle_center if name == "circle" else scene.square_center
 
 
-def edge_at(scene: Scene, thing: Object) -> np.ndarray:
-    """The size at which an object's edge comes to the middle of each pixel, (SIDE, SIDE)."""
-    across, down = away(scene, thing)
-    return np.hypot(across, down) if thing == "circle" else np.maximum(across, down)
+def center_distances(scene: Scene, name: ObjectName) -> tuple[np.ndarray, np.ndarray]:
+    """|x| and |y| distance of each pixel's center from an object's center, each (SIDE, SIDE)."""
+    x, y = center_of(scene, name)
+    pixel_y, pixel_x = np.indices((SIDE, SIDE)) + 0.5
+    return np.abs(pixel_x - x), np.abs(pixel_y - y)
 
 
-def covered(thing: Object, across: np.ndarray, down: np.ndarray, size: float | np.ndarray) -> np.ndarray:
-    """How much of the pixels so far away an object of a size covers, 0 to 1; sizes are broadcast.
+def edge_size(scene: Scene, name: ObjectName) -> np.ndarray:
+    """The size at which the object's edge would pass through each pixel's center, (SIDE, SIDE)."""
+    dx, dy = center_distances(scene, name)
+    return np.hypot(dx, dy) if name == "circle" else np.maximum(dx, dy)
 
-    A square's is exact; a circle's edge is taken as straight within a pixel and square to the radius.
+
+def pixel_coverage(name: ObjectName, dx: np.ndarray, dy: np.ndarray, size: float | np.ndarray) -> np.ndarray:
+    """The fraction of each pixel that an object covers, by the pixel's distance from its center; sizes broadcast.
+
+    Exact for squares. A circle's edge is approximated within a pixel by a line perpendicular to the radius.
     """
-    if thing == "circle":
-        return np.clip(size + 0.5 - np.hypot(across, down), 0, 1)
-    return np.clip(size + 0.5 - across, 0, 1) * np.clip(size + 0.5 - down, 0, 1)
+    if name == "circle":
+        return np.clip(size + 0.5 - np.hypot(dx, dy), 0, 1)
+    return np.clip(size + 0.5 - dx, 0, 1) * np.clip(size + 0.5 - dy, 0, 1)
 
 
-def coverage(scene: Scene, thing: Object) -> np.ndarray:
-    """How much of each pixel an object covers, 0 to 1, (SIDE, SIDE)."""
-    return covered(thing, *away(scene, thing), getattr(scene, SIZE_OF[thing]))
+def coverage(scene: Scene, name: ObjectName) -> np.ndarray:
+    """The fraction of each pixel that an object covers, (SIDE, SIDE)."""
+    return pixel_coverage(name, *center_distances(scene, name), getattr(scene, SIZE_OF[name]))
 
 
-def drawn(scene: Scene) -> np.ndarray:
-    """The picture, float32 (SIDE, SIDE, 3), with smooth edges."""
-    picture = np.broadcast_to(numbers(scene, "background"), (SIDE, SIDE, 3))
-    for thing in OBJECTS:
-        picture = picture + coverage(scene, thing)[..., None] * (numbers(scene, COLOUR_OF[thing]) - picture)
-    return picture.astype(np.float32)
+def draw_scene(scene: Scene) -> np.ndarray:
+    """The antialiased image, float32, (SIDE, SIDE, 3)."""
+    image = np.broadcast_to(attribute_values(scene, "background"), (SIDE, SIDE, 3))
+    for name in OBJECTS:
+        image = image + coverage(scene, name)[..., None] * (attribute_values(scene, COLOR_OF[name]) - image)
+    return image.astype(np.float32)
 
 
-def picture_of(scene: Scene) -> Image.Image:
-    return as_picture(torch.from_numpy(drawn(scene)))
+def scene_image(scene: Scene) -> Image.Image:
+    return tensor_to_pil(torch.from_numpy(draw_scene(scene)))
 
 
-def gap(scene: Scene, growth: float = 1.0) -> float:
-    """The least space between the objects and to the frame, both grown so many times; below 0 they touch."""
-    to_frame = min(
-        min(place, SIDE - place) - getattr(scene, SIZE_OF[thing]) * growth
-        for thing in OBJECTS
-        for place in centre_of(scene, thing)
+def smallest_gap(scene: Scene, growth: float = 1.0) -> float:
+    """The smallest gap between the objects or to the border with sizes times `growth`; negative if they overlap."""
+    to_border = min(
+        min(coordinate, SIDE - coordinate) - getattr(scene, SIZE_OF[name]) * growth
+        for name in OBJECTS
+        for coordinate in center_of(scene, name)
     )
-    beyond = [
+    to_square = [
         max(abs(one - other) - scene.square_size * growth, 0)
-        for one, other in zip(scene.circle_centre, scene.square_centre)
+        for one, other in zip(scene.circle_center, scene.square_center)
     ]
-    return min(to_frame, math.hypot(*beyond) - scene.circle_size * growth)
+    return min(to_border, math.hypot(*to_square) - scene.circle_size * growth)
 
 
-def scene(chance: torch.Generator) -> Scene:
-    """A random scene that has room for both objects grown."""
-    circle, square = torch.randperm(len(COLOURS), generator=chance)[:2].tolist()
-    tone = int(torch.randint(len(TONES), (), generator=chance))
-    colours, tones = list(COLOURS.values()), list(TONES.values())
-    circle_size, square_size = (_between(*SIZES, chance) for _ in OBJECTS)
-    looks = {
-        "circle_colour": _jittered(colours[circle], chance),
-        "square_colour": _jittered(colours[square], chance),
-        "background": _jittered(tones[tone], chance),
+def random_scene(rng: torch.Generator) -> Scene:
+    """A random scene with room for both objects when they grow by MAX_GROWTH."""
+    circle, square = torch.randperm(len(COLORS), generator=rng)[:2].tolist()
+    tone = int(torch.randint(len(TONES), (), generator=rng))
+    colors, tones = list(COLORS.values()), list(TONES.values())
+    circle_size, square_size = (_uniform(*SIZES, rng) for _ in OBJECTS)
+    attributes = {
+        "circle_color": _jitter(colors[circle], rng),
+        "square_color": _jitter(colors[square], rng),
+        "background": _jitter(tones[tone], rng),
     }
     while True:
-        found = Scene(
-            **looks,
+        scene = Scene(
+            **attributes,
             circle_size=circle_size,
             square_size=square_size,
-            circle_centre=_place(circle_size, chance),
-            square_centre=_place(square_size, chance),
+            circle_center=_random_center(circle_size, rng),
+            square_center=_random_center(square_size, rng),
         )
-        if gap(found, GROWTH) >= APART:
-            return found
+        if smallest_gap(scene, MAX_GROWTH) >= MIN_GAP:
+            return scene
 
 
-def _place(size: float, chance: torch.Generator) -> Point:
-    least = size * GROWTH + APART
-    x, y = (_between(least, SIDE - least, chance) for _ in range(2))
+def _random_center(size: float, rng: torch.Generator) -> Point:
+    margin = size * MAX_GROWTH + MIN_GAP
+    x, y = (_uniform(margin, SIDE - margin, rng) for _ in range(2))
     return x, y
 
 
-def _jittered(colour: Colour, chance: torch.Generator) -> Colour:
-    red, green, blue = (channel + _between(-JITTER, JITTER, chance) for channel in colour)
+def _jitter(color: Color, rng: torch.Generator) -> Color:
+    red, green, blue = (channel + _uniform(-JITTER, JITTER, rng) for channel in color)
     return red, green, blue
 
 
-def _between(least: float, most: float, chance: torch.Generator) -> float:
-    return least + (most - least) * torch.rand((), generator=chance, dtype=torch.float64).item()
+def _uniform(low: float, high: float, rng: torch.Generator) -> float:
+    return low + (high - low) * torch.rand((), generator=rng, dtype=torch.float64).item()

@@ -1,4 +1,4 @@
-"""The loop that all parts of the miniature model learn in: the same every time, resumable, its curve kept."""
+"""The training loop for all parts of the miniature model: deterministic and resumable, with a loss curve on disk."""
 
 from __future__ import annotations
 
@@ -14,60 +14,60 @@ from slider_core.atomic_write import atomic_write
 
 from ..checkpoints import Checkpoints
 
-_WARMUP = 100
-_CLIP = 1.0
+_WARMUP_STEPS = 100
+_MAX_GRAD_NORM = 1.0
 _LOG = logging.getLogger(__name__)
 
 Loss = Callable[[int], torch.Tensor]
-"""The loss of a step's samples. The step is the only chance in it."""
+"""The loss of a step. All its randomness is seeded by the step."""
 
 
-def learn(
+def train_module(
     folder: Path,
     module: torch.nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     loss: Loss,
     steps: int,
     *,
     decay: float = 0.3,
     save_every: int = 500,
 ) -> None:
-    """Train `module` until `steps`, going on from the newest checkpoint in `folder`; curve.jsonl there has the losses.
+    """Train `module` up to `steps`, resuming from the last checkpoint in `folder`. Writes the losses to curve.jsonl.
 
-    The learning rate warms up, stays, and falls straight to 0 over the last share `decay` of the steps: before that,
-    more steps go on from what fewer did.
+    The learning rate is warmed up, then constant, then decays linearly to 0 over the last fraction `decay` of the
+    steps. Up to the decay, longer runs are identical to shorter ones.
     """
-    checkpoints, first = Checkpoints(folder, keep=2), 0
-    rate = optimiser.defaults["lr"]
-    if found := checkpoints.newest():
-        first, state = found
+    checkpoints, first = Checkpoints(folder, keep_last=2), 0
+    learning_rate = optimizer.defaults["lr"]
+    if checkpoint := checkpoints.newest():
+        first, state = checkpoint
         module.load_state_dict(state["module"])
-        optimiser.load_state_dict(state["optimiser"])
-        _LOG.info("Going on from step %d.", first)
-    curve = _curve(folder / "curve.jsonl", first)
-    [group] = optimiser.param_groups
+        optimizer.load_state_dict(state["optimizer"])
+        _LOG.info("Resuming from step %d.", first)
+    curve = _read_curve(folder / "curve.jsonl", first)
+    [group] = optimizer.param_groups
     started = time.monotonic()
     losses: list[float] = []
     for step in range(first, steps):
-        group["lr"] = rate * min((step + 1) / _WARMUP, 1, (steps - step) / (decay * steps))
+        group["lr"] = learning_rate * min((step + 1) / _WARMUP_STEPS, 1, (steps - step) / (decay * steps))
         value = loss(step)
         value.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), _CLIP)
-        optimiser.step()
-        optimiser.zero_grad()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), _MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(value.item())
         if (step + 1) % 100 == 0:
             mean = sum(losses) / len(losses)
             curve.append({"step": step + 1, "loss": mean})
             atomic_write(folder / "curve.jsonl", "".join(json.dumps(point) + "\n" for point in curve).encode())
-            speed = (time.monotonic() - started) / (step + 1 - first)
-            _LOG.info("step %d of %d: loss %.5f, %.2f s a step", step + 1, steps, mean, speed)
+            seconds = (time.monotonic() - started) / (step + 1 - first)
+            _LOG.info("step %d of %d: loss %.5f, %.2f s per step", step + 1, steps, mean, seconds)
             losses.clear()
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            checkpoints.save(step + 1, {"module": module.state_dict(), "optimiser": optimiser.state_dict()})
+            checkpoints.save(step + 1, {"module": module.state_dict(), "optimizer": optimizer.state_dict()})
 
 
-def _curve(file: Path, until: int) -> list[dict[str, float]]:
-    """What is known of the steps that need not be taken again."""
+def _read_curve(file: Path, last_step: int) -> list[dict[str, float]]:
+    """The points of a curve up to `last_step`; later steps are repeated."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return [point for point in map(json.loads, lines) if point["step"] <= until]
+    return [point for point in map(json.loads, lines) if point["step"] <= last_step]

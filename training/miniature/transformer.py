@@ -1,4 +1,4 @@
-"""The miniature edit model: FLUX.1 Kontext's architecture, trained from scratch on the world's full edits."""
+"""The miniature edit model: the architecture of FLUX.1 Kontext, trained from scratch on edits of synthetic scenes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from slider_core.text.instructions import SEPARATOR
 
-from ..frozen_model import BaseModel, Text
-from ..objectives import NEUTRAL
+from ..frozen_model import FrozenModel, Text
+from ..objectives import NEUTRAL_PROMPT
 from ..rng import generator
-from .latent_bank import Samples
+from .latent_bank import LatentSamples
 from .text_encoders import CLIP_L, T5, TextEncoders
-from .train_loop import learn
+from .train_loop import train_module
 
 FLUX: dict[str, Any] = {
     "image_model": "flux",
@@ -41,30 +41,31 @@ FLUX: dict[str, Any] = {
 }
 STEPS = 9000
 _BATCH = 32
-_ROWS = {20: 0.6, 24: 0.25, 32: 0.08, 48: 0.04, 96: 0.02, 256: 0.01}
-"""How many rows the text is padded to, and how often. Any padding has to do, and short ones cost least."""
-_NO_EDITS = ((), NEUTRAL)
-_OBJECTS_WEIGH = 4.0
+_LENGTHS = {20: 0.6, 24: 0.25, 32: 0.08, 48: 0.04, 96: 0.02, 256: 0.01}
+"""Padded text length -> probability. All lengths must work; short ones are cheapest to train."""
+_NO_EDITS = ((), NEUTRAL_PROMPT)
+_OBJECT_WEIGHT = 4.0
 _SHIFT = 3.0
-"""More of the noise levels are high ones, where what the edit does is decided."""
+"""Timestep shift: sigma = shift u / (1 + (shift - 1) u). High noise levels decide what the edit does."""
 
 
-def untrained() -> BaseModel:
-    """The model with random weights; it begins as saying that what it sees is noise, and blocks as doing nothing."""
+def random_model() -> FrozenModel:
+    """The model with random weights. Its blocks start as the identity, and it predicts its input as the velocity."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         flux = comfy.ldm.flux.model.Flux(
             **FLUX, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init
         )
-        weights = {name: _start(name, value) for name, value in flux.state_dict().items()}
-    base = BaseModel(
-        comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": torch.float32}), checkpointing=False
+        weights = {name: _initial_weight(name, value) for name, value in flux.state_dict().items()}
+    model = FrozenModel(
+        comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": torch.float32}),
+        gradient_checkpointing=False,
     )
-    base.network.requires_grad_(True)
-    return base
+    model.network.requires_grad_(True)
+    return model
 
 
-def _start(name: str, value: Tensor) -> Tensor:
+def _initial_weight(name: str, value: Tensor) -> Tensor:
     if name in ("img_in.weight", "final_layer.linear.weight"):
         return torch.eye(*value.shape)
     if "norm" in name:
@@ -74,38 +75,39 @@ def _start(name: str, value: Tensor) -> Tensor:
     return torch.randn(value.shape) / math.sqrt(value.shape[1])
 
 
-class Lessons:
-    """The loss of each step.
+class TransformerTraining:
+    """Flow matching on edits at strength 1; the squared error of the velocity is weighted by sigma.
 
-    Squared errors of the velocity, times sigma: at low noise a picture's small errors are large ones of the velocity.
+    Without that weight, low noise levels would dominate the loss: there small errors of the image are large errors of
+    the velocity.
     """
 
-    def __init__(self, base: BaseModel, encoders: TextEncoders, samples: Samples):
-        self.base, self.encoders, self.samples = base, encoders, samples
+    def __init__(self, model: FrozenModel, encoders: TextEncoders, samples: LatentSamples):
+        self.model, self.encoders, self.samples = model, encoders, samples
 
-    def learn(self, folder: Path, steps: int = STEPS) -> None:
-        with self.base.changed({}):
-            learn(folder, self.base.network, _optimiser(self.base.network), self.loss, steps)
+    def fit(self, folder: Path, steps: int = STEPS) -> None:
+        with self.model.patched({}):
+            train_module(folder, self.model.network, _build_optimizer(self.model.network), self.loss, steps)
 
     def loss(self, step: int) -> Tensor:
-        chance = generator("transformer", step)
-        chosen = torch.randint(len(self.samples.instructions), (_BATCH,), generator=chance)
+        rng = generator("transformer", step)
+        chosen = torch.randint(len(self.samples.instructions), (_BATCH,), generator=rng)
         sources, targets = self.samples.sources[chosen].float(), self.samples.targets[chosen].float()
         prompts = [self.samples.instructions[k] for k in chosen.tolist()]
-        rows = list(_ROWS)[int(torch.multinomial(torch.tensor(list(_ROWS.values())), 1, generator=chance))]
-        if torch.rand((), generator=chance) < 0.5:
+        length = list(_LENGTHS)[int(torch.multinomial(torch.tensor(list(_LENGTHS.values())), 1, generator=rng))]
+        if torch.rand((), generator=rng) < 0.5:
             prompts[0], targets[0] = _NO_EDITS[step % 2], sources[0]
-        text = self.encoders.encoded([SEPARATOR.join(prompt) for prompt in prompts], rows)
-        shuffled = torch.where(torch.rand(_BATCH, 1, generator=chance) < 0.5, text.pooled.roll(1, 0), text.pooled)
-        even = torch.rand(_BATCH, generator=chance)
-        sigma = _SHIFT * even / (1 + (_SHIFT - 1) * even)
-        noise = torch.randn(targets.shape, generator=chance)
-        mixed = torch.lerp(targets, noise, sigma[:, None, None, None])
-        guidance = 1 + 4 * torch.rand((), generator=chance).item()
-        said = self.base.velocity(mixed, sigma, Text(text.states, shuffled), guidance, [sources])
-        weight = sigma[:, None, None, None] * (1 + (_OBJECTS_WEIGH - 1) * self.samples.objects[chosen])
-        return (weight * (said - (noise - targets)) ** 2).mean()
+        text = self.encoders.encode([SEPARATOR.join(prompt) for prompt in prompts], length)
+        shuffled = torch.where(torch.rand(_BATCH, 1, generator=rng) < 0.5, text.pooled.roll(1, 0), text.pooled)
+        uniform = torch.rand(_BATCH, generator=rng)
+        sigma = _SHIFT * uniform / (1 + (_SHIFT - 1) * uniform)
+        noise = torch.randn(targets.shape, generator=rng)
+        noised = torch.lerp(targets, noise, sigma[:, None, None, None])
+        guidance = 1 + 4 * torch.rand((), generator=rng).item()
+        predicted = self.model.velocity(noised, sigma, Text(text.states, shuffled), guidance, [sources])
+        weight = sigma[:, None, None, None] * (1 + (_OBJECT_WEIGHT - 1) * self.samples.objects[chosen])
+        return (weight * (predicted - (noise - targets)) ** 2).mean()
 
 
-def _optimiser(network: torch.nn.Module) -> torch.optim.Optimizer:
+def _build_optimizer(network: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
