@@ -82,7 +82,7 @@ def measure(miniature: Miniature, name: str, scenes: int) -> np.ndarray:
             _sweep_distances(miniature, name, other, edits[0]) for other in scenes_for(edits[0], NUM_OTHER_SCENES)
         ]
         own, same, any_other = (
-            calibrate(EVEN, sweep).calibration.strength(EVEN)
+            calibrate(EVEN, sweep).calibration.strengths_at(EVEN)
             for sweep in (sweeps[k], _mean(others), _mean(sweeps[:k] + sweeps[k + 1 :]))
         )
         settings = (
@@ -122,7 +122,7 @@ def _metrics(images: torch.Tensor, source: Scene, edit: Edit) -> tuple[float, fl
     reached = [reached_strength(edit, source, read_attributes(image.numpy(), source)) for image in images]
     distances = pixel_distances(images)
     linearity = float(np.abs(np.subtract(reached, EVEN)).mean())
-    return linearity, delta_smooth(distances.adjacent, distances.skipping)
+    return linearity, delta_smooth(distances.adjacent, distances.skip_one)
 
 
 def _mean(sweeps: Sequence[ImageDistances]) -> ImageDistances:

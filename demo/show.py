@@ -32,7 +32,7 @@ sys.path += [str(ROOT), str(ROOT / "tests")]
 
 from support.comfy_server import ComfyServer  # noqa: E402
 
-from slider_core.figures.contact_sheet import animated_webp, contact_sheet  # noqa: E402
+from slider_core.figures.contact_sheet import contact_sheet, encode_webp  # noqa: E402
 
 PHOTO, SCENE = ROOT / "demo" / "photo.jpg", ROOT / "demo" / "scene.png"
 OUTPUT = ROOT / "demo" / "output"
@@ -175,7 +175,7 @@ def _save(image: Image.Image, file: Path) -> Path:
 
 
 def _animation(file: Path, images: Sequence[Image.Image]) -> Path:
-    file.write_bytes(animated_webp(images, {}))
+    file.write_bytes(encode_webp(images, {}))
     return file
 
 

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..slider_core import node_names as names
 from ..slider_core.figures.plots import check_matplotlib, curves_plot
 from ..slider_core.metrics.calibration import calibrate, parse_calibration
-from ..slider_core.metrics.sweep_metrics import check_sweep, source_of
+from ..slider_core.metrics.sweep_metrics import check_sweep, source_index_of
 from ..slider_core.strength import Strengths, validate_strengths
 from .common import categories
 from .common.inputs import STRENGTH_LIST, clip_vision_input, distance_inputs, strength_input
@@ -60,10 +60,10 @@ class CalibrateSlider(io.ComfyNode):
     ) -> io.NodeOutput:
         check_matplotlib()
         check_sweep(strengths, len(images))
-        distances = sweep_distances(images, clip_vision, distance, latent, source_of(strengths))
+        distances = sweep_distances(images, clip_vision, distance, latent, source_index_of(strengths))
         result = calibrate(strengths, distances)
         plot = curves_plot(*result.before_and_after(), "strength before, position after", "share of the edit")
-        return io.NodeOutput(result.calibration.as_text(), plot, result.report(distances.compared_by))
+        return io.NodeOutput(result.calibration.as_json(), plot, result.report(distances.metric_name))
 
 
 class CalibratedStrength(io.ComfyNode):
@@ -105,8 +105,8 @@ class CalibratedStrength(io.ComfyNode):
     @classmethod
     def execute(cls, position: object, curve: str, on: bool) -> io.NodeOutput:
         positions, calibration = validate_strengths(position, "position"), parse_calibration(curve) if on else None
-        strengths = calibration.strength(positions) if calibration else positions
-        points = calibration.drawn() if calibration else []
+        strengths = calibration.strengths_at(positions) if calibration else positions
+        points = calibration.curve_points() if calibration else []
         return io.NodeOutput(strengths, strengths[0], ui={"curve": [curve], "points": [points]})
 
 

@@ -10,10 +10,9 @@ from comfy.sd import CLIP, VAE
 from comfy_api.latest import io
 
 from ..slider_core import node_names as names
-from ..slider_core.figures.plots import check_matplotlib
+from ..slider_core.figures.plots import attention_plot, check_matplotlib, vitality_plot
 from ..slider_core.sampling.sampling_settings import SamplingSettings
 from ..slider_core.stable_flow.attention_maps import measure_attention
-from ..slider_core.stable_flow.stable_flow_plots import attention_plot, vitality_plot
 from ..slider_core.stable_flow.vital_layers import block_count
 from ..slider_core.stable_flow.vitality_search import (
     RenderPlan,
@@ -145,7 +144,8 @@ class FindVitalLayers(io.ComfyNode):
         settings = {"guidance": guidance, "compared by": features.name}
         scores = measure_vitality(model, plan, features, f"{folder}/{name}", settings, image_previews(model))
         selected = scores.most_vital(count) if choose == MOST_VITAL else scores.above(threshold)
-        return io.NodeOutput(", ".join(map(str, selected)), scores.as_json(), vitality_plot(scores, selected))
+        plot = vitality_plot(scores.mean_similarities(), selected, scores.describe())
+        return io.NodeOutput(", ".join(map(str, selected)), scores.as_json(), plot)
 
 
 class AttentionMap(io.ComfyNode):

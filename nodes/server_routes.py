@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..slider_core.errors import SliderError
 from ..slider_core.families import FAMILIES
-from ..slider_core.figures.contact_sheet import animated_webp, contact_sheet, png
+from ..slider_core.figures.contact_sheet import contact_sheet, encode_png, encode_webp
 from ..slider_core.text.encode import SPLITTERS
 from ..slider_core.text.token_preview import phrase_tokens
 from .slider_prompt import last_clip
@@ -80,12 +80,12 @@ def _sweep_file(body: Mapping[str, Any]) -> web.Response:
     metadata = {name: json.dumps(json.loads(value)) for name, value in metadata.items()}  # ASCII, as ComfyUI writes it
     images = [_read_image(frame, MAX_PIXELS // len(frames)) for frame in frames]
     if body.get("format") == "webp":
-        return web.Response(body=animated_webp(images, metadata), content_type="image/webp")
+        return web.Response(body=encode_webp(images, metadata), content_type="image/webp")
     if body.get("format") not in ("strip", "grid"):
         raise SliderError(f"format is {body.get('format')!r}; expected 'webp', 'strip' or 'grid'.")
     columns = columns if body["format"] == "grid" else len(images)
     sheet = contact_sheet(images, captions, columns, heading)
-    return web.Response(body=png(sheet, metadata), content_type="image/png")
+    return web.Response(body=encode_png(sheet, metadata), content_type="image/png")
 
 
 def _is_list_of(kind: type, values: object) -> bool:

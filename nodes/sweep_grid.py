@@ -13,8 +13,8 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..slider_core import node_names as names
-from ..slider_core.figures.captions import captions_of
-from ..slider_core.figures.contact_sheet import animated_webp, contact_sheet, png
+from ..slider_core.figures.captions import sweep_captions
+from ..slider_core.figures.contact_sheet import contact_sheet, encode_png, encode_webp
 from ..slider_core.strength import Strengths
 from .common import categories
 from .common.sockets import StrengthsSocket
@@ -81,12 +81,12 @@ class SaveSweepGrid(io.ComfyNode):
         cells = [Image.fromarray(np.clip(255.0 * image.cpu().numpy(), 0, 255).astype(np.uint8)) for image in images]
         lists = [one for one in (strengths, across) if one is not None]
         grid = contact_sheet(
-            cells, captions_of(len(cells), lists, captions), min(columns or len(cells), len(cells)), heading
+            cells, sweep_captions(len(cells), lists, captions), min(columns or len(cells), len(cells)), heading
         )
         metadata = _metadata(cls)
-        files = {"png": png(grid, metadata)}
+        files = {"png": encode_png(grid, metadata)}
         if len(cells) > 1:
-            files["webp"] = animated_webp(cells, metadata)
+            files["webp"] = encode_webp(cells, metadata)
         as_image = torch.from_numpy(np.asarray(grid, np.float32) / 255)[None]
         return io.NodeOutput(as_image, ui=ui.SavedImages(_save(filename_prefix, files)))
 

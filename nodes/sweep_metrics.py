@@ -10,9 +10,9 @@ from comfy_api.latest import io
 from ..slider_core import node_names as names
 from ..slider_core.errors import SliderError
 from ..slider_core.figures.plots import check_matplotlib, curves_plot
-from ..slider_core.metrics.clip_direction import clip_measures
-from ..slider_core.metrics.image_distance import share_outside
-from ..slider_core.metrics.sweep_metrics import check_sweep, measure, source_of
+from ..slider_core.metrics.clip_direction import clip_scores
+from ..slider_core.metrics.image_distance import fraction_outside_mask
+from ..slider_core.metrics.sweep_metrics import check_sweep, measure_sweep, source_index_of
 from ..slider_core.strength import Strengths
 from .common import categories
 from .common.inputs import clip_vision_input, distance_inputs
@@ -92,14 +92,16 @@ class MeasureSweep(io.ComfyNode):
                 "clip compares images with prompts; expected clip_vision, source_prompt and edit_prompt too. Set all "
                 "of them, or unlink clip."
             )
-        source = source_of(strengths)
-        following = (
-            clip_measures(images, clip_vision, clip, source_words, edit_words, source) if clip and clip_vision else None
+        source_index = source_index_of(strengths)
+        scores = (
+            clip_scores(images, clip_vision, clip, source_words, edit_words, source_index)
+            if clip and clip_vision
+            else None
         )
-        outside = None if mask is None else share_outside(images, mask, source)
-        distances = sweep_distances(images, clip_vision, distance, latent, source)
-        metrics = measure(strengths, distances, following, outside)
-        plot = curves_plot(strengths, metrics.curves(), "strength", metrics.distances.compared_by)
+        outside = None if mask is None else fraction_outside_mask(images, mask, source_index)
+        distances = sweep_distances(images, clip_vision, distance, latent, source_index)
+        metrics = measure_sweep(strengths, distances, scores, outside)
+        plot = curves_plot(strengths, metrics.curves(), "strength", metrics.distances.metric_name)
         return io.NodeOutput(metrics.report(), metrics.as_json(), plot)
 
 

@@ -8,6 +8,7 @@ from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ..slider_core import node_names as names
+from ..slider_core.conditioning.active_region import ActiveRegion
 from ..slider_core.conditioning.span_strengths import DEFAULT_CHANNEL
 from ..slider_core.strength import validate_strengths
 from ..slider_core.text.encode import T5_TRAINING_TOKENS
@@ -125,8 +126,8 @@ class VelocityBlending(io.ComfyNode):
         end: float,
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        values = validate_strengths(strength, "strength")
-        return io.NodeOutput(blend_velocity(model, latent["samples"], values, keep_below, start, end, mask))
+        values, region = validate_strengths(strength, "strength"), ActiveRegion(mask, start, end)
+        return io.NodeOutput(blend_velocity(model, latent["samples"], values, keep_below, region))
 
 
 class PromptDifference(io.ComfyNode):

@@ -141,7 +141,7 @@ def test_a_linked_curve_is_drawn_after_a_run_and_kept(view):
     kept = inputs(view)["curve"]
     curve = parse_calibration(kept)
     assert curve.strengths == (0.25, 0.5, 0.75, 1)
-    [strength] = curve.strength([0.3])
+    [strength] = curve.strengths_at([0.3])
     # The drawn curve is not the straight line between the points.
     assert description.endswith(f"Now 0.3 is strength {round(strength, 3):g}.")
     expect_description(view, description)

@@ -184,8 +184,8 @@ def test_refused(golden_model):
     sources = photo(golden_model).repeat(3, 1, 1, 1)
     assert "2 strengths for a batch of 3" in error(strength=(0.1, 0.2), latent=sources, noise=noise_of(images=3))
     assert "is empty" in error(latent=torch.zeros(LATENT))
-    assert "expected 16 channels" in error(latent=sources[:, :4])
-    assert "start 1 leaves none of the 3 step(s) of 'simple'" in error(start=1.0)
+    assert "expected an image with 16 channels" in error(latent=sources[:, :4])
+    assert "With start 1, none of the 3 step(s) of 'simple' are left" in error(start=1.0)
 
 
 def edit(g: Graph, strength: object = 0.6, target: str = "make it red", latent: Link | None = None, **more) -> Link:

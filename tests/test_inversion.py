@@ -153,7 +153,7 @@ def changed(path, **changes) -> None:
         ),
         ({"pooled": torch.full((1, 768), torch.inf)}, "no valid 'pooled'"),
         ({"text": torch.zeros(2, 24, 64)}, "2 prompts; expected as many latents as sigmas, and one"),
-        ({"sigmas": torch.tensor([1.0, 0.5, 0.6, 0.1, 0.0])}, "noise levels .* expected at least two that fall"),
+        ({"sigmas": torch.tensor([1.0, 0.5, 0.6, 0.1, 0.0])}, "sigmas .* expected at least two that fall"),
         ({"nudging": "much"}, "header of cat.safetensors is incomplete"),
         ({"prompt": None}, "header of cat.safetensors is incomplete"),
     ],
@@ -207,10 +207,14 @@ def test_bad_input(golden_model, trajectory):
     text, picture, sigmas = source_text(), photo(golden_model), sigmas_of(golden_model)
     bad = [
         (picture.repeat(2, 1, 1, 1), sigmas, "The latent has 2 images"),
-        (torch.zeros(LATENT), sigmas, "is empty, holds numbers that are none, .* expected 16 channels"),
-        (picture[:, :4], sigmas, r"The latent \(1, 4, 8, 8\) .* expected 16 channels"),
-        (picture[:, :, None], sigmas, "expected 16 channels"),
-        (picture / 0, sigmas, "numbers that are none"),
+        (
+            torch.zeros(LATENT),
+            sigmas,
+            "is empty, contains values that are not finite, .* expected an image with 16 channels",
+        ),
+        (picture[:, :4], sigmas, r"latent of shape \(1, 4, 8, 8\) .* an image with 16 channels"),
+        (picture[:, :, None], sigmas, "expected an image with 16 channels"),
+        (picture / 0, sigmas, "values that are not finite"),
         (picture, torch.tensor([14.6, 7.0, 0.0]), r"begin with 14\.6, 7, 0; expected .* flow matching"),
         (picture, sigmas[:-1], "expected at least two that fall from at most 1 to 0"),
         (picture, sigmas.flip(0), "fall from at most 1 to 0"),

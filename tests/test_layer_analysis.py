@@ -17,10 +17,10 @@ from support.stable_flow import LATENT, ROWS, edit_text, source_text, stacked_te
 from support.tiny_models import tiny_vae
 
 from slider_core.errors import SliderError
+from slider_core.figures.plots import attention_plot, vitality_plot
 from slider_core.sampling.sampling_settings import SamplingSettings
 from slider_core.stable_flow import vitality_search
 from slider_core.stable_flow.attention_maps import AttentionMaps, measure_attention
-from slider_core.stable_flow.stable_flow_plots import attention_plot, vitality_plot
 from slider_core.stable_flow.vitality_search import (
     LATENT_FEATURES,
     RenderPlan,
@@ -217,7 +217,7 @@ def test_bad_input(golden_model, tmp_path):
         analysed(golden_model, tmp_path / "file")
     scores = VitalityScores({}, {0: {"a": 0.9}, 1: {"a": 0.5}})
     for count in (0, 3):
-        with pytest.raises(SliderError, match=f"count is {count}; expected 1 to 2"):
+        with pytest.raises(SliderError, match=f"top_k is {count}; expected 1 to 2"):
             scores.most_vital(count)
     with pytest.raises(SliderError, match=r"No layer has a vitality of at least 0\.6; the highest is 0\.5000"):
         scores.above(0.6)
@@ -225,7 +225,7 @@ def test_bad_input(golden_model, tmp_path):
 
 def test_vitality_plot():
     scores = VitalityScores({"compared by": "a test"}, {k: {"a": 1 - 0.1 * k} for k in range(7)})
-    plot, other = vitality_plot(scores, [5, 6]), vitality_plot(scores, [1])
+    plot, other = (vitality_plot(scores.mean_similarities(), vital, scores.describe()) for vital in ([5, 6], [1]))
     assert plot.shape == (1, 500, 1100, 3)
     assert 0 <= float(plot.min()) < 0.5 < float(plot.max()) <= 1
     assert not torch.equal(plot, other)
@@ -292,7 +292,7 @@ def test_viewing_changes_nothing(golden_model):
 
 
 def test_what_cannot_be_viewed(golden_model):
-    with pytest.raises(SliderError, match="no image 1 in a batch of 1, counted from 0; expected 0 to 0"):
+    with pytest.raises(SliderError, match=r"batch_index is 1, but the batch has 1 image\(s\); expected 0 to 0"):
         viewed(golden_model, picture=1)
     with pytest.raises(SliderError, match=r"compiled \(torch.compile\)"):
         viewed(compiled(golden_model))

@@ -24,7 +24,7 @@ from test_sweep_metrics import pictures, strengths
 from torchvision.models import alexnet
 
 from slider_core.errors import SliderError
-from slider_core.metrics.perceptual_distance import dreamsim_distances, lpips_distances
+from slider_core.metrics.perceptual_distance import LpipsDistance, dreamsim_distances, lpips_distances
 
 FILE = "alexnet-owt-7be5be79.pth"
 
@@ -96,12 +96,12 @@ def test_lpips_is_the_package_s_own(home, random_weights, reached):
         with torch.inference_mode():
             return network(scaled[one : one + 1], scaled[other : other + 1]).item()
 
-    found = lpips_distances(images, source=2)
+    found = lpips_distances(images, source_index=2)
     assert found.adjacent == pytest.approx([own(k, k + 1) for k in range(3)], rel=1e-4)
-    assert found.skipping == pytest.approx([own(k, k + 2) for k in range(2)], rel=1e-4)
+    assert found.skip_one == pytest.approx([own(k, k + 2) for k in range(2)], rel=1e-4)
     assert found.from_source == pytest.approx([own(2, k) for k in range(4)], rel=1e-4)
-    assert len({round(distance, 6) for distance in (*found.adjacent, *found.skipping)}) == 5
-    assert found.compared_by == "LPIPS (AlexNet)"
+    assert len({round(distance, 6) for distance in (*found.adjacent, *found.skip_one)}) == 5
+    assert found.metric_name == "LPIPS (AlexNet)"
     assert reached == []
 
 
@@ -109,7 +109,7 @@ def test_equal_pictures_have_no_distance(home, random_weights):
     put_weights(home, random_weights)
     images = sweep(3)
     images[2] = images[1]
-    found = lpips_distances(images, source=1)
+    found = lpips_distances(images, source_index=1)
     assert found.adjacent[1] == 0
     assert found.from_source[1:] == (0, 0)
     assert found.adjacent[0] > 0
@@ -122,6 +122,17 @@ def test_a_fourth_channel_is_left_out(home, random_weights):
     assert lpips_distances(transparent) == lpips_distances(images)
 
 
+def test_two_images_of_any_type(home, random_weights):
+    """PIL images, uint8 tensors and floats from 0 to 1 have the same distance."""
+    put_weights(home, random_weights)
+    pixels = (sweep(2) * 255).round().to(torch.uint8)
+    lpips_distance = LpipsDistance()
+    pair = [Image.fromarray(image.numpy()) for image in pixels]
+    found = [lpips_distance(*pair), lpips_distance(*pixels), lpips_distance(*pixels / 255)]
+    assert found == pytest.approx([*lpips_distances(pixels / 255).adjacent] * 3, rel=1e-5)
+    assert found[0] > 0
+
+
 def test_lengths_add_up_along_a_path(home, random_weights):
     """LPIPS itself does not: two small steps are half of the one."""
     put_weights(home, random_weights)
@@ -129,7 +140,7 @@ def test_lengths_add_up_along_a_path(home, random_weights):
     images = torch.stack([start + share * 0.02 * (end - start) for share in (0, 0.5, 1)])
     found = lpips_distances(images)
     whole = lpips_distances(images[::2])
-    assert sum(found.lengths()) == pytest.approx(sum(whole.lengths()), rel=0.05)
+    assert sum(found.path_lengths()) == pytest.approx(sum(whole.path_lengths()), rel=0.05)
     assert sum(found.adjacent) == pytest.approx(sum(whole.adjacent) / 2, rel=0.05)
 
 
@@ -180,7 +191,7 @@ def test_weights_of_something_else(home, random_weights, what):
 def test_numbers_that_are_not_finite(home, random_weights):
     images = sweep(3)
     images[1, 0, 0, 0] = math.nan
-    with pytest.raises(SliderError, match="The pictures have numbers that are not finite"):
+    with pytest.raises(SliderError, match="The images contain values that are not finite"):
         lpips_distances(images)
     put_weights(home, {**random_weights, "features.0.bias": torch.full((64,), math.nan)})
     with pytest.raises(SliderError, match=r"LPIPS \(AlexNet\): the distances are not finite"):
@@ -189,7 +200,7 @@ def test_numbers_that_are_not_finite(home, random_weights):
 
 def test_small_pictures(home, random_weights):
     put_weights(home, random_weights)
-    with pytest.raises(SliderError, match="The pictures are 64 x 30; LPIPS needs 31 pixels or more"):
+    with pytest.raises(SliderError, match="The images are 64 x 30 pixels; LPIPS needs at least 31"):
         lpips_distances(sweep(2, 30, 64))
     assert lpips_distances(sweep(2, 31, 31)).adjacent[0] > 0
 
@@ -240,13 +251,13 @@ def test_dreamsim_is_the_package_s_own(checkpoint, reached):
         with torch.inference_mode():
             return network(shown[one], shown[other]).item()
 
-    found = dreamsim_distances(images, checkpoint, source=2)
+    found = dreamsim_distances(images, checkpoint, source_index=2)
     assert found.adjacent == pytest.approx([own(k, k + 1) for k in range(3)], rel=1e-3)
-    assert found.skipping == pytest.approx([own(k, k + 2) for k in range(2)], rel=1e-3)
+    assert found.skip_one == pytest.approx([own(k, k + 2) for k in range(2)], rel=1e-3)
     assert found.from_source == pytest.approx([own(2, k) for k in range(4)], rel=1e-3, abs=1e-6)
-    assert len({round(distance, 6) for distance in (*found.adjacent, *found.skipping)}) == 5
+    assert len({round(distance, 6) for distance in (*found.adjacent, *found.skip_one)}) == 5
     assert found.squared
-    assert found.compared_by == "DreamSim (OpenCLIP ViT-B/32), 1 - cosine"
+    assert found.metric_name == "DreamSim (OpenCLIP ViT-B/32), 1 - cosine"
     assert reached == []
 
 
@@ -302,13 +313,13 @@ def test_files_of_dreamsim_that_run_code_or_are_something_else(checkpoint, tmp_p
     with pytest.raises(SliderError, match=r"pretrain.pth.tar cannot be read as DreamSim's OpenCLIP"):
         dreamsim_distances(sweep(2), tmp_path)
     torch.save({"state_dict": {"norm.weight": torch.zeros(768)}}, base)
-    with pytest.raises(SliderError, match="has not DreamSim's checkpoint"):
+    with pytest.raises(SliderError, match="does not contain DreamSim's checkpoint"):
         dreamsim_distances(sweep(2), tmp_path)
     base.unlink()
     base.hardlink_to(checkpoint / FILES[0])
     config.unlink()
     config.write_text("[]", encoding="utf-8")
-    with pytest.raises(SliderError, match="has not DreamSim's checkpoint"):
+    with pytest.raises(SliderError, match="does not contain DreamSim's checkpoint"):
         dreamsim_distances(sweep(2), tmp_path)
     assert not (tmp_path / "it ran").exists()
 
@@ -366,7 +377,7 @@ def test_nodes_compare_by_lpips(server, random_weights):
     assert distances["adjacent"] == pytest.approx(own.adjacent, rel=1e-4)
     assert distances["squared"] is True
     assert calibrated.ok, calibrated.error
-    first, second = own.lengths()
+    first, second = own.path_lengths()
     assert json.loads(calibrated.text(others[0]))["positions"] == pytest.approx(
         [0, first / (first + second), 1], abs=2e-3
     )

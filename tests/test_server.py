@@ -383,7 +383,7 @@ BAD = {
     "empty file": (gst("empty.safetensors"), "LoadAdapter", "cannot be read"),
     "hostile": (gst("hostile.pt"), "LoadAdapter", "contains only tensors"),
     "a list": (gst("not_a_dict.pt"), "LoadAdapter", "cannot be read"),
-    "no tensors": (gst("no_tensors.pt"), "LoadAdapter", "is no tensor"),
+    "no tensors": (gst("no_tensors.pt"), "LoadAdapter", "is not a tensor"),
     "st as gst": (gst("selective_lora.pt"), "ApplyGSTLoRA", f"Use '{names.APPLY_STLORA}'"),
     "gst as st": (
         two_sliders(0.5, model=lambda g: g.stlora(g.model(), "gst_peft.safetensors")),
@@ -399,7 +399,7 @@ BAD = {
     "too many strengths": (
         two_sliders(1, 1, 0.5),
         "SubInstructionStrengths",
-        "only 2 sub-instruction(s): 'make the cat",
+        "only 2 instruction(s): 'make the cat",
     ),
     "too few strengths": (
         lambda g: g.sample(g.model(), g.strengths(g.instructions("\n".join(f"add hat {k}" for k in range(9))), 0.5)),
@@ -409,7 +409,7 @@ BAD = {
     "no spans": (
         lambda g: g.sample(g.stlora(g.model()), g.strengths(g.stock_text(JOINED), 0.5)),
         "SubInstructionStrengths",
-        "Encode Sub-Instructions",
+        names.ENCODE_INSTRUCTIONS,
     ),
     "empty prompt": (encode("  \n "), "EncodeSubInstructions", "prompt is empty"),
     "no marks": (encode("make it red", "[[marked]] phrases"), "EncodeSubInstructions", "No phrase is marked"),
@@ -419,7 +419,7 @@ BAD = {
     "other encoder": (
         select("older", text=lambda g: g.stock_text(JOINED, length=300)),
         "SelectPhrase",
-        "300 text rows, but this text encoder gives 256",
+        "300 text tokens, but this text encoder gives 256",
     ),
     "cut conditioning": (
         lambda g: g.sample(

@@ -20,7 +20,7 @@ FILTERED = METRICS["kl_filter"]
 EXACT, FLOAT32 = {"rel": 1e-12, "abs": 1e-12}, {"rel": 2e-5}
 
 
-def adjacent_and_skipping(matrix):
+def adjacent_and_skip_one(matrix):
     last = len(matrix) - 1
     return [matrix[k][k + 1] for k in range(last)], [matrix[k][k + 2] for k in range(last - 1)]
 
@@ -42,10 +42,10 @@ def test_record_of_a_sequence(golden):
 
 @pytest.mark.parametrize("golden", SEQUENCES)
 def test_deficits(golden):
-    adjacent, skipping = adjacent_and_skipping(golden["distance_matrix"])
-    deficits = triangle_deficits(adjacent, skipping)
+    adjacent, skip_one = adjacent_and_skip_one(golden["distance_matrix"])
+    deficits = triangle_deficits(adjacent, skip_one)
     assert deficits == pytest.approx(golden["triangle_second_order"], **FLOAT32)
-    assert delta_smooth(adjacent, skipping) == max(deficits)
+    assert delta_smooth(adjacent, skip_one) == max(deficits)
     assert first_order(adjacent) == pytest.approx(max(golden["first_order"]) / sum(golden["first_order"]), **FLOAT32)
 
 
@@ -59,8 +59,8 @@ def test_deficits(golden):
 )
 def test_other_deficits_are_told_apart(wrong):
     for golden in SEQUENCES:
-        adjacent, skipping = adjacent_and_skipping(golden["distance_matrix"])
-        others = [wrong(one, two, direct) for one, two, direct in zip(adjacent, adjacent[1:], skipping)]
+        adjacent, skip_one = adjacent_and_skip_one(golden["distance_matrix"])
+        others = [wrong(one, two, direct) for one, two, direct in zip(adjacent, adjacent[1:], skip_one)]
         assert others != pytest.approx(golden["triangle_second_order"], rel=1e-2)
 
 
@@ -140,18 +140,18 @@ def test_refusals():
 @pytest.mark.parametrize("bad", [[], [0.1, -0.1], [0.1, math.nan], [math.inf, 0.1]])
 def test_no_distances(bad):
     for measure in (first_order, kl_to_uniform, even_strengths):
-        with pytest.raises(SliderError, match="no distances between pictures"):
+        with pytest.raises(SliderError, match="are not distances between images"):
             measure(bad)
 
 
 def test_nothing_changes():
     for measure in (first_order, kl_to_uniform, even_strengths):
-        with pytest.raises(SliderError, match="All pictures are equal"):
+        with pytest.raises(SliderError, match="All images are equal"):
             measure([0.0, 0.0])
 
 
 def test_distances_that_do_not_go_together():
-    with pytest.raises(SliderError, match="2 distances between neighbours go with 1 over a picture; found 2"):
+    with pytest.raises(SliderError, match="2 distances between neighbors and 2 between images two apart; expected 1"):
         triangle_deficits([0.1, 0.1], [0.1, 0.1])
-    with pytest.raises(SliderError, match="three or more"):
+    with pytest.raises(SliderError, match="at least three"):
         delta_smooth([0.1], [])

@@ -419,7 +419,7 @@ def failing(name: str, part, node: str, message: str):
             "reference out of range",
             lambda g: parallel(g, g.model(), reference=5),
             "KSampler",
-            "The reference is image 5 of the batch (counted from 0), but the batch has 3 images",
+            "source_index is 5, but the batch has 3 images",
         ),
         failing(
             "sampler that adds noise",
@@ -431,7 +431,7 @@ def failing(name: str, part, node: str, message: str):
             "other schedule",
             lambda g: one_edit(g, from_memory(g, g.model(), remembered_source(g, g.model())), steps=3),
             "KSampler",
-            "Sample edits with the same schedule as the source (2 steps, scheduler simple)",
+            "Sample the edits with the source's schedule (2 steps, scheduler simple)",
         ),
         failing(
             "other size",
@@ -453,7 +453,7 @@ def failing(name: str, part, node: str, message: str):
             "nothing remembered",
             lambda g: edited(g, inverted(g), g.model(), REMEMBERED),
             "EditSlidersEditFromTrajectory",
-            "The model remembers no source",
+            "The model has no cached source",
         ),
         failing(
             "another trajectory remembered",
@@ -464,7 +464,7 @@ def failing(name: str, part, node: str, message: str):
                 REMEMBERED,
             ),
             "EditSlidersEditFromTrajectory",
-            "remembers another source than this trajectory",
+            "The model's cached source is not this trajectory",
         ),
         failing(
             "edits of no words",
@@ -476,19 +476,19 @@ def failing(name: str, part, node: str, message: str):
             "edit longer than the source was padded to",
             lambda g: edited(g, inverted(g), edits="very " * 600 + "red cat"),
             "EditSlidersEditFromTrajectory",
-            "an edit is longer than 512 tokens",
+            "an edit prompt is longer than 512 tokens",
         ),
         failing(
             "empty latent",
             lambda g: edited(g, inverted(g, latent=lambda g: g.noise())),
             "EditSlidersInvertPhotograph",
-            "expected 16 channels, encoded by VAEEncode",
+            "expected an image with 16 channels, from 'VAE Encode'",
         ),
         failing(
             "batch of photographs",
             lambda g: edited(g, inverted(g, latent=lambda g: g.add("RepeatLatentBatch", samples=g.photo(), amount=2))),
             "EditSlidersInvertPhotograph",
-            "The latent has 2 pictures; expected one to invert",
+            "The latent has 2 images; expected one to invert",
         ),
         failing(
             "injection in the inversion",

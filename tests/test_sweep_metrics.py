@@ -14,17 +14,17 @@ from support.tiny_models import recipe, tiny_clip_l, tiny_t5
 from test_layer_analysis import vision
 
 from slider_core.errors import SliderError
-from slider_core.metrics.clip_direction import clip_measures
+from slider_core.metrics.clip_direction import clip_scores
 from slider_core.metrics.image_distance import (
     ImageDistances,
-    distances_of_features,
+    cosine_distances,
     feature_distances,
+    fraction_outside_mask,
     latent_distances,
     pixel_distances,
-    share_outside,
-    vision_features,
 )
-from slider_core.metrics.sweep_metrics import linearity, measure, source_of
+from slider_core.metrics.sweep_metrics import linearity, measure_sweep, source_index_of
+from slider_core.vision_features import vision_features
 
 CONFIG = {
     "model_config": {"num_hidden_layers": 2, "intermediate_size": 256},
@@ -41,9 +41,9 @@ def flat(*values: float) -> torch.Tensor:
 
 
 def test_pixels():
-    found = pixel_distances(flat(0.0, 0.1, 0.4, 0.2), source=1)
+    found = pixel_distances(flat(0.0, 0.1, 0.4, 0.2), source_index=1)
     assert found.adjacent == pytest.approx((0.1, 0.3, 0.2))
-    assert found.skipping == pytest.approx((0.4, 0.1))
+    assert found.skip_one == pytest.approx((0.4, 0.1))
     assert found.from_source == pytest.approx((0.1, 0, 0.3, 0.1))
     half = flat(0.0, 0.0)
     half[1, :4] = 0.6
@@ -54,28 +54,28 @@ def test_latents():
     latents = torch.zeros(3, 16, 4, 4)
     latents[1] += 0.5
     latents[2, :, :2] = 2.0
-    found = latent_distances(latents, source=1)
+    found = latent_distances(latents, source_index=1)
     assert found.adjacent == pytest.approx((0.5, math.sqrt((1.5**2 + 0.5**2) / 2)))
     assert found.from_source == pytest.approx((0.5, 0, math.sqrt((1.5**2 + 0.5**2) / 2)))
-    assert "latents" in found.compared_by
+    assert "latents" in found.metric_name
 
 
 def test_features():
     """Directions at 0, 60 and 180 degrees, of different lengths."""
     features = torch.tensor([[2.0, 0], [0.5, 0.5 * math.sqrt(3)], [-3, 0]])
-    found = distances_of_features(features, "name")
+    found = cosine_distances(features, "name")
     assert found.adjacent == pytest.approx((0.5, 1.5))
-    assert found.skipping == pytest.approx((2,))
+    assert found.skip_one == pytest.approx((2,))
     assert found.from_source == pytest.approx((0, 0.5, 2))
-    assert found.lengths() == pytest.approx((1, math.sqrt(3)))
+    assert found.path_lengths() == pytest.approx((1, math.sqrt(3)))
 
 
 def test_lengths_of_features_add_up_along_a_path():
     """1 - cosine does not: two small steps are half of the one."""
     angles = torch.linspace(0, 0.2, 3).double()
-    whole = distances_of_features(torch.stack([angles.cos(), angles.sin()], 1), "name")
-    ends = distances_of_features(torch.stack([angles.cos(), angles.sin()], 1)[::2], "name")
-    assert sum(whole.lengths()) == pytest.approx(sum(ends.lengths()), rel=0.01)
+    whole = cosine_distances(torch.stack([angles.cos(), angles.sin()], 1), "name")
+    ends = cosine_distances(torch.stack([angles.cos(), angles.sin()], 1)[::2], "name")
+    assert sum(whole.path_lengths()) == pytest.approx(sum(ends.path_lengths()), rel=0.01)
     assert sum(whole.adjacent) == pytest.approx(sum(ends.adjacent) / 2, rel=0.01)
 
 
@@ -84,8 +84,8 @@ def test_steady_squares_are_linear():
     values = (0.0, 0.1, 0.3, 1.0)
     adjacent, skipping = ([(values[k + by] - values[k]) ** 2 for k in range(4 - by)] for by in (1, 2))
     squares = ImageDistances("squares", tuple(adjacent), tuple(skipping), tuple(v**2 for v in values), squared=True)
-    found = measure(values, squares)
-    assert (found.path.largest, found.direct.largest) == pytest.approx((0, 0), abs=1e-9)
+    found = measure_sweep(values, squares)
+    assert (found.path_linearity.largest, found.source_linearity.largest) == pytest.approx((0, 0), abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["clip_vision_model", "dinov2", "siglip_vision_model"])
@@ -94,7 +94,7 @@ def test_vision_models(kind):
     pictures[4] = pictures[3]
     model = vision(kind)
     found = feature_distances(pictures, model)
-    assert kind in found.compared_by
+    assert kind in found.metric_name
     assert found.adjacent[3] == 0
     assert all(0 < distance < 2 for k, distance in enumerate(found.adjacent) if k != 3)
     one, other = (vision_features(picture[None], model)[0] for picture in pictures[8:])
@@ -103,7 +103,7 @@ def test_vision_models(kind):
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_too_few_pictures(count):
-    with pytest.raises(SliderError, match=f"There is {count} picture; expected two or more"):
+    with pytest.raises(SliderError, match=f"The sweep has {count} image; expected at least two"):
         pixel_distances(flat(*[0.5] * count) if count else torch.zeros(0, 8, 8, 3))
 
 
@@ -119,17 +119,17 @@ def test_linearity():
     assert linearity([0, 0.5, 1], [3, 4, 5]).largest == pytest.approx(0)
     late = linearity([0, 0.25, 1], [0, 0, 2])
     assert (late.mean, late.largest) == pytest.approx((0.25 / 3, 0.25))
-    with pytest.raises(SliderError, match="last picture is like the first"):
+    with pytest.raises(SliderError, match="last image equals the first"):
         linearity([0, 1], [2, 2])
 
 
 def test_a_sweep():
-    found = measure([0, 0.5, 1], pixel_distances(flat(0.0, 0.1, 0.4)))
+    found = measure_sweep([0, 0.5, 1], pixel_distances(flat(0.0, 0.1, 0.4)))
     assert found.first_order == pytest.approx(0.75)
     assert found.delta_smooth == pytest.approx(0, abs=1e-6)
     assert found.kl_to_uniform == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
-    assert (found.path.mean, found.path.largest) == pytest.approx((0.25 / 3, 0.25))
-    assert (found.direct.mean, found.direct.largest) == pytest.approx((0.25 / 3, 0.25))
+    assert (found.path_linearity.mean, found.path_linearity.largest) == pytest.approx((0.25 / 3, 0.25))
+    assert (found.source_linearity.mean, found.source_linearity.largest) == pytest.approx((0.25 / 3, 0.25))
     assert found.similarity == pytest.approx((1, 0.9, 0.6))
     content = json.loads(found.as_json())
     assert content["distances"]["adjacent"] == pytest.approx([0.1, 0.3])
@@ -140,22 +140,22 @@ def test_a_sweep():
 
 def test_the_source_is_at_strength_0():
     strengths = [-1, 0, 1]
-    assert source_of(strengths) == 1
-    found = measure(strengths, pixel_distances(flat(0.2, 0.4, 0.8), source_of(strengths)))
+    assert source_index_of(strengths) == 1
+    found = measure_sweep(strengths, pixel_distances(flat(0.2, 0.4, 0.8), source_index_of(strengths)))
     assert found.distances.from_source == pytest.approx((0.2, 0, 0.4))
-    assert found.direct.largest == pytest.approx(1 / 2 - 1 / 3)  # -0.2, 0, 0.4 against -1, 0, 1
+    assert found.source_linearity.largest == pytest.approx(1 / 2 - 1 / 3)  # -0.2, 0, 0.4 against -1, 0, 1
 
 
 def test_a_detour_tells_path_and_direct_apart():
-    found = measure([0, 0.5, 1], pixel_distances(flat(0.0, 0.6, 0.4)))
-    assert found.path.largest == pytest.approx(0.25)  # 0, 0.6, 0.8
-    assert found.direct.largest == pytest.approx(1.0)  # 0, 0.6, 0.4
+    found = measure_sweep([0, 0.5, 1], pixel_distances(flat(0.0, 0.6, 0.4)))
+    assert found.path_linearity.largest == pytest.approx(0.25)  # 0, 0.6, 0.8
+    assert found.source_linearity.largest == pytest.approx(1.0)  # 0, 0.6, 0.4
 
 
 def test_pictures_that_come_back_are_no_nan():
-    found = measure([0, 0.5, 1], pixel_distances(flat(0.0, 0.5, 0.0)))
+    found = measure_sweep([0, 0.5, 1], pixel_distances(flat(0.0, 0.5, 0.0)))
     assert found.delta_smooth == math.inf
-    assert found.direct is None
+    assert found.source_linearity is None
     assert "NaN" not in found.as_json()
     assert "Infinity" not in found.as_json()
     assert json.loads(found.as_json())["delta_smooth"] is None
@@ -163,45 +163,45 @@ def test_pictures_that_come_back_are_no_nan():
 
 
 def test_two_pictures():
-    found = measure([0, 1], pixel_distances(flat(0.0, 0.5)))
+    found = measure_sweep([0, 1], pixel_distances(flat(0.0, 0.5)))
     assert found.delta_smooth is None
     assert found.first_order == 1
 
 
 def test_what_cannot_be_measured():
     distances = pixel_distances(flat(0.0, 0.1, 0.4))
-    with pytest.raises(SliderError, match="3 pictures and 2 strengths"):
-        measure([0, 1], distances)
-    with pytest.raises(SliderError, match=r"0, 1, 0\.5; expected them to rise"):
-        measure([0, 1, 0.5], distances)
-    with pytest.raises(SliderError, match="All pictures are equal"):
-        measure([0, 0.5, 1], pixel_distances(flat(0.3, 0.3, 0.3)))
+    with pytest.raises(SliderError, match="3 images and 2 strengths"):
+        measure_sweep([0, 1], distances)
+    with pytest.raises(SliderError, match=r"0, 1, 0\.5; expected ascending"):
+        measure_sweep([0, 1, 0.5], distances)
+    with pytest.raises(SliderError, match="All images are equal"):
+        measure_sweep([0, 0.5, 1], pixel_distances(flat(0.3, 0.3, 0.3)))
 
 
 # --- change outside of a region
 
 
-def test_share_outside():
+def test_fraction_outside_mask():
     pictures = flat(0.0, 0.0, 0.0)
     pictures[1, :, :4] = 0.3  # left half
     pictures[2, :4] = 0.5  # upper half
     left = torch.zeros(1, 8, 8)
     left[..., :4] = 1
-    assert share_outside(pictures, left) == pytest.approx((None, 0, 0.5))
-    assert share_outside(pictures, 1 - left) == pytest.approx((None, 1, 0.5))
+    assert fraction_outside_mask(pictures, left) == pytest.approx((None, 0, 0.5))
+    assert fraction_outside_mask(pictures, 1 - left) == pytest.approx((None, 1, 0.5))
     pictures[2, :4, :4] = 0.1  # a quarter inside by 0.1, one outside by 0.5
-    assert share_outside(pictures, left[0])[2] == pytest.approx(5 / 6)
+    assert fraction_outside_mask(pictures, left[0])[2] == pytest.approx(5 / 6)
     large = left.repeat_interleave(4, 1).repeat_interleave(4, 2)
-    assert share_outside(pictures, large)[2] == pytest.approx(5 / 6)
+    assert fraction_outside_mask(pictures, large)[2] == pytest.approx(5 / 6)
 
 
 def test_bad_regions():
     pictures = flat(0.0, 0.1)
-    for region, words in ((torch.zeros(8, 8), "empty"), (torch.ones(8, 8), "the whole picture")):
-        with pytest.raises(SliderError, match=f"The region is {words}"):
-            share_outside(pictures, region)
-    with pytest.raises(SliderError, match="is 2 masks; expected one"):
-        share_outside(pictures, torch.rand(2, 8, 8))
+    for region, words in ((torch.zeros(8, 8), "empty"), (torch.ones(8, 8), "the entire image")):
+        with pytest.raises(SliderError, match=f"The mask is {words}"):
+            fraction_outside_mask(pictures, region)
+    with pytest.raises(SliderError, match="There are 2 masks; expected one"):
+        fraction_outside_mask(pictures, torch.rand(2, 8, 8))
 
 
 # --- pictures and words
@@ -241,7 +241,7 @@ def unprojected(it, words: str) -> torch.Tensor:
 def test_clip_direction(one_space):
     pictures, model, projection = one_space
     it = clip(projection=projection)
-    found = clip_measures(pictures, model, it, "a photo", "a drawing")
+    found = clip_scores(pictures, model, it, "a photo", "a drawing")
     seen = vision_features(pictures, model)
     before, after = (projection @ unprojected(it, words) for words in ("a photo", "a drawing"))
     cosine = torch.nn.functional.cosine_similarity
@@ -251,7 +251,7 @@ def test_clip_direction(one_space):
         assert found.to_source[k] == pytest.approx(cosine(seen[k], before, dim=0).item(), abs=1e-3)
     assert found.direction[0] is None
     assert found.direction[3] is None
-    other = clip_measures(pictures, model, it, "a photo", "a drawing", source=1)
+    other = clip_scores(pictures, model, it, "a photo", "a drawing", source_index=1)
     assert other.direction[1] is None
     assert other.direction[2] != pytest.approx(found.direction[2], abs=1e-3)
 
@@ -263,8 +263,8 @@ def test_clip_of_flux_is_asked_without_t5(one_space):
     tokens, words = it.tokenize("a photo"), ("a photo", "a drawing")
     before, asked = it.encode_from_tokens(tokens, return_pooled=True), []
     hook = it.cond_stage_model.t5xxl.transformer.register_forward_hook(lambda *_: asked.append(1))
-    found = clip_measures(pictures, model, it, *words)
-    assert found.direction == pytest.approx(clip_measures(pictures, model, alone, *words).direction, abs=1e-4)
+    found = clip_scores(pictures, model, it, *words)
+    assert found.direction == pytest.approx(clip_scores(pictures, model, alone, *words).direction, abs=1e-4)
     assert asked == []
     after = it.encode_from_tokens(tokens, return_pooled=True)
     assert asked == [1]
@@ -278,22 +278,22 @@ def test_words_that_have_no_space_in_common_with_pictures(one_space):
     good = clip(projection=projection)
     for bad in (torch.eye(768), torch.zeros(768, 768)):
         with pytest.raises(SliderError, match="has no text_projection"):
-            clip_measures(pictures, model, clip(projection=bad), *words)
+            clip_scores(pictures, model, clip(projection=bad), *words)
     left_over = recipe.draw("left over", (768, 768), 5, 0.02)
-    for memory, why in ((torch.zeros(768, 768), "has no text_projection"), (left_over, "do not come from one model")):
+    for memory, why in ((torch.zeros(768, 768), "has no text_projection"), (left_over, "do not belong to one model")):
         bare = clip(without_projection=True)
         bare.cond_stage_model.clip_l.transformer.text_projection.weight.data.copy_(memory)
         with pytest.raises(SliderError, match=why):
-            clip_measures(pictures, model, bare, *words)
-    with pytest.raises(SliderError, match="do not come from one model"):
-        clip_measures(pictures, model, clip(projection=-projection), *words)
-    with pytest.raises(SliderError, match="768 wide and the pictures' 16"):
-        clip_measures(pictures, vision("clip_vision_model"), good, *words)
+            clip_scores(pictures, model, bare, *words)
+    with pytest.raises(SliderError, match="do not belong to one model"):
+        clip_scores(pictures, model, clip(projection=-projection), *words)
+    with pytest.raises(SliderError, match="a width of 768, the image embeddings of 16"):
+        clip_scores(pictures, vision("clip_vision_model"), good, *words)
     for kind in ("dinov2", "siglip_vision_model"):
-        with pytest.raises(SliderError, match=f"of type {kind}; words can be compared with pictures by CLIP only"):
-            clip_measures(pictures, vision(kind), good, *words)
-    with pytest.raises(SliderError, match="words for source and edit are the same"):
-        clip_measures(pictures, model, good, "a photo", "a photo ")
+        with pytest.raises(SliderError, match=f"of type {kind}; only CLIP can compare text with images"):
+            clip_scores(pictures, vision(kind), good, *words)
+    with pytest.raises(SliderError, match="source_prompt and edit_prompt are the same"):
+        clip_scores(pictures, model, good, "a photo", "a photo ")
 
 
 # --- the node
@@ -366,8 +366,8 @@ def test_measure_sweep_with_a_mask(server):
 @pytest.mark.parametrize(
     ("values", "colours", "more", "message"),
     [
-        ("0 .5 1", grays(9, 9, 9), {}, "All pictures are equal"),
-        ("0 1", grays(0, 9, 99), {}, "3 pictures and 2 strengths"),
+        ("0 .5 1", grays(9, 9, 9), {}, "All images are equal"),
+        ("0 1", grays(0, 9, 99), {}, "3 images and 2 strengths"),
         ("0", grays(0), {}, "There is one picture"),
         (
             "0 1",

@@ -9,7 +9,7 @@ import pytest
 from support.graphs import Graph, Link
 
 from slider_core.errors import SliderError
-from slider_core.figures.captions import captions_of
+from slider_core.figures.captions import sweep_captions
 from slider_core.figures.contact_sheet import CAPTION_HEIGHT, GAP
 
 
@@ -66,11 +66,11 @@ def test_a_strip_a_single_picture_and_a_mistake(server):
 
 
 def test_captions():
-    assert captions_of(2, [(0.0, 1.25)]) == ["0", "1.25"]
-    assert captions_of(2, [(0.0, 1.0), (-0.5, 1 / 3)]) == ["0 / -0.5", "1 / 0.333333"]
-    assert captions_of(2, [(0.0, 1.0)], "one\n two \n") == ["one", "two"]
-    assert captions_of(2, []) == ["", ""]
+    assert sweep_captions(2, [(0.0, 1.25)]) == ["0", "1.25"]
+    assert sweep_captions(2, [(0.0, 1.0), (-0.5, 1 / 3)]) == ["0 / -0.5", "1 / 0.333333"]
+    assert sweep_captions(2, [(0.0, 1.0)], "one\n two \n") == ["one", "two"]
+    assert sweep_captions(2, []) == ["", ""]
     with pytest.raises(SliderError, match=r"3 captions, but 2 image"):
-        captions_of(2, [], "1\n2\n3")
+        sweep_captions(2, [], "1\n2\n3")
     with pytest.raises(SliderError, match=r"1 strengths, but 2 image"):
-        captions_of(2, [(0.0, 1.0), (0.5,)])
+        sweep_captions(2, [(0.0, 1.0), (0.5,)])

@@ -11,6 +11,7 @@ from support.model_calls import velocity_of
 from support.outcomes import far, latents, near
 from support.stable_flow import LATENT, edit_text, photo, sigmas_of, source_text
 
+from slider_core.conditioning.active_region import ActiveRegion
 from slider_core.errors import SliderError
 from slider_core.training_free.velocity_blending import blend_velocity
 
@@ -79,12 +80,13 @@ def test_outside_the_mask_the_source_stays(golden_model):
     mask[:, :, :32] = 1.0
     mask[:, 32:, :32] = 0.5
     small = mask[0, 4::8, 4::8]
-    found = sampled(blend_velocity(golden_model, photo(golden_model), (0.8,), mask=mask))
+    found = sampled(blend_velocity(golden_model, photo(golden_model), (0.8,), region=ActiveRegion(mask)))
     assert near(found, by_hand(golden_model, 0.8 * small))
     assert near(found[..., 4:], photo(golden_model)[..., 4:])
     assert far(found[..., :4], photo(golden_model)[..., :4])
     plain, everywhere = (
-        sampled(blend_velocity(golden_model, photo(golden_model), (0.8,), mask=m)) for m in (None, torch.ones(64, 64))
+        sampled(blend_velocity(golden_model, photo(golden_model), (0.8,), region=ActiveRegion(mask)))
+        for mask in (None, torch.ones(64, 64))
     )
     assert torch.equal(plain, everywhere)
 
@@ -108,7 +110,7 @@ def test_it_acts_in_its_part_of_the_schedule(golden_model):
         k for k in range(STEPS) if sampling.percent_to_sigma(end) <= sigmas[k] <= sampling.percent_to_sigma(start)
     ]
     assert 0 < len(inside) < STEPS
-    found = sampled(blend_velocity(golden_model, photo(golden_model), (0.3,), start=start, end=end))
+    found = sampled(blend_velocity(golden_model, photo(golden_model), (0.3,), region=ActiveRegion(None, start, end)))
     assert near(found, by_hand(golden_model, 0.3, steps=range(inside[0], inside[-1] + 1)))
 
 
@@ -124,7 +126,8 @@ def test_refused(golden_model):
     assert "2 source latents for a batch of 3" in error(source.repeat(2, 1, 1, 1), images=3)
     assert "2 strengths for a batch of 1" in error(source, (0.1, 0.2))
     assert "empty" in error(torch.zeros_like(source))
-    assert "start is 0.5 and end is 0.2; expected 0 <= start < end <= 1" in error(source, start=0.5, end=0.2)
+    with pytest.raises(SliderError, match=r"start is 0\.5 and end is 0\.2; expected 0 <= start < end <= 1"):
+        ActiveRegion(None, 0.5, 0.2)
 
 
 def blended(g: Graph, strength: object, **more: object) -> Link:

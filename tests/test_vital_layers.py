@@ -246,7 +246,7 @@ def test_bad_input(golden_model):
             method(golden_model, [0, 17])
     with pytest.raises(SliderError, match="expected 0 <= start < end"):
         inject_key_values(golden_model, LAYERS, region=ActiveRegion(None, 0.6, 0.4))
-    with pytest.raises(SliderError, match=r"reference is image 3 .* the batch has 3 images; expected 0 to 2"):
+    with pytest.raises(SliderError, match=r"source_index is 3, but the batch has 3 images; expected 0 to 2"):
         velocity_of(inject_key_values(golden_model, LAYERS, 3), X, SIGMA, text())
     with pytest.raises(SliderError, match=r"The batch has one image; expected source and edits in one batch"):
         velocity_of(inject_key_values(golden_model, LAYERS), X[:1], SIGMA, text())

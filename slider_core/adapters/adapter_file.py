@@ -141,7 +141,7 @@ def read_adapter(path: str | Path) -> Adapter:
 
     Raises SliderError as read_tensors and adapter_from_tensors do.
     """
-    return adapter_from_tensors(Path(path).name, read_tensors(path, "an adapter, a LoRA state dict"))
+    return adapter_from_tensors(Path(path).name, read_tensors(path, "an adapter (a LoRA state dict)"))
 
 
 def adapter_from_tensors(name: str, file: TensorFile) -> Adapter:

@@ -1,4 +1,4 @@
-"""Where in the image and in the schedule a method acts."""
+"""Where in the image, and in which sampling steps, a method acts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ActiveRegion:
     """A mask and a schedule range; by default the entire image and all sampling steps.
 
     mask: (height, width) or (masks, height, width), 0 to 1, multiplies the method's strength; None: 1 everywhere.
-    start, end: fractions of the schedule, 0 to 1; both ends are inclusive.
+    start, end: schedule range, as fractions of the sampling steps (0 to 1), both ends included.
     Raises SliderError unless 0 <= start < end <= 1.
     """
 
@@ -24,3 +24,6 @@ class ActiveRegion:
 
     def __post_init__(self) -> None:
         check_schedule_range(self.start, self.end)
+
+
+EVERYWHERE = ActiveRegion()

@@ -1,1 +1,1 @@
-"""Pictures for people: plots, contact sheets, captions."""
+"""Images for people: plots, contact sheets, captions."""

@@ -1,4 +1,4 @@
-"""What stands under the pictures of a sweep."""
+"""Captions for the images of a sweep."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from ..errors import SliderError
 from ..strength import Strengths
 
 
-def captions_of(images: int, lists: Sequence[Strengths], typed: str = "") -> list[str]:
-    """A caption per picture: the lines of `typed`, else its strengths, those of several lists divided by a slash.
+def sweep_captions(num_images: int, strength_lists: Sequence[Strengths], custom_captions: str = "") -> list[str]:
+    """One caption per image: the lines of custom_captions, or else its strengths, those of several lists as 'a / b'.
 
-    Raises SliderError unless there are as many lines, or strengths in each list, as pictures.
+    Raises SliderError unless the number of lines, or of strengths in each list, is the number of images.
     """
-    lines = [line.strip() for line in typed.strip().splitlines()]
+    lines = [line.strip() for line in custom_captions.strip().splitlines()]
     if lines:
-        _check("captions", len(lines), images)
+        _check_count("captions", len(lines), num_images)
         return lines
-    for strengths in lists:
-        _check("strengths", len(strengths), images)
-    return [" / ".join(f"{strength:g}" for strength in each) for each in zip(*lists)] if lists else [""] * images
+    for strengths in strength_lists:
+        _check_count("strengths", len(strengths), num_images)
+    if not strength_lists:
+        return [""] * num_images
+    return [" / ".join(f"{strength:g}" for strength in row) for row in zip(*strength_lists)]
 
 
-def _check(what: str, found: int, images: int) -> None:
-    if found != images:
+def _check_count(what: str, count: int, num_images: int) -> None:
+    if count != num_images:
         raise SliderError(
-            f"There are {found} {what}, but {images} image(s); expected one for each. Link what the pictures were "
-            "rendered with."
+            f"There are {count} {what}, but {num_images} image(s); expected one per image. Link the strengths that "
+            "the images were rendered with, or give one caption per line."
         )

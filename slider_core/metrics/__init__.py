@@ -1,1 +1,1 @@
-"""Numbers that tell how even a sweep is."""
+"""Metrics of sweeps: image distances, smoothness, calibration."""

@@ -1,4 +1,10 @@
-"""How far the pictures of a sweep are from each other: by their pixels, or by what a vision model sees in them."""
+"""Distances between the images of a sweep: of pixels, of latents, or of a vision model's features.
+
+With x, y the pixels or latents and f the features:
+
+    root mean square: d(x, y) = sqrt(mean((x - y)^2))
+    cosine distance:  d(x, y) = 1 - cosine(f(x), f(y)) = || f(x)/|f(x)| - f(y)/|f(y)| ||^2 / 2
+"""
 
 from __future__ import annotations
 
@@ -10,142 +16,130 @@ import torch
 from comfy.clip_vision import ClipVisionModel
 from torch.nn.functional import interpolate, normalize
 
+from .. import node_names as names
 from ..errors import SliderError
-
-_AT_ONCE = 8
+from ..vision_features import vision_features
 
 
 @dataclass(frozen=True)
 class ImageDistances:
-    """Distances between pictures I_0 ... I_n in the order of their strength.
+    """Distances between images I_0 ... I_n in the order of their strengths.
 
-    compared_by: in words. adjacent: d(I_k, I_k+1), n of them. skipping: d(I_k, I_k+2), one less.
-    from_source: d(source, I_k), one per picture; 0 at the source itself.
-    squared: whether small steps' distances grow with their square, as those of 1 - cosine do.
+    metric_name: for reports. adjacent: the n distances d(I_k, I_k+1). skip_one: the n - 1 distances d(I_k, I_k+2).
+    from_source: d(source, I_k), one per image; 0 for the source itself.
+    squared: True if the distance of similar images grows with the square of their difference, as 1 - cosine does.
     """
 
-    compared_by: str
+    metric_name: str
     adjacent: tuple[float, ...]
-    skipping: tuple[float, ...]
+    skip_one: tuple[float, ...]
     from_source: tuple[float, ...]
     squared: bool = False
 
-    def lengths(self) -> tuple[float, ...]:
-        """The adjacent ones so that they add up along a path: sqrt(2 d) of squared ones, of 1 - cosine the chord."""
-        return self.as_lengths(self.adjacent)
+    def path_lengths(self) -> tuple[float, ...]:
+        """The adjacent distances as lengths that add up along the sweep, see to_lengths."""
+        return self.to_lengths(self.adjacent)
 
-    def as_lengths(self, distances: tuple[float, ...]) -> tuple[float, ...]:
+    def to_lengths(self, distances: tuple[float, ...]) -> tuple[float, ...]:
+        """Additive lengths: sqrt(2 d) for squared distances d, which for d = 1 - cosine is the chord; else d."""
         return tuple(math.sqrt(2 * distance) for distance in distances) if self.squared else distances
 
 
-def pixel_distances(images: torch.Tensor, source: int = 0) -> ImageDistances:
-    """Root mean squares, 0 to 1, of the differences between the pixels of images (n, h, w, 3).
+def pixel_distances(images: torch.Tensor, source_index: int = 0) -> ImageDistances:
+    """Root mean square differences, 0 to 1, between the pixels of images (n, height, width, channels), 0 to 1.
 
-    source: the picture that from_source starts at. Raises SliderError for fewer than two pictures, or none finite.
+    source_index: the image that from_source refers to. Raises SliderError for fewer than two images and for values that
+    are not finite.
     """
     check_images(images)
-    return _root_mean_squares(images, source, "pixels, root mean square")
+    return _rms_distances(images, source_index, "pixels, root mean square")
 
 
-def latent_distances(latents: torch.Tensor, source: int = 0) -> ImageDistances:
-    """Root mean squares of the differences between latents (n, channels, height, width), which spread by about 1.
+def latent_distances(latents: torch.Tensor, source_index: int = 0) -> ImageDistances:
+    """Root mean square differences between latents (n, channels, height, width), whose values are of the order of 1.
 
-    source and errors: as pixel_distances.
+    source_index and errors: as in pixel_distances.
     """
     check_images(latents)
-    return _root_mean_squares(latents, source, "latents, root mean square")
+    return _rms_distances(latents, source_index, "latents, root mean square")
 
 
-def feature_distances(images: torch.Tensor, vision: ClipVisionModel, source: int = 0) -> ImageDistances:
-    """1 - cosine of what a vision model (CLIP, SigLIP, DINOv2, DINOv3) says of images (n, h, w, 3).
+def feature_distances(images: torch.Tensor, vision: ClipVisionModel, source_index: int = 0) -> ImageDistances:
+    """1 - cosine of a vision model's features (CLIP, SigLIP, DINOv2, DINOv3) of images (n, height, width, channels).
 
-    source and errors: as pixel_distances.
+    source_index and errors: as in pixel_distances.
     """
     check_images(images)
-    return distances_of_features(vision_features(images, vision), vision.model_type, source)
+    return cosine_distances(vision_features(images, vision), vision.model_type, source_index)
 
 
-def distances_of_features(features: torch.Tensor, name: str, source: int = 0) -> ImageDistances:
-    """1 - cosine of features (n, width); equal features have distance 0 to the last bit."""
+def cosine_distances(features: torch.Tensor, feature_name: str, source_index: int = 0) -> ImageDistances:
+    """1 - cosine of features (n, width), computed so that equal features have a distance of exactly 0."""
     directions = normalize(features.double(), dim=-1)
 
-    def apart(one: int, other: int) -> float:
-        return float((directions[one] - directions[other]).square().sum()) / 2
+    def distance(index: int, other: int) -> float:
+        return float((directions[index] - directions[other]).square().sum()) / 2
 
-    return pair_distances(len(features), source, f"{name}, 1 - cosine", apart, squared=True)
-
-
-@torch.inference_mode()
-def vision_features(
-    images: torch.Tensor, vision: ClipVisionModel, crop: bool = False, average_tokens: bool = True
-) -> torch.Tensor:
-    """(n, width), float32: the embeddings of pictures; of models that give one vector per part of them, the mean.
-
-    crop: see only the square in the middle of the pictures, as CLIP was trained to.
-    """
-    found = []
-    for pictures in images.split(_AT_ONCE):
-        output = vision.encode_image(pictures[..., :3], crop=crop)
-        embedding = output["image_embeds"]
-        if embedding is None:
-            embedding = output["last_hidden_state"].mean(1)
-        elif embedding.ndim == 3:
-            embedding = embedding.mean(1) if average_tokens else embedding.flatten(1)
-        found.append(embedding.float())
-    return torch.cat(found)
+    return pairwise_distances(len(features), distance, source_index, f"{feature_name}, 1 - cosine", squared=True)
 
 
-def _root_mean_squares(values: torch.Tensor, source: int, compared_by: str) -> ImageDistances:
-    def apart(one: int, other: int) -> float:
-        return float((values[one].double() - values[other].double()).square().mean().sqrt())
-
-    return pair_distances(len(values), source, compared_by, apart)
+def rms_difference(values: torch.Tensor, other: torch.Tensor) -> float:
+    """Root mean square difference of two tensors of one shape, computed in float64."""
+    return float((values.double() - other.double()).square().mean().sqrt())
 
 
-def share_outside(images: torch.Tensor, region: torch.Tensor, source: int = 0) -> tuple[float | None, ...]:
-    """Of each picture's change from the source, in absolute values of pixels, the share that lies outside a region.
+def _rms_distances(values: torch.Tensor, source_index: int, metric_name: str) -> ImageDistances:
+    def distance(index: int, other: int) -> float:
+        return rms_difference(values[index], values[other])
 
-    images: (n, h, w, 3). region: a MASK (h', w') or (1, h', w'), 1 inside, brought to the pictures' size.
-    None where nothing changes. Raises SliderError when the region is several masks, empty or the whole picture.
+    return pairwise_distances(len(values), distance, source_index, metric_name)
+
+
+def fraction_outside_mask(images: torch.Tensor, mask: torch.Tensor, source_index: int = 0) -> tuple[float | None, ...]:
+    """For each image, the fraction (0 to 1) of its absolute pixel change from the source that lies outside the mask.
+
+    images: (n, height, width, channels). mask: a MASK (h, w) or (1, h, w), 1 inside, resized to the images.
+    None for images that equal the source. Raises SliderError for several masks, and for a mask that is 0, or 1,
+    everywhere.
     """
     check_images(images)
-    masks = region.reshape(-1, *region.shape[-2:])
+    masks = mask.reshape(-1, *mask.shape[-2:])
     if len(masks) != 1:
-        raise SliderError(f"The region is {len(masks)} masks; expected one for all pictures of the sweep.")
+        raise SliderError(f"There are {len(masks)} masks; expected one for all images of the sweep.")
     inside = interpolate(masks[None].float(), images.shape[1:3], mode="bilinear")[0, 0].clamp(0, 1)
     if not 0 < float(inside.mean()) < 1:
-        what = "empty" if not inside.any() else "the whole picture"
-        raise SliderError(f"The region is {what}; expected a mask of the part that the edit is about.")
-    shares = []
-    for picture in images:
-        change = (picture.double() - images[source].double()).abs().mean(-1)
+        extent = "empty" if not inside.any() else "the entire image"
+        raise SliderError(f"The mask is {extent}; expected a mask of the area that the edit may change.")
+    fractions = []
+    for image in images:
+        change = (image.double() - images[source_index].double()).abs().mean(-1)
         total = float(change.sum())
-        shares.append(float((change * (1 - inside)).sum()) / total if total else None)
-    return tuple(shares)
+        fractions.append(float((change * (1 - inside)).sum()) / total if total else None)
+    return tuple(fractions)
 
 
 def check_images(images: torch.Tensor) -> None:
-    """Raise SliderError unless these are two pictures or more, of finite numbers."""
+    """Raise SliderError unless there are at least two images and all values are finite."""
     if len(images) < 2:
         raise SliderError(
-            f"There is {len(images)} picture; expected two or more, one per strength. Link Strength Range to the "
-            "slider and to Latent for Sweep."
+            f"The sweep has {len(images)} image; expected at least two, one per strength. Link "
+            f"'{names.STRENGTH_RANGE}' to the slider and to '{names.REPEAT_LATENT_FOR_SWEEP}'."
         )
     if not torch.isfinite(images).all():
-        raise SliderError("The pictures have numbers that are not finite (black pictures?); render them again.")
+        raise SliderError("The images contain values that are not finite (black images?). Render them again.")
 
 
-def pair_distances(
-    count: int, source: int, compared_by: str, apart: Callable[[int, int], float], squared: bool = False
+def pairwise_distances(
+    count: int, distance: Callable[[int, int], float], source_index: int, metric_name: str, squared: bool = False
 ) -> ImageDistances:
-    """Those of `count` pictures, two at a time. Raises SliderError where they are not finite."""
-    found = ImageDistances(
-        compared_by,
-        tuple(apart(k, k + 1) for k in range(count - 1)),
-        tuple(apart(k, k + 2) for k in range(count - 2)),
-        tuple(apart(source, k) for k in range(count)),
+    """ImageDistances of `count` images from a function of two indices. Raises SliderError if one is not finite."""
+    distances = ImageDistances(
+        metric_name,
+        tuple(distance(k, k + 1) for k in range(count - 1)),
+        tuple(distance(k, k + 2) for k in range(count - 2)),
+        tuple(distance(source_index, k) for k in range(count)),
         squared,
     )
-    if not all(map(math.isfinite, found.adjacent)):
-        raise SliderError(f"{compared_by}: the distances are not finite; compare by another model.")
-    return found
+    if not all(map(math.isfinite, distances.adjacent)):
+        raise SliderError(f"{metric_name}: the distances are not finite. Choose another distance or vision model.")
+    return distances

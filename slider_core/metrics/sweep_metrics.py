@@ -1,4 +1,8 @@
-"""How good a slider is, in numbers, from the distances between the pictures of its sweep."""
+"""Metrics of a slider from the image distances of a sweep.
+
+Beside those of smoothness.py: linearity, the deviation |y - x| of a curve from the diagonal, where x is the strength, y
+is the path length along the images or the distance from the source, and both are scaled to 0 .. 1.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 from statistics import fmean
+from typing import Any
 
 from ..errors import SliderError
 from ..strength import Strengths
-from .clip_direction import ClipMeasures
+from .clip_direction import ClipScores
 from .image_distance import ImageDistances
 from .smoothness import delta_smooth, first_order, kl_to_uniform
 
 
 @dataclass(frozen=True)
 class Linearity:
-    """Distance of a curve, 0 to 1, from the straight line: mean and largest over the pictures; 0 = proportional."""
+    """Mean and largest deviation of a curve from a straight line, 0 to 1; 0 = proportional to the strength."""
 
     mean: float
     largest: float
@@ -26,15 +31,16 @@ class Linearity:
 
 @dataclass(frozen=True)
 class SweepMetrics:
-    """All that is known of a sweep; strengths and pictures in the same order.
+    """All metrics of a sweep; tuples have one value per image.
 
-    first_order, delta_smooth, kl_to_uniform: see smoothness.py; they speak of the pictures as they are, so they tell of
-    the slider only when the strengths are evenly spaced. delta_smooth is None for two pictures, infinite where a
-    picture comes back.
-    path: linearity of the way along the pictures, the sum of adjacent lengths (ImageDistances), against the strength.
-    direct: the same of the distance to the source, counted negative below it; None where the last picture equals it.
-    similarity: 1 - distance to the source, per picture.
-    clip: see clip_direction.py. outside: share of the change outside of a region, see picture_distance.share_outside.
+    first_order, delta_smooth, kl_to_uniform: see smoothness.py. They describe the images as given, so they describe the
+    slider only if the strengths are evenly spaced. delta_smooth is None for two images, and infinite where an image
+    equals the one two before it.
+    path_linearity: of the cumulative path length (ImageDistances.path_lengths) over the strength.
+    source_linearity: of the distance from the source over the strength, negative below the source's strength; None
+    unless the last image is further from the source than the first.
+    similarity: 1 - distance from the source. clip_scores: see clip_direction.py.
+    fraction_outside: see image_distance.fraction_outside_mask.
     """
 
     strengths: Strengths
@@ -42,118 +48,143 @@ class SweepMetrics:
     first_order: float
     delta_smooth: float | None
     kl_to_uniform: float
-    path: Linearity
-    direct: Linearity | None
+    path_linearity: Linearity
+    source_linearity: Linearity | None
     similarity: tuple[float, ...]
-    clip: ClipMeasures | None = None
-    outside: tuple[float | None, ...] | None = None
+    clip_scores: ClipScores | None = None
+    fraction_outside: tuple[float | None, ...] | None = None
 
     def as_json(self) -> str:
-        """Everything, what is infinite as null."""
-        return json.dumps(_finite(asdict(self)), indent=1)
+        """All values; infinite ones are null."""
+        return json.dumps(_without_infinities(self._as_dict()), indent=1)
+
+    def _as_dict(self) -> dict[str, Any]:
+        distances = self.distances
+        return {
+            "strengths": self.strengths,
+            "distances": {
+                "compared_by": distances.metric_name,
+                "adjacent": distances.adjacent,
+                "skipping": distances.skip_one,
+                "from_source": distances.from_source,
+                "squared": distances.squared,
+            },
+            "first_order": self.first_order,
+            "delta_smooth": self.delta_smooth,
+            "kl_to_uniform": self.kl_to_uniform,
+            "path": asdict(self.path_linearity),
+            "direct": self.source_linearity and asdict(self.source_linearity),
+            "similarity": self.similarity,
+            "clip": self.clip_scores and asdict(self.clip_scores),
+            "outside": self.fraction_outside,
+        }
 
     def curves(self) -> dict[str, Sequence[float]]:
-        """To be drawn against the strengths."""
+        """Label -> y values, one per strength."""
         return {
-            "way along the pictures": [0.0, *accumulate(self.distances.adjacent)],
-            "distance to the source": self.distances.from_source,
+            "path length along the images": [0.0, *accumulate(self.distances.adjacent)],
+            "distance from the source": self.distances.from_source,
         }
 
     def report(self) -> str:
-        """For people to read."""
+        """Readable text: the metrics, then a table with a row per image."""
         lines = [
-            f"{len(self.strengths)} pictures, compared by {self.distances.compared_by}",
+            f"{len(self.strengths)} images, compared by {self.distances.metric_name}",
             f"first order {self.first_order:.3f} (even: {1 / len(self.distances.adjacent):.3f})",
-            f"delta_smooth {_shown(self.delta_smooth)} (smaller is smoother)",
+            f"delta_smooth {_format(self.delta_smooth)} (smaller is smoother)",
             f"KL to uniform {self.kl_to_uniform:.3f} nats (even: 0)",
-            f"linearity of the path: off by {self.path.mean:.3f} in the mean, {self.path.largest:.3f} at most",
+            f"linearity of the path length: {_deviation(self.path_linearity)}",
         ]
-        if self.direct is not None:
-            lines.append(
-                f"linearity of the distance to the source: off by {self.direct.mean:.3f} in the mean, "
-                f"{self.direct.largest:.3f} at most"
-            )
+        if self.source_linearity is not None:
+            lines.append(f"linearity of the distance from the source: {_deviation(self.source_linearity)}")
         columns: dict[str, Sequence[float | None]] = {
             "strength": self.strengths,
             "from source": self.distances.from_source,
-            "similar": self.similarity,
+            "similarity": self.similarity,
         }
-        if self.clip is not None:
-            columns |= {"CLIP-dir": self.clip.direction, "to edit": self.clip.to_edit, "to source": self.clip.to_source}
-        if self.outside is not None:
-            columns |= {"outside": self.outside}
+        if self.clip_scores is not None:
+            columns["CLIP-dir"] = self.clip_scores.direction
+            columns["to edit"] = self.clip_scores.to_edit
+            columns["to source"] = self.clip_scores.to_source
+        if self.fraction_outside is not None:
+            columns["outside"] = self.fraction_outside
         lines += ["", " | ".join(columns)]
-        lines += [" | ".join(map(_shown, row)) for row in zip(*columns.values())]
+        lines += [" | ".join(map(_format, row)) for row in zip(*columns.values())]
         return "\n".join(lines)
 
 
-def measure(
+def measure_sweep(
     strengths: Sequence[float],
     distances: ImageDistances,
-    clip: ClipMeasures | None = None,
-    outside: tuple[float | None, ...] | None = None,
+    clip_scores: ClipScores | None = None,
+    fraction_outside: tuple[float | None, ...] | None = None,
 ) -> SweepMetrics:
-    """Measure a sweep. Raises SliderError where strengths and pictures do not go together or nothing changes."""
+    """All metrics of a sweep. Raises SliderError when strengths and images do not match, or nothing changes."""
     check_sweep(strengths, len(distances.from_source))
     return SweepMetrics(
         tuple(strengths),
         distances,
         first_order(distances.adjacent),
-        delta_smooth(distances.adjacent, distances.skipping) if distances.skipping else None,
+        delta_smooth(distances.adjacent, distances.skip_one) if distances.skip_one else None,
         kl_to_uniform(distances.adjacent),
-        linearity(strengths, [0.0, *accumulate(distances.lengths())]),
-        _direct(strengths, distances.as_lengths(distances.from_source)),
+        linearity(strengths, [0.0, *accumulate(distances.path_lengths())]),
+        _source_linearity(strengths, distances.to_lengths(distances.from_source)),
         tuple(1 - distance for distance in distances.from_source),
-        clip,
-        outside,
+        clip_scores,
+        fraction_outside,
     )
 
 
-def linearity(across: Sequence[float], curve: Sequence[float]) -> Linearity:
-    """|y - x| over all points, both axes moved and scaled so that the first point is (0, 0) and the last (1, 1).
+def linearity(x: Sequence[float], y: Sequence[float]) -> Linearity:
+    """Deviation |y - x| over all points, after scaling both so that the first point is (0, 0) and the last (1, 1).
 
-    Raises SliderError where the curve ends as high as it began.
+    Raises SliderError when the last y equals the first.
     """
-    rise = curve[-1] - curve[0]
+    rise = y[-1] - y[0]
     if not rise:
-        raise SliderError("The last picture is like the first, so nothing can be said of how steadily they change.")
-    span = across[-1] - across[0]
-    off = [abs((y - curve[0]) / rise - (x - across[0]) / span) for x, y in zip(across, curve)]
-    return Linearity(fmean(off), max(off))
+        raise SliderError("The last image equals the first, so the linearity of the change is undefined.")
+    span = x[-1] - x[0]
+    deviations = [abs((b - y[0]) / rise - (a - x[0]) / span) for a, b in zip(x, y)]
+    return Linearity(fmean(deviations), max(deviations))
 
 
-def check_sweep(strengths: Sequence[float], pictures: int) -> None:
-    """Raise SliderError unless there is a strength for each of two pictures or more, in rising order."""
-    if len(strengths) != pictures:
+def check_sweep(strengths: Sequence[float], num_images: int) -> None:
+    """Raise SliderError unless there are at least two images, and an ascending list of one strength per image."""
+    if len(strengths) != num_images:
         raise SliderError(
-            f"There are {pictures} pictures and {len(strengths)} strengths; expected as many. Link the list of "
-            "strengths that the pictures were rendered with."
+            f"There are {num_images} images and {len(strengths)} strengths; expected the same number. Link the list of "
+            "strengths that the images were rendered with."
         )
-    if pictures < 2:
-        raise SliderError("There is one picture; expected two or more, one per strength.")
+    if num_images < 2:
+        raise SliderError("There is one image; expected at least two, one per strength.")
     if any(b <= a for a, b in pairwise(strengths)):
-        shown = ", ".join(f"{strength:g}" for strength in strengths)
-        raise SliderError(f"The strengths are {shown}; expected them to rise from each picture to the next.")
+        values = ", ".join(f"{strength:g}" for strength in strengths)
+        raise SliderError(f"The strengths are {values}; expected ascending values without duplicates.")
 
 
-def source_of(strengths: Sequence[float]) -> int:
-    """The picture that is nearest to the source: that of the strength nearest to 0."""
+def source_index_of(strengths: Sequence[float]) -> int:
+    """Index of the image that represents the source: the one whose strength is nearest to 0."""
     return min(range(len(strengths)), key=lambda k: abs(strengths[k]))
 
 
-def _direct(strengths: Sequence[float], from_source: Sequence[float]) -> Linearity | None:
-    zero = strengths[source_of(strengths)]
+def _source_linearity(strengths: Sequence[float], from_source: Sequence[float]) -> Linearity | None:
+    zero = strengths[source_index_of(strengths)]
     signed = [math.copysign(distance, strength - zero) for strength, distance in zip(strengths, from_source)]
     return linearity(strengths, signed) if signed[-1] > signed[0] else None
 
 
-def _shown(value: float | None) -> str:
+def _deviation(linearity: Linearity) -> str:
+    return f"off by {linearity.mean:.3f} on average, {linearity.largest:.3f} at most"
+
+
+def _format(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _finite(value: object) -> object:
+def _without_infinities(value: object) -> object:
+    """The value with all infinities and NaNs in it replaced by None, since JSON has neither."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _without_infinities(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [_without_infinities(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,1 +1,1 @@
-"""What the pack's own samplers share."""
+"""Sampling: sigmas, checks for flow matching and samplers, sampling loops."""

@@ -1,4 +1,4 @@
-"""Which of ComfyUI's samplers suit pictures that have to stay alike."""
+"""Which of ComfyUI's samplers are deterministic, so that the images of a batch with equal noise stay alike."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ ONE_CALL_PER_STEP = (
     "res_multistep",
     "gradient_estimation",
 )
-"""Call the model exactly once at every noise level of the schedule, and add no noise."""
+"""Samplers that call the model exactly once per step, at the sigmas of the schedule, and add no noise."""
 
-_ADDS_NOISE = re.compile(r"ancestral|sde|seeds|ddpm|lcm|sa_solver")
+_NOISE_ADDING = re.compile(r"ancestral|sde|seeds|ddpm|lcm|sa_solver")
 
 
 def refuse_noise_adding_samplers(model: ModelPatcher) -> None:
-    """Make `model`, a clone of one's own, raise SliderError under a sampler that adds noise at its steps.
+    """Make `model` (modified in place) raise SliderError when it is sampled with a sampler that adds noise.
 
-    Each picture of a batch would get noise of its own, and they would drift apart.
+    Each image of a batch would get different noise, and the images would drift apart.
     """
     model.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, keys.SAMPLER_CHECK)
-    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, keys.SAMPLER_CHECK, _check)
+    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, keys.SAMPLER_CHECK, _check_sampler)
 
 
-def _check(executor: Any, *args: Any, **kwargs: Any) -> Any:
+def _check_sampler(executor: Any, *args: Any, **kwargs: Any) -> Any:
     name = getattr(getattr(executor.class_obj, "sampler_function", None), "__name__", "").removeprefix("sample_")
-    if _ADDS_NOISE.search(name):
+    if _NOISE_ADDING.search(name):
         raise SliderError(
-            f"The sampler {name!r} adds new noise at every step, other noise to each picture, so the edits would drift "
-            f"away from the source. Expected a sampler that adds none: {', '.join(ONE_CALL_PER_STEP)}, heun, uni_pc."
+            f"The sampler {name!r} adds new noise at every step, different for each image, so the edits would drift "
+            f"away from the source. Choose a sampler that adds none: {', '.join(ONE_CALL_PER_STEP)}, heun, uni_pc."
         )
     return executor(*args, **kwargs)

@@ -1,1 +1,1 @@
-"""Stable Flow: vital layers, inversion, and what is cached of a source."""
+"""Stable Flow (arXiv 2411.14430): vital layers, key/value injection, inversion, source KV cache."""

@@ -58,21 +58,21 @@ def measure_attention(
     latent: torch.Tensor,
     noise: torch.Tensor,
     settings: SamplingSettings,
-    image_index: int,
+    batch_index: int,
     point: tuple[float, float],
     on_step: OnStep | None = None,
 ) -> tuple[AttentionMaps, torch.Tensor]:
     """Sample at cfg 1 and record the attention of one point. Returns its maps and the sampled latents.
 
-    latent, noise: (batch, channels, height, width). image_index: image of the batch. point: (x, y), each 0 to 1.
-    Raises SliderError for an image_index outside the batch, and for a compiled model, whose attention is inaccessible.
+    latent, noise: (batch, channels, height, width). batch_index: the image to look at. point: (x, y), each 0 to 1.
+    Raises SliderError for an batch_index outside the batch, and for a compiled model, whose attention is inaccessible.
     """
-    if not 0 <= image_index < latent.shape[0]:
+    if not 0 <= batch_index < latent.shape[0]:
         raise SliderError(
-            f"There is no image {image_index} in a batch of {latent.shape[0]}, counted from 0; expected 0 to "
+            f"batch_index is {batch_index}, but the batch has {latent.shape[0]} image(s); expected 0 to "
             f"{latent.shape[0] - 1}."
         )
-    probe = _AttentionProbe(model, image_index, point)
+    probe = _AttentionProbe(model, batch_index, point)
     samples = settings.sample(add_patch(model, probe), conditioning, latent, noise, on_step)
     return probe.maps.mean_over_calls(), samples
 
@@ -82,9 +82,9 @@ class _AttentionProbe(ModelPatch):
 
     phase = Phase.OBSERVE
 
-    def __init__(self, model: ModelPatcher, image_index: int, point: tuple[float, float]):
+    def __init__(self, model: ModelPatcher, batch_index: int, point: tuple[float, float]):
         self.family, self.model = family_of(model), diffusion_model_of(model.model)
-        self.image_index, self.point = image_index, point
+        self.batch_index, self.point = batch_index, point
         self.maps = AttentionMaps()
 
     def attention_patches(self, context: ForwardContext) -> Sequence[AttentionPatch]:
@@ -95,7 +95,7 @@ class _AttentionProbe(ModelPatch):
         self.maps.num_calls += 1
 
         def patch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **inputs: Any) -> dict[str, torch.Tensor]:
-            image, positions = slice(self.image_index, self.image_index + 1), inputs["pe"]
+            image, positions = slice(self.batch_index, self.batch_index + 1), inputs["pe"]
             positions = positions if positions.shape[0] == 1 else positions[image]
             queries, keys = self.family.apply_rope(q[image], k[image], positions)
             scores = queries[0, :, query : query + 1].float() @ keys[0].float().transpose(-1, -2)

@@ -23,7 +23,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from .. import node_names as names
-from ..conditioning.active_region import ActiveRegion
+from ..conditioning.active_region import EVERYWHERE, ActiveRegion
 from ..errors import SliderError
 from ..patching.forward_patches import (
     ForwardContext,
@@ -44,7 +44,6 @@ from .vital_layers import InjectionWeight, KVSlots
 
 _FRACTION_OF_FREE_MEMORY = 0.5
 _SIGMA_TOLERANCE = 1e-4
-_EVERYWHERE = ActiveRegion()
 
 
 class CachedStep(NamedTuple):
@@ -109,7 +108,7 @@ class SourceKVCache(NamedTuple):
             return f"{size} of keys and values in RAM. An edit costs one generation."
         return (
             f"{size} of keys and values, too much for the memory. The source is recomputed with every edit, which "
-            "costs two generations. Choose fewer layers, fewer steps or a smaller image, or raise memory_limit."
+            "costs two generations. Choose fewer layers, fewer steps or a smaller image, or raise memory_limit_gb."
         )
 
 
@@ -196,7 +195,7 @@ def cache_trajectory_kv(
 
 
 def inject_cached(
-    model: ModelPatcher, cache: SourceKVCache, strength: float = 1.0, region: ActiveRegion = _EVERYWHERE
+    model: ModelPatcher, cache: SourceKVCache, strength: float = 1.0, region: ActiveRegion = EVERYWHERE
 ) -> ModelPatcher:
     """A clone of `model` that samples every image with the cached source's K and V.
 
@@ -397,7 +396,7 @@ class _CachedInjection(ModelPatch):
             raise SliderError(
                 "There is too little memory to keep the source, and it cannot be recomputed because this model has "
                 "other LoRAs than the source's model. Give both the same LoRAs (from one LoRA node), or raise "
-                "memory_limit."
+                "memory_limit_gb."
             )
         capture = _Capture(self.slots)
         context.run((*self.cache.patches, capture), _copied_to(step.inputs, context.device))

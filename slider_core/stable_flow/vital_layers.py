@@ -23,7 +23,7 @@ from comfy.patcher_extension import WrappersMP
 
 from .. import keys
 from .. import node_names as names
-from ..conditioning.active_region import ActiveRegion
+from ..conditioning.active_region import EVERYWHERE, ActiveRegion
 from ..conditioning.masks import mask_coverage, validate_single_mask
 from ..errors import SliderError
 from ..families import Block, family_of
@@ -158,8 +158,8 @@ class KVInjection(ModelPatch):
             )
         if not self.source_index < context.num_images:
             raise SliderError(
-                f"reference is image {self.source_index} of the batch, counted from 0, but the batch has "
-                f"{context.num_images} images; expected 0 to {context.num_images - 1}."
+                f"source_index is {self.source_index}, but the batch has {context.num_images} images; expected 0 to "
+                f"{context.num_images - 1}."
             )
         if not self.weight.is_active(context):
             return {}
@@ -176,15 +176,12 @@ class KVInjection(ModelPatch):
         return self.slots.forward_wrappers(context, inject)
 
 
-_EVERYWHERE = ActiveRegion()
-
-
 def inject_key_values(
     model: ModelPatcher,
     block_indices: Sequence[int],
     source_index: int = 0,
     strength: float = 1.0,
-    region: ActiveRegion = _EVERYWHERE,
+    region: ActiveRegion = EVERYWHERE,
     chained: bool = False,
 ) -> ModelPatcher:
     """A clone of `model` that samples a batch with the source image's K and V in some blocks.

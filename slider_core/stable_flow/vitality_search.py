@@ -26,11 +26,11 @@ from comfy.sd import CLIP, VAE
 
 from ..atomic_write import atomic_write
 from ..errors import SliderError
-from ..metrics.image_distance import vision_features
 from ..patching.model_fingerprint import fingerprint_of
 from ..sampling.sampling_settings import SamplingSettings
 from ..text.batched_prompts import batch_prompts, split_prompts
 from ..types import Conditioning
+from ..vision_features import vision_features
 from .vital_layers import block_count, bypass_blocks
 
 FORMAT = "edit-sliders layer scores 1"
@@ -98,6 +98,15 @@ class VitalityScores:
             )
         return indices
 
+    def mean_similarities(self) -> dict[int, float]:
+        """Block index -> mean similarity, ascending."""
+        return {index: self.similarity(index) for index in sorted(self.similarities)}
+
+    def describe(self) -> str:
+        """What the similarities are, in one line."""
+        num_images = max(len(values) for values in self.similarities.values())
+        return f"Compared by {self.settings['compared by']}, mean of {num_images} image(s)"
+
     def as_json(self) -> str:
         similarities = {str(index): self.similarities[index] for index in sorted(self.similarities)}
         vitality = {index: round(self.vitality(int(index)), 6) for index in similarities}
@@ -108,7 +117,7 @@ class VitalityScores:
 def check_block_count(count: int, total: int) -> None:
     """Raise SliderError unless 1 <= count <= total, the model's number of blocks."""
     if not 1 <= count <= total:
-        raise SliderError(f"count is {count}; expected 1 to {total}, the number of the model's layers.")
+        raise SliderError(f"top_k is {count}; expected 1 to {total}, the number of the model's layers.")
 
 
 LATENT_FEATURES = ImageFeatures("the latent itself", lambda latent: latent.flatten().float())

@@ -19,8 +19,8 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ..conditioning.active_region import EVERYWHERE, ActiveRegion
 from ..conditioning.per_image_cond import check_batch
-from ..conditioning.schedule import check_schedule_range
 from ..errors import SliderError
 from ..patching.forward_patches import in_schedule_range
 from ..strength import Strengths
@@ -33,19 +33,18 @@ class VelocityBlending:
     source: torch.Tensor
     strength: Strengths
     difference_threshold: float
-    schedule_range: tuple[float, float]
-    mask: torch.Tensor | None
+    region: ActiveRegion
 
     def __call__(self, args: Mapping[str, Any]) -> torch.Tensor:
-        denoised, model = args["denoised"], args["model"]
+        denoised, model, region = args["denoised"], args["model"], self.region
         _check_source(self.source, denoised)
         check_batch(len(self.strength), denoised.shape[0])
-        if not in_schedule_range(args["sigma"][0], model.model_sampling.percent_to_sigma, *self.schedule_range):
+        if not in_schedule_range(args["sigma"][0], model.model_sampling.percent_to_sigma, region.start, region.end):
             return denoised
         source = model.process_latent_in(self.source).to(denoised)
         strength = torch.tensor(self.strength).view(-1, *[1] * (denoised.ndim - 1)).to(denoised)
-        if self.mask is not None:
-            strength = strength * comfy.utils.reshape_mask(self.mask, denoised.shape).to(denoised)
+        if region.mask is not None:
+            strength = strength * comfy.utils.reshape_mask(region.mask, denoised.shape).to(denoised)
         if self.difference_threshold > 0:
             difference = (denoised - source).abs().mean(1, keepdim=True)
             strength = strength * (difference >= self.difference_threshold)
@@ -57,27 +56,21 @@ def blend_velocity(
     source: torch.Tensor,
     strength: Strengths,
     difference_threshold: float = 0.0,
-    start: float = 0.0,
-    end: float = 1.0,
-    mask: torch.Tensor | None = None,
+    region: ActiveRegion = EVERYWHERE,
 ) -> ModelPatcher:
     """A clone of `model` whose predictions are blended with the source at this strength.
 
     source: (1 or images, channels, height, width), as encoded by a VAE. strength: one value, or one per image.
     difference_threshold: where the prediction differs from the source by less than this (mean absolute difference over
     the channels, in the model's own latent scale), the source is kept.
-    start, end: schedule range, as fractions of the sampling steps (0 to 1); outside it predictions are left alone.
-    mask: (masks, height, width), 0 to 1; the strength is multiplied by it.
-    Raises SliderError for an empty source and an invalid schedule range; when sampling, for a source of another size
-    than the sampled latent and a batch size that does not match the source or the strengths.
+    region: outside its schedule range predictions are left alone; its mask multiplies the strength.
+    Raises SliderError for an empty source; when sampling, for a source of another size than the sampled latent and a
+    batch size that does not match the source or the strengths.
     """
-    check_schedule_range(start, end)
     if not source.any():
         raise SliderError("The source latent is empty; expected the image to edit. Connect the output of 'VAE Encode'.")
     patched = model.clone()
-    patched.set_model_sampler_post_cfg_function(
-        VelocityBlending(source, strength, difference_threshold, (start, end), mask)
-    )
+    patched.set_model_sampler_post_cfg_function(VelocityBlending(source, strength, difference_threshold, region))
     return patched
 
 
