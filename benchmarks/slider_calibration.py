@@ -1,4 +1,4 @@
-"""The effect of calibration on sliders of the miniature edit model, on held-out scenes.
+"""The effect of calibration on sliders of the miniature edit model, on validation scenes.
 
     python run.py benchmark --only slider_calibration [--scenes N]
 

@@ -1,4 +1,4 @@
-"""How evenly each method slides on the miniature edit model, read_attributes on held-out scenes.
+"""How evenly each method slides on the miniature edit model, measured on validation scenes.
 
     python run.py benchmark --only slider_quality [--scenes N]
 
