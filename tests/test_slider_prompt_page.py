@@ -151,11 +151,11 @@ def test_buttons(page):
     assert strengths(page) == [1, 1, 1]
     click("paste")
     assert strengths(page) == [0.2, 1, 1]
-    click("move together")
+    click("link")
     slider(page, 0).focus()
     page.page.keyboard.press("ArrowRight")
     assert strengths(page) == [0.25, 1.05, 1]
-    click("move together")
+    click("link")
     click("randomize")
     assert all(0 <= value <= 1 for value in strengths(page)[:2])
 

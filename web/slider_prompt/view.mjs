@@ -291,7 +291,7 @@ export class View {
     this.move(k, round(Math.min(Math.max(moves[event.key], lowest), highest)))
   }
 
-  /** Set slider k; with 'move together', move all by the same amount. @param {number} k @param {number} strength */
+  /** Set slider k; with 'link', move all by the same amount. @param {number} k @param {number} strength */
   move(k, strength) {
     const delta = strength - this.strengths[k]
     if (this.moveTogether.checked) this.actions.setAllStrengths(this.strengths.map((value) => round(value + delta)))
