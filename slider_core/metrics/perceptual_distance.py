@@ -44,7 +44,8 @@ class LpipsDistance:
     """
 
     def __init__(self) -> None:
-        self._network, self._device = _lpips_network(), get_torch_device()
+        self._device = get_torch_device()
+        self._network = _lpips_network().to(self._device)
 
     @torch.inference_mode()
     def __call__(self, image: torch.Tensor | Image.Image, other: torch.Tensor | Image.Image) -> float:
@@ -59,8 +60,6 @@ class LpipsDistance:
                 f"The images are {width} x {height} pixels; LPIPS needs at least {_MIN_SIDE} on each side. Render "
                 "larger images, or choose another distance."
             )
-        free_memory(_BYTES_PER_PIXEL * height * width, self._device)
-        self._network.to(self._device)
         inputs = (one.movedim(-1, 0)[None].to(self._device, torch.float32) for one in pair)
         return self._network(*inputs, normalize=True).item()
 
@@ -73,6 +72,7 @@ def lpips_distances(images: torch.Tensor, source_index: int = 0) -> ImageDistanc
     """
     check_images(images)
     lpips = LpipsDistance()
+    free_memory(_BYTES_PER_PIXEL * images[0, ..., 0].numel(), get_torch_device())
 
     def distance(index: int, other: int) -> float:
         throw_exception_if_processing_interrupted()

@@ -1,7 +1,7 @@
 """Metrics of a slider from the image distances of a sweep.
 
-Beside those of smoothness.py: linearity, the deviation |y - x| of a curve from the diagonal, where x is the strength, y
-is the path length along the images or the distance from the source, and both are scaled to 0 .. 1.
+In addition to those of smoothness.py: linearity, the deviation |y - x| of a curve from the diagonal, where x is the
+strength and y the path length along the images or the distance from the source, both scaled to 0 .. 1.
 """
 
 from __future__ import annotations
