@@ -1,4 +1,4 @@
-"""Importing this before anything of ComfyUI prepares it for gradients, as the trainer does."""
+"""Import this before ComfyUI's modules: it configures ComfyUI for gradients, as the trainer does."""
 
 import sys
 from pathlib import Path

@@ -1,23 +1,23 @@
-"""What a training step costs, against a plain loop of diffusers and PEFT, as ratios measured in one run.
+"""The cost of a training step, compared with a plain loop of diffusers and PEFT in the same process.
 
     python run.py benchmark [--full] [--repeats N] [--dtypes TYPE]
 
-An STLoRA of rank 16 is trained by PPS (SliderEdit): for each sample the frozen FLUX.1 says what it would do with a
-shorter prompt, without gradients, and the adapted one learns to say the same to the whole prompt; source picture noised
-and as reference, guidance 3.5, 512 rows of text, AdamW, norm of gradients clipped, one sample a step.
-(a) the plain loop with a text encoder and a VAE that encode both prompts and the picture at every step;
-(b) the plain loop with encoded prompts and pictures kept in memory;
-(c) this pack's own steps (training.run.Run.train_step), which read them from its cache's files.
+An STLoRA of rank 16 is trained with PPS (SliderEdit): for each sample the frozen FLUX.1 predicts the velocity for a
+shortened prompt, without gradients, and the adapted model is trained to predict the same for the full prompt. Noised
+source image, source as reference latent, guidance 3.5, 512 text tokens, AdamW, gradient clipping, one sample per step.
+(a) the plain loop with a text encoder and a VAE that encode both prompts and the image at every step;
+(b) the plain loop with encoded prompts and images kept in memory;
+(c) this pack's training step (training.run.Run.train_step), which reads them from the files of its cache.
 
-The same: the transformer's weights, sizes of inputs, gradient checkpointing of every block, optimizer, float32 factors.
-Not the same: the pack's checkpointing also keeps what attention says, and does not repeat a block's last product; the
-plain adapter acts on all rows of the text instead of the suppressed ones, for which PEFT has no way (as much to
-compute); the plain loop makes its noise on the device; (a) leaves out the CLIP text encoder and the reading of
-pictures, and holds its encoders in memory all the time.
-By default 284 million random parameters at 256x256, a text encoder (T5) and a VAE with as large a share of the
-transformer's parameters and work as those of FLUX.1. Text is half of the rows there and a seventeenth at 1024x1024, so
-encoding it weighs more in (a) than at FLUX.1's own size, which --full measures, with T5-XXL's and the VAE's own sizes.
-Medians of interleaved repeats after one round that is not counted; memory in a process for each. --steps is not used.
+Equal: transformer weights, input sizes, gradient checkpointing of every block, optimizer, float32 LoRA factors.
+Different: the pack's checkpointing also stores the attention results and does not recompute a block's output linears;
+the plain LoRA acts on all text tokens instead of the suppressed ones, which PEFT does not support (the same amount of
+computation); the plain loop makes its noise on the device; (a) omits the CLIP text encoder and the reading of image
+files, and keeps its encoders in memory all the time.
+By default 284 million random parameters at 256x256, with a text encoder (T5) and a VAE whose parameters and computation
+have the same ratio to the transformer's as in FLUX.1. There text is half of the tokens, at 1024x1024 a seventeenth; so
+text encoding weighs more in (a) than at the full size of FLUX.1, which --full measures, with the sizes of T5-XXL and of
+FLUX.1's VAE. Medians of interleaved repeats after one warm-up round; memory in one process each. --steps is not used.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         plain, run = _Plain(args, encoders=True), _run(args, Path(folder))
         print_model(run.model.patcher, args.dtypes[0], model_size(args)[1])
-        print(f"    velocities of plain and own loop apart by {_apart(plain, run):.1e}")
+        print(f"    relative difference of the velocities of both loops: {_velocity_error(plain, run):.1e}")
         _report({ENCODING: plain.encoding_step, KEPT: plain.step, OURS: run.train_step}, peaks, args.repeats)
 
 
@@ -108,7 +108,7 @@ def _report(steps: Mapping[str, Step], peaks: Mapping[str, float], repeats: int)
             synchronize()
             if repeat:
                 times[name].append(time.perf_counter() - start)
-    print(f"\ntime and peak memory of a training step, median of {repeats}; ratios against this pack's")
+    print(f"\ntime and peak memory of a training step, median of {repeats}; ratios to this pack")
     for name, measured in times.items():
         ratios = [a / b for a, b in zip(measured, times[OURS])]
         median, low, high = statistics.median(ratios), min(ratios), max(ratios)
@@ -119,7 +119,7 @@ def _report(steps: Mapping[str, Step], peaks: Mapping[str, float], repeats: int)
 
 
 def _peak(name: str, args: argparse.Namespace) -> float:
-    """Bytes that a variant takes at most during steps, with its models; in a process that did nothing before."""
+    """Peak memory of a variant's steps in bytes, including its models; to be run in a fresh process."""
     before = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
     with tempfile.TemporaryDirectory() as folder:
         if name == OURS:
@@ -134,12 +134,12 @@ def _peak(name: str, args: argparse.Namespace) -> float:
 
 
 class _Plain:
-    """The loop as one would write it with diffusers and PEFT."""
+    """A plain training loop with diffusers and PEFT."""
 
     def __init__(self, args: argparse.Namespace, encoders: bool):
         config, latent = model_size(args)
         dtype = getattr(torch, args.dtypes[0])
-        self.place: Any = {"device": comfy.model_management.get_torch_device(), "dtype": dtype}
+        self.factory_kwargs: Any = {"device": comfy.model_management.get_torch_device(), "dtype": dtype}
         self.transformer = _transformer(config, dtype)
         self.transformer.enable_gradient_checkpointing()
         self.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LAYERS))
@@ -149,18 +149,18 @@ class _Plain:
         self.source = self.random(1, 16, latent, latent)
         self.pooled = self.random(1, 768)
         self.prompts = [self.random(1, TEXT_TOKENS, self.width) for _ in range(2)]
-        self.text_ids = torch.zeros(TEXT_TOKENS, 3, device=self.place["device"])
-        self.image_ids = torch.cat([_ids(latent // 2, first).to(self.place["device"]) for first in (0, 1)])
+        self.text_ids = torch.zeros(TEXT_TOKENS, 3, device=self.factory_kwargs["device"])
+        self.image_ids = torch.cat([_ids(latent // 2, first).to(self.factory_kwargs["device"]) for first in (0, 1)])
         if encoders:
             self._load_encoders(args)
 
     def random(self, *shape: int) -> torch.Tensor:
-        return torch.randn(shape, **self.place)
+        return torch.randn(shape, **self.factory_kwargs)
 
     def _load_encoders(self, args: argparse.Namespace) -> None:
         sizes: Mapping[str, Any] = FULL_ENCODER if args.full else SMALL_ENCODER
         channels = FULL_VAE if args.full else SMALL_VAE
-        with torch.device(self.place["device"]):
+        with torch.device(self.factory_kwargs["device"]):
             self.text_encoder = T5EncoderModel(
                 T5Config(d_model=self.width, num_layers=24, feed_forward_proj="gated-gelu", **sizes)
             )
@@ -174,52 +174,52 @@ class _Plain:
                 shift_factor=0.1159,
                 scaling_factor=0.3611,
             )
-        self.text_encoder.to(**self.place).requires_grad_(False).eval()
-        self.vae.to(**self.place).requires_grad_(False).eval()
-        self.picture = self.random(1, 3, 8 * self.latent_size, 8 * self.latent_size)
-        self.tokens = torch.randint(1, 32000, (2, TEXT_TOKENS), device=self.place["device"])
+        self.text_encoder.to(**self.factory_kwargs).requires_grad_(False).eval()
+        self.vae.to(**self.factory_kwargs).requires_grad_(False).eval()
+        self.image = self.random(1, 3, 8 * self.latent_size, 8 * self.latent_size)
+        self.tokens = torch.randint(1, 32000, (2, TEXT_TOKENS), device=self.factory_kwargs["device"])
 
     def encoding_step(self) -> None:
         with torch.no_grad():
             self.prompts = [self.text_encoder(one[None]).last_hidden_state for one in self.tokens]
-            latent = self.vae.encode(self.picture).latent_dist.sample()
+            latent = self.vae.encode(self.image).latent_dist.sample()
             self.source = (latent - self.vae.config.shift_factor) * self.vae.config.scaling_factor
         self.step()
 
     def step(self) -> None:
         prompt, shortened = self.prompts
-        sigma = torch.rand(1, device=self.place["device"])
-        noised = ((1 - sigma) * self.source + sigma * torch.randn_like(self.source)).to(self.place["dtype"])
+        sigma = torch.rand(1, device=self.factory_kwargs["device"])
+        noised = ((1 - sigma) * self.source + sigma * torch.randn_like(self.source)).to(self.factory_kwargs["dtype"])
         with torch.no_grad():
             self.transformer.disable_adapters()
-            wanted = self.velocity(noised, sigma, shortened)
+            target = self.velocity(noised, sigma, shortened)
             self.transformer.enable_adapters()
-        said = self.velocity(noised, sigma, prompt)
-        torch.nn.functional.mse_loss(said.float(), wanted.float()).backward()
+        predicted = self.velocity(noised, sigma, prompt)
+        torch.nn.functional.mse_loss(predicted.float(), target.float()).backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def velocity(self, noised: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """What the transformer says, as rows of 2x2 pixels of the latent."""
+        """The predicted velocity as tokens of 2 x 2 latent pixels."""
         tokens = _packed(noised)
-        said = self.transformer(
+        predicted = self.transformer(
             hidden_states=torch.cat([tokens, _packed(self.source)], dim=1),
             encoder_hidden_states=text,
             pooled_projections=self.pooled,
-            timestep=sigma.to(**self.place),
-            guidance=torch.full((1,), GUIDANCE, device=self.place["device"]),
+            timestep=sigma.to(**self.factory_kwargs),
+            guidance=torch.full((1,), GUIDANCE, device=self.factory_kwargs["device"]),
             img_ids=self.image_ids,
             txt_ids=self.text_ids,
             return_dict=False,
         )[0]
-        return said[:, : tokens.shape[1]]
+        return predicted[:, : tokens.shape[1]]
 
 
 def _transformer(config: Mapping[str, int], dtype: torch.dtype) -> FluxTransformer2DModel:
-    """diffusers' model with the weights of the benchmark's."""
+    """diffusers' model with the benchmark's random weights."""
     depths = {"depth": config["depth"], "depth_single_blocks": config["depth_single_blocks"]}
-    places = flux_to_diffusers({**depths, "hidden_size": config["hidden"]})
+    sources = flux_to_diffusers({**depths, "hidden_size": config["hidden"]})
     with torch.device("meta"):
         model = FluxTransformer2DModel(
             num_layers=config["depth"],
@@ -229,17 +229,17 @@ def _transformer(config: Mapping[str, int], dtype: torch.dtype) -> FluxTransform
             guidance_embeds=True,
         )
     weights = random_weights(config, dtype)
-    model.load_state_dict({name: _placed(weights, places[name]) for name in model.state_dict()}, assign=True)
+    model.load_state_dict({name: _source_tensor(weights, sources[name]) for name in model.state_dict()}, assign=True)
     return model.requires_grad_(False)
 
 
-def _placed(weights: Mapping[str, torch.Tensor], place: Any) -> torch.Tensor:
-    """What ComfyUI's map says of one of diffusers' tensors: a name, or (name, rows) or (name, None, change)."""
-    name, rows, *change = (place, None) if isinstance(place, str) else place
+def _source_tensor(weights: Mapping[str, torch.Tensor], source: Any) -> torch.Tensor:
+    """A tensor of diffusers by its entry in ComfyUI's map: a name, (name, slice), or (name, None, function)."""
+    name, features, *function = (source, None) if isinstance(source, str) else source
     tensor = weights[name.replace("_norm.weight", "_norm.scale")]
-    if rows is not None:
-        tensor = tensor.narrow(*rows)
-    return change[0](tensor) if change else tensor
+    if features is not None:
+        tensor = tensor.narrow(*features)
+    return function[0](tensor) if function else tensor
 
 
 def _packed(latent: torch.Tensor) -> torch.Tensor:
@@ -314,9 +314,9 @@ def _ignore_progress(what: str, done: int, total: int) -> None:
     pass
 
 
-def _apart(plain: _Plain, run: Run) -> float:
-    """Relative difference of what the two models say to the same inputs before they have learned anything."""
-    noised, sigma = torch.randn_like(plain.source), torch.tensor([0.6], device=plain.place["device"])
+def _velocity_error(plain: _Plain, run: Run) -> float:
+    """Relative difference of the two models' predictions for the same inputs before training."""
+    noised, sigma = torch.randn_like(plain.source), torch.tensor([0.6], device=plain.factory_kwargs["device"])
     text = Text(plain.prompts[0], plain.pooled)
     with torch.no_grad():
         one = plain.velocity(noised, sigma, text.states).float()

@@ -28,6 +28,7 @@ from conftest import REPO
 from PIL import Image
 from support.graphs import Graph
 
+from slider_core.errors import SliderError
 from training.data_preparation.config import read_prepare_config
 from training.data_preparation.distances import get_distance, pixel_distance
 from training.data_preparation.edits import read_edits
@@ -515,5 +516,5 @@ def test_distances():
 
 def test_lpips_is_named_when_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(TrainingError, match="pip install lpips"):
+    with pytest.raises(SliderError, match="pip install lpips"):
         get_distance("lpips")

@@ -116,8 +116,11 @@ def _prepare(args: argparse.Namespace) -> int:
     from .data_preparation.config import read_prepare_config
     from .data_preparation.prepare import prepare
 
+    config = read_prepare_config(args.config)
+    if config.distance == "lpips":
+        use_comfyui(None, cpu=True)
     try:
-        print(prepare(read_prepare_config(args.config)))
+        print(prepare(config))
     except KeyboardInterrupt:
         print("Interrupted. Finished work is kept; start the same command again to resume.", file=sys.stderr)
         return 130

@@ -21,8 +21,8 @@ def use_comfyui(folder: Path | None, cpu: bool, extra_models: Path | None = None
     comfyui = Path(folder or os.environ.get("COMFYUI_PATH") or _INSTALLED).expanduser().resolve()
     if not (comfyui / "comfy" / "sd.py").is_file():
         raise TrainingError(
-            f"{comfyui} is not a ComfyUI folder: expected main.py and a folder comfy in it. Set model.comfyui in the "
-            "config, or the environment variable COMFYUI_PATH, to ComfyUI's folder."
+            f"{comfyui} is not a ComfyUI folder: expected main.py and a folder comfy in it. Set the "
+            "environment variable COMFYUI_PATH, or model.comfyui in a training config, to ComfyUI's folder."
         )
     sys.path.insert(0, str(comfyui))
     import comfy.cli_args

@@ -80,7 +80,7 @@ class TrainableLora(torch.nn.Module):
         return Adapter(name, self.adapter_type, self.family, lora_weights)
 
     def _factors(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """(layer, down, up) for each layer; layers of one linear share a down factor, concatenated by rank."""
+        """(layer, down, up) for each layer; the down factors of layers in one linear are a single parameter."""
         branches: Any = self.branches.branches
         for module, branch in zip(self.branches.paths, branches):
             downs = branch.down.weight.split(branch.ranks)

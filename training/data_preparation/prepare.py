@@ -39,7 +39,8 @@ _IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 def prepare(config: PrepareConfig) -> str:
     """Render all missing edit strips and write the report. Returns the report as text.
 
-    Raises SliderError when matplotlib is missing, TrainingError for invalid input and when no server is left.
+    Raises SliderError when matplotlib, lpips or its weights are missing, TrainingError for invalid input and when no
+    server is left.
     """
     check_matplotlib()
     preparation = _Preparation(config)
