@@ -1,4 +1,4 @@
-"""The miniature model's kept weights: small, and they do what they are told on scenes that they have never seen."""
+"""The miniature model's shipped weights: small, and they edit unseen scenes as instructed."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SCENES = 40
 
 
 @pytest.mark.parametrize(("edits_at_once", "least"), [(1, 0.95), (2, 0.9)])
-def test_it_does_what_it_is_told(edits_at_once, least):
+def test_it_follows_instructions(edits_at_once, least):
     found = model.evaluate(MODELS, SCENES, edits_at_once)
     assert found.success_rate["all"] >= least, found
 
 
-def test_its_loss_is_what_it_learned_by():
+def test_its_loss_is_that_of_its_training():
     frozen = FrozenModel.load(MODELS / model.TRANSFORMER, "float32", gradient_checkpointing=False)
     encoders = TextEncoders(load_file(MODELS / model.T5), load_file(MODELS / model.CLIP_L))
     lessons = transformer.TransformerTraining(frozen, encoders, encode_tasks(Autoencoder(), validation_tasks(20, 2)))
@@ -41,7 +41,7 @@ def test_it_is_small():
     assert sum(file.stat().st_size for file in MODELS.rglob("*.safetensors")) < 25 * 2**20
 
 
-def test_its_curve_is_kept():
+def test_its_loss_curve_is_kept():
     points = [json.loads(line) for line in CURVE.read_text().splitlines()]
     assert points[-1]["step"] == transformer.STEPS
     assert points[-1]["loss"] < 0.1 * points[0]["loss"]

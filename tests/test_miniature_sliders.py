@@ -1,4 +1,4 @@
-"""Sliders slide: on the miniature model, measured in its pictures, on scenes that nothing was trained on."""
+"""Sliders on the miniature model, measured in its images, on unseen scenes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def it() -> Miniature:
 
 
 def reached(it: Miniature, name: str, source: Scene, edits: Sequence[Edit], strengths: Sequence[float]) -> np.ndarray:
-    """How much of each edit is there while the first one is moved: (strengths, edits)."""
+    """The reached strength of each edit at strengths of the first one: (strengths, edits)."""
     pictures = it.render(source, METHODS[name](it, edits, 0, strengths), len(strengths))
     return np.array(
         [[reached_strength(edit, source, read_attributes(picture, source)) for edit in edits] for picture in pictures]
@@ -47,7 +47,7 @@ def reached(it: Miniature, name: str, source: Scene, edits: Sequence[Edit], stre
 
 @pytest.mark.parametrize("name", ADAPTERS + WITHOUT_ADAPTER)
 def test_it_fades_in(it, name):
-    """0 suppresses, 1 applies, and between them nothing goes back."""
+    """Strength 0 suppresses the edit, 1 applies it, and in between it never decreases."""
     for source, edits in validation_tasks(SCENES, 1):
         values = reached(it, name, source, edits, UP)[:, 0]
         assert abs(values[0]) < 0.1, (edits, values)
@@ -79,7 +79,7 @@ def test_the_other_instruction_stays(it, name):
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_mask_keeps_the_edit_in_its_half(it, name):
-    """Asked of the background, with a mask over the half with the square: how far pixels went, in full edits."""
+    """An edit of the background with a mask of the half with the square, by the change of pixels."""
     tasks = [(source, edits) for source, edits in validation_tasks(60, 1) if edits[0].attribute == "background"]
     for source, edits in tasks[:3]:
         left = np.broadcast_to(np.arange(SIDE) < SIDE // 2, (SIDE, SIDE))
@@ -97,7 +97,7 @@ def test_a_mask_keeps_the_edit_in_its_half(it, name):
 
 
 def edge_of_halves() -> np.ndarray:
-    """How far each pixel is from the line between left and right, (SIDE, SIDE)."""
+    """Distance of each pixel from the line between left and right half, (SIDE, SIDE)."""
     return np.broadcast_to(np.abs(np.arange(SIDE) + 0.5 - SIDE / 2), (SIDE, SIDE))
 
 
@@ -111,7 +111,7 @@ Graph = dict[str, dict[str, Any]]
 
 
 def on_the_miniature(graph: Graph, picture: str, edits: Sequence[Edit]) -> Graph:
-    """A template's graph with the miniature's files, this picture and these instructions; all else as it is."""
+    """A template's graph with the miniature's files, an image and instructions; everything else is unchanged."""
     for node in graph.values():
         inputs = node["inputs"]
         match node["class_type"]:
@@ -147,7 +147,7 @@ STRENGTH_OF = {  # the template's node that has the strength of the first instru
 @pytest.mark.parametrize("view", ["canvas"], indirect=True)
 @pytest.mark.parametrize("name", STRENGTH_OF)
 def test_the_templates_slide_over_the_api(view, server, miniature_server, name):
-    """With 512 rows of text and all other settings of the template."""
+    """With 512 text tokens and all other settings of the template."""
     several = name in ("two_sub_prompt_sliders", "slider_prompt", "without_adapter")
     source, edits = validation_tasks(1, 2 if several else 1)[0]
     picture = miniature_server.put_input("scene.png", scene_image(source))
@@ -181,7 +181,7 @@ def test_the_sweep_template_fades_in_and_exaggerates(view, server, miniature_ser
 
 
 def looks_of(server: ComfyServer, graph: Graph, source: Scene) -> list[SceneAttributes]:
-    """What the pictures of a graph show."""
+    """The attributes measured in the images of a graph."""
     result = server.run(graph)
     assert result.ok, result.error
     return [read_attributes(as_floats(picture), source) for picture in result.images(the(graph, "SaveImage"))]

@@ -1,4 +1,4 @@
-"""The parts of the miniature model before they have learned anything: what they learn from, how they are measured."""
+"""The parts of the miniature model before training: training data, losses and evaluation."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def tasks(count: int, edits_each: int = 2):
     return validation_tasks(count, edits_each)
 
 
-def test_the_encoder_is_the_linear_map_that_stands_for_it(autoencoder):
+def test_the_encoder_equals_its_linear_map(autoencoder):
     pixels = torch.stack([scene_to_tensor(source) for source, _ in tasks(8)])
     with torch.no_grad():
         layer_by_layer = autoencoder.encoder(pixels)
@@ -55,7 +55,7 @@ def test_the_encoder_is_the_linear_map_that_stands_for_it(autoencoder):
     assert 0.3 < latents.std() < 0.7
 
 
-def test_what_the_encoder_leaves_out_is_little(autoencoder):
+def test_the_latents_keep_nearly_everything(autoencoder):
     """The best linear reconstruction of an image's cells from its latents."""
     pixels = torch.stack([scene_to_tensor(source) for source, _ in tasks(40)])
     cells = torch.nn.functional.pixel_unshuffle(pixels, 8).movedim(1, -1).flatten(0, -2)
@@ -65,7 +65,7 @@ def test_what_the_encoder_leaves_out_is_little(autoencoder):
     assert (back - cells).pow(2).mean().sqrt() < 0.03
 
 
-def test_the_text_encoders_say_what_comfyui_s_say(encoders):
+def test_the_text_encoders_equal_comfyui_s(encoders):
     weights = [random_clip_l(), T5TokenClassifier().weights()]
     clip = comfy.sd.load_text_encoder_state_dicts(
         weights, clip_type=comfy.sd.CLIPType.FLUX, model_options=copy.deepcopy(ENCODER_OPTIONS)
@@ -80,7 +80,7 @@ def test_the_text_encoders_say_what_comfyui_s_say(encoders):
         assert torch.allclose(pooled, found.pooled, atol=1e-3)
 
 
-def test_every_token_is_told_what_its_instruction_asks_for():
+def test_tokens_are_labeled_with_the_edit_of_their_instruction():
     reader = T5TokenClassifier()
     tokens, meanings = reader.samples(3)
     for ids, told in zip(tokens[:8], meanings[:8]):
@@ -101,7 +101,7 @@ def near(latent: torch.Tensor, exact: torch.Tensor) -> bool:
     return torch.allclose(latent.float(), exact, rtol=2**-10, atol=1e-5)
 
 
-def test_samples_are_true_and_kept(autoencoder, tmp_path):
+def test_samples_are_exact_and_kept(autoencoder, tmp_path):
     chosen = tasks(6)
     made = encode_tasks(autoencoder, chosen)
     for k, (source, asked) in enumerate(chosen):
@@ -119,7 +119,7 @@ def test_samples_are_true_and_kept(autoencoder, tmp_path):
     assert first.instructions == again.instructions
 
 
-def test_a_stopped_lesson_goes_on_as_if_it_had_not_stopped(tmp_path):
+def test_resumed_training_equals_uninterrupted_training(tmp_path):
     def lesson(folder, seed, stop_at=-1):
         torch.manual_seed(seed)
         module = torch.nn.Linear(3, 1)
@@ -142,7 +142,7 @@ def test_a_stopped_lesson_goes_on_as_if_it_had_not_stopped(tmp_path):
     assert points[-1]["loss"] < 0.1 * points[0]["loss"]
 
 
-def test_the_transformer_begins_by_taking_what_it_sees_for_noise(autoencoder, encoders):
+def test_the_random_transformer_predicts_its_input(autoencoder, encoders):
     frozen = random_model()
     noise = torch.randn(2, 16, 8, 8, generator=generator("noise"))
     text = encoders.encode(["make the circle red", ""], 20)
@@ -151,7 +151,7 @@ def test_the_transformer_begins_by_taking_what_it_sees_for_noise(autoencoder, en
     assert torch.nn.functional.cosine_similarity(said.flatten(), noise.flatten(), 0) > 0.99
 
 
-def test_its_loss_teaches_it(autoencoder, encoders):
+def test_its_loss_falls(autoencoder, encoders):
     """A few steps on few samples; the same step gives the same loss."""
     frozen = random_model()
     lessons = TransformerTraining(frozen, encoders, encode_tasks(autoencoder, tasks(4)))
@@ -167,7 +167,7 @@ def test_its_loss_teaches_it(autoencoder, encoders):
     assert sum(losses[-4:]) < 0.85 * sum(losses[:4])
 
 
-def test_an_examination_tells_right_from_wrong():
+def test_evaluation_tells_right_from_wrong():
     chosen = tasks(12, 1)
     right = evaluate_images(
         np.stack([draw_scene(apply_edits(source, asked, [1.0])) for source, asked in chosen]), chosen
@@ -179,7 +179,7 @@ def test_an_examination_tells_right_from_wrong():
     assert all(share == ("not edited" not in what) for what, share in nothing.error_rate.items())
 
 
-def test_nobody_is_examined_in_what_they_learned():
+def test_validation_scenes_are_not_trained_on():
     learned = {random_scene(generator(seed, "bank")) for seed in range(200)}
     assert not learned & {source for source, _ in tasks(200)}
     assert VALIDATION_SEEDS[0] > 999_999
@@ -187,7 +187,7 @@ def test_nobody_is_examined_in_what_they_learned():
     assert all(len(asked) == 2 for _, asked in tasks(20))
 
 
-def test_an_untrained_model_is_examined(autoencoder, encoders):
+def test_a_random_model_is_evaluated(autoencoder, encoders):
     chosen = tasks(3)
     pictures = render_tasks(random_model(), encoders, autoencoder, chosen, steps=2)
     assert pictures.shape == (3, 64, 64, 3)
@@ -196,7 +196,7 @@ def test_an_untrained_model_is_examined(autoencoder, encoders):
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_configs_of_its_adapters(file, tmp_path):
-    """They are valid, know the text encoders, and find what write_lessons writes."""
+    """They are valid, have the text encoders' sizes, and read what write_dataset writes."""
     write_dataset(tmp_path / "dataset", num_scenes=4, num_strips=6)
     content = yaml.safe_load(file.read_text())
     assert content["model"]["text_encoder_options"] == ENCODER_OPTIONS
@@ -217,8 +217,8 @@ def test_configs_of_its_adapters(file, tmp_path):
         assert {len(example.instructions) for example in found.training} <= {1, 2, 3}
 
 
-def test_stacks_go_from_the_source_to_the_edit(tmp_path):
-    """Each column is as far on the way as the strength that the trainer reads for it."""
+def test_edit_strips_go_from_the_source_to_the_edit(tmp_path):
+    """The distance of each column from the source rises with the strength that the trainer reads."""
     write_dataset(tmp_path, num_scenes=1, num_strips=6)
     for strip in read_edit_strips(tmp_path / "edit_strips", max_kl=0.3, category_thresholds=False):
         with Image.open(strip.file) as row:
@@ -231,7 +231,7 @@ def test_stacks_go_from_the_source_to_the_edit(tmp_path):
         assert away[1.0] == np.abs(edit - source).mean()
 
 
-def test_edits_of_lessons_can_be_seen():
+def test_edits_are_visible():
     rng = generator(1, "visible")
     source = random_scene(rng)
     for edit in random_edits(rng, source, 3):

@@ -1,4 +1,4 @@
-"""The world made by code: what is drawn is read back, true edits are told from wrong ones, and chance is by seed."""
+"""Synthetic scenes: attributes are measured back from images, right edits told from wrong ones, seeds reproducible."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def noisy(picture, seed=0):
 
 
 def edited(number):
-    """A task, strengths for it from -0.5 to 1.5, often at the ends, and the true result."""
+    """A task, strengths for it from -0.5 to 1.5, often at the ends, and the exact result."""
     source, asked = TASKS[number]
     rng = np.random.default_rng(number)
     strengths = rng.choice([*STRENGTHS, *rng.uniform(*STRENGTHS, 2)], len(asked))
@@ -105,7 +105,7 @@ def size_error(true, found):
     return max(abs(attribute_values(true, one) - attribute_values(found, one)).item() for one in SIZE_OF.values())
 
 
-def test_objects_keep_apart_and_inside():
+def test_objects_do_not_touch_each_other_or_the_border():
     for source, _ in TASKS:
         assert smallest_gap(source, MAX_GROWTH) >= MIN_GAP
         grown = replace(
@@ -126,7 +126,7 @@ def test_gap():
     assert smallest_gap(replace(SCENE, circle_center=(32.6, 30.3))) == pytest.approx(np.hypot(6, 8) - 7)
 
 
-def test_picture():
+def test_image():
     picture = draw_scene(SCENE)
     assert (picture.shape, picture.dtype) == ((SIDE, SIDE, 3), np.float32)
     assert picture[18, 20] == pytest.approx(COLORS["blue"])
@@ -137,7 +137,7 @@ def test_picture():
 
 
 @pytest.mark.parametrize("size", [2.0, 3.7, 7.0, 14.0])
-def test_covered_area(size):
+def test_coverage(size):
     """Within 1% of the true area; a square's is exact."""
     scene = replace(SCENE, circle_size=size, square_size=size)
     assert coverage(scene, "square").sum() == pytest.approx(4 * size**2, rel=1e-9)
@@ -145,7 +145,7 @@ def test_covered_area(size):
 
 
 def test_colors_differ():
-    """Between objects, and between objects and backgrounds, more than an edit must change at least."""
+    """Between objects, and between objects and backgrounds, by more than the smallest change of an edit."""
     for one, other in combinations(COLORS.values(), 2):
         assert np.subtract(one, other) @ np.subtract(one, other) >= 0.45**2
     for source, _ in TASKS:
@@ -167,7 +167,7 @@ def test_paths():
     assert CIRCLE_RED.at(SCENE, -9).circle_color == (0, 0.27, 1)
 
 
-def test_paths_are_straight_where_models_are_asked():
+def test_edits_are_linear_within_strengths():
     for source, asked in TASKS:
         for edit in asked:
             values = [
@@ -195,7 +195,7 @@ def test_edits_together():
         apply_edits(SCENE, [CIRCLE_RED, SQUARE_RED], [1])
 
 
-def test_drawn_edits_are_visible_and_fit_together():
+def test_random_edits_are_visible_and_compatible():
     for source, asked in TASKS:
         assert len({edit.attribute for edit in asked}) == len(asked)
         for edit in asked:
@@ -212,7 +212,7 @@ def test_drawn_edits_are_visible_and_fit_together():
                 assert np.linalg.norm(np.subtract(color, result.background)) >= MIN_CONTRAST - 0.01
 
 
-def test_what_cannot_be_seen_is_not_asked():
+def test_invisible_edits_are_not_chosen():
     cyan_on_gray = replace(SCENE, circle_color=COLORS["cyan"], background=TONES["gray"])
     assert not is_legible(cyan_on_gray, [CIRCLE_RED])
     assert is_legible(cyan_on_gray, [SQUARE_RED])
@@ -232,7 +232,7 @@ def test_edits_of_another_scene():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_as_many_edits_as_asked(count):
+def test_number_of_edits(count):
     for seed in range(100):
         rng = generator(seed)
         assert len(random_edits(rng, random_scene(rng), count)) == count
@@ -263,7 +263,7 @@ def test_variety():
         assert len({edit.instruction for edit in every if (edit.attribute, edit.full) == kind}) >= 4
 
 
-def test_words():
+def test_instructions():
     meanings = {}
     tokenizer = FluxTokenizer()
     for _, asked in TASKS:
@@ -277,7 +277,7 @@ def test_words():
     assert some.prompt == f"{some.edits[0].instruction} and {some.edits[1].instruction}"
 
 
-def test_chance_is_by_seed():
+def test_seeds_are_reproducible():
     assert [random_task(seed) for seed in range(20)] == TASKS[:20]
     assert len({task.scene for task in TASKS}) == len(TASKS)
     assert len({task.prompt for task in TASKS}) > 130
@@ -288,7 +288,7 @@ def test_chance_is_by_seed():
         assert min(np.abs(np.subtract(color, name)).max() for name in names) <= JITTER
 
 
-def test_clean_pictures_are_read_exactly():
+def test_attributes_of_clean_images():
     """Colors to 1e-6, sizes to 0.0005 px, strengths to 0.0005."""
     for number in range(80):
         source, asked, strengths, true = edited(number)
@@ -309,7 +309,7 @@ def test_clean_pictures_are_read_exactly():
         pytest.param(lambda picture: noisy(blurred(picture)), 0.06, 0.25, 0.12, 0.06, id="both"),
     ],
 )
-def test_spoilt_pictures_are_read_well(spoil, color, size, strength, residual):
+def test_attributes_of_degraded_images(spoil, color, size, strength, residual):
     """Noise of 0.03, and half the resolution."""
     for number in range(80, 130):
         source, asked, strengths, true = edited(number)
@@ -346,7 +346,7 @@ def test_reached_strength_rises_with_the_true_one(edit):
         (CIRCLE_RED, BRIGHT),
     ],
 )
-def test_edits_of_something_else_are_told_apart(asked, done):
+def test_edits_of_another_attribute_do_not_count(asked, done):
     for strength in (0.5, 1):
         found = read_attributes(noisy(draw_scene(done.at(SCENE, strength))), SCENE)
         assert reached_strength(asked, SCENE, found) == pytest.approx(0, abs=0.05)
@@ -356,7 +356,7 @@ def test_edits_of_something_else_are_told_apart(asked, done):
         assert within_tolerance(done.at(SCENE, strength), found)
 
 
-def test_a_wrong_color_is_beside_the_path():
+def test_a_wrong_color_deviates_from_the_path():
     found = read_attributes(draw_scene(replace(SCENE, circle_color=COLORS["green"])), SCENE)
     assert reached_strength(CIRCLE_RED, SCENE, found) == pytest.approx(0.5, abs=1e-3)
     assert path_deviation(CIRCLE_RED, SCENE, found) > 5
@@ -365,7 +365,7 @@ def test_a_wrong_color_is_beside_the_path():
     assert path_deviation(CIRCLE_RED, SCENE, half) < 1e-3
 
 
-def test_an_object_that_is_gone():
+def test_a_missing_object():
     found = read_attributes(draw_scene(replace(SCENE, circle_color=SCENE.background)), SCENE)
     assert found.circle_size == 0
     assert found.square_size == pytest.approx(6.5, abs=0.002)
@@ -373,7 +373,7 @@ def test_an_object_that_is_gone():
     assert drift([CIRCLE_RED], SCENE, found) == pytest.approx(7 / SIZE_TOLERANCE)
 
 
-def test_residual_tells_what_no_scene_explains():
+def test_residual_of_images_that_no_scene_explains():
     moved = replace(SCENE, circle_center=(44.0, 15.0))
     assert read_attributes(draw_scene(moved), SCENE).residual > 0.045
     assert read_attributes(draw_scene(SCENE), SCENE).residual < 2e-4
@@ -388,6 +388,6 @@ def test_deviations_are_in_tolerances():
 
 
 @pytest.mark.parametrize("picture", [np.zeros((32, 32, 3)), np.full((SIDE, SIDE, 3), np.nan)])
-def test_no_picture_to_measure(picture):
+def test_invalid_images(picture):
     with pytest.raises(ValueError, match="Expected finite numbers"):
         read_attributes(picture, SCENE)

@@ -54,7 +54,7 @@ def edit_graph() -> Graph:
 
 
 def strengths_graph() -> Graph:
-    """The same beside an adapter; and between the latents, so that the changes are even."""
+    """An edit with an adapter, from interpolated latents, so the changes are even."""
     graph = Graph()
     text = graph.instructions("{instruction}")
     edit = graph.add("VAEEncode", pixels=graph.add("LoadImage", image="{edit}"), vae=vae(graph))
@@ -85,7 +85,7 @@ def in_a_thread(work, *args):
 
 @pytest.fixture
 def given(tmp_path, server) -> dict:
-    """A config for one photograph and one instruction, with everything it names."""
+    """A config for one photograph and one instruction, with all files that it names."""
     (tmp_path / "images").mkdir()
     Image.open(REPO / "demo" / "photo.jpg").resize((96, 96)).save(tmp_path / "images" / "a b.png")
     (tmp_path / "edit.json").write_text(json.dumps(edit_graph()))
@@ -103,7 +103,7 @@ def given(tmp_path, server) -> dict:
 
 @pytest.fixture
 def run(tmp_path, given):
-    """Prepares what is given, with changes of the config."""
+    """Run prepare on the config, with changes."""
     return lambda **changes: in_a_thread(prepare, read_prepare_config(written(tmp_path, {**given, **changes})))
 
 
@@ -135,8 +135,8 @@ def prompts_so_far(server) -> int:
     return len(json.loads(server.get("/history")))
 
 
-def test_stacks(tmp_path, server, given, run, capfd):
-    """Two pictures, one of them damaged, two servers, one not there; what is made and told; that it is made once."""
+def test_edit_strips_are_rendered_once(tmp_path, server, given, run, capfd):
+    """Two images, one of them damaged, and two servers, one unavailable: strips, records and report."""
     (tmp_path / "images" / "damaged.png").write_bytes(b"no picture")
     report = run(servers=[DEAD, server.url])
     assert f"{DEAD} is not used: {DEAD} does not respond" in "".join(capfd.readouterr())
@@ -202,14 +202,14 @@ def test_no_server(tmp_path, run):
     assert strips_of(tmp_path) == []
 
 
-def test_a_server_that_is_no_comfyui(run, tmp_path, capfd):
+def test_a_server_that_is_not_comfyui(run, tmp_path, capfd):
     with serving(SimpleHTTPRequestHandler) as url, pytest.raises(TrainingError, match="No server is left"):
         run(servers=[url])
     assert f"{url} is not used: HTTP 404" in "".join(capfd.readouterr())
 
 
-def test_what_is_uploaded_already_is_not_written_again(server):
-    """Another prompt may be reading it. A damaged file of that name is left alone too."""
+def test_uploaded_images_are_not_overwritten(server):
+    """Another prompt may be reading them. A damaged file of the same name is not overwritten either."""
 
     async def uploaded(*pictures: bytes) -> list[str]:
         async with aiohttp.ClientSession() as session:
@@ -230,10 +230,10 @@ def test_what_is_uploaded_already_is_not_written_again(server):
 
 
 def test_a_server_that_dies(tmp_path, server, given, run, capfd):
-    """In the middle of a stack: another goes on where it was."""
+    """In the middle of a strip: another server continues it."""
 
     class Dying(BaseHTTPRequestHandler):
-        """Hands all on to the real server, until it is asked for a fourth picture; then it says nothing any more."""
+        """Forwards requests to the real server, until it is asked for a fourth image; then it no longer responds."""
 
         prompts = 0
 
@@ -300,7 +300,7 @@ def test_stopped_and_killed(tmp_path, server, given, run):
     ],
 )
 def test_a_graph_that_fails(tmp_path, run, change, told):
-    """Refused by validation, or stopped by a node: in the server's words, and nothing is left behind."""
+    """Rejected by validation, or failed in a node: the server's message is reported and no file remains."""
     graph = strengths_graph()
     for node in graph.values():
         node["inputs"] |= {key: value for key, value in change.items() if key in node["inputs"]}
@@ -312,8 +312,8 @@ def test_a_graph_that_fails(tmp_path, run, change, told):
     assert not (tmp_path / "out" / "report.png").exists()
 
 
-def test_a_server_without_the_model_does_not_spoil_the_work():
-    """What one fails at goes to the other; what all fail at is given up."""
+def test_items_that_one_worker_fails_at_are_done_by_another():
+    """Items that all workers fail at are abandoned."""
 
     async def works(queue, worker, can):
         did = []
@@ -340,7 +340,7 @@ def test_a_server_without_the_model_does_not_spoil_the_work():
     assert not queue.waiting
 
 
-def test_a_lost_worker_hands_its_piece_back():
+def test_the_item_of_a_worker_that_left_is_returned():
     async def lost():
         queue = WorkQueue("xy", ["one", "other"])
         assert await queue.take("one") == "x"
@@ -356,8 +356,8 @@ def test_a_lost_worker_hands_its_piece_back():
     assert in_a_thread(asyncio.run, lost()) == ["x"]
 
 
-def test_a_cancelled_rendering_is_taken_from_the_server(server):
-    """The one that runs and the one that waits; the server is free at once, not after ten thousand steps."""
+def test_cancelled_renderings_are_removed_from_the_server(server):
+    """Both the running and the waiting one; the server is free at once, not after ten thousand steps."""
     graph = edit_graph()
     for node in graph.values():
         node["inputs"].update({"steps": 10_000} if node["class_type"] == "KSampler" else {})
@@ -387,8 +387,8 @@ def test_a_cancelled_rendering_is_taken_from_the_server(server):
     assert in_queue() == 0
 
 
-def test_no_record_of_another_picture(tmp_path):
-    """A stack that could not be replaced in full is one that is not there."""
+def test_an_image_never_has_the_record_of_another(tmp_path):
+    """A strip that could not be replaced completely counts as missing."""
     files = StripFiles(tmp_path, "one")
     red, blue = ([Image.new("RGB", (4, 4), color)] * NUM_COLUMNS for color in ("red", "blue"))
     distances = measure_strip(red, lambda one, other: 0.1)
@@ -412,7 +412,7 @@ BUILT_INS = {
 
 @pytest.mark.parametrize("name", BUILT_INS)
 def test_built_in_graphs(name, server, tmp_path, given, run):
-    """As they are the server takes them, and stops only at text encoders that are too small for the stock loader."""
+    """The server accepts them, and fails only at the text encoders, which are too small for the stock loader."""
     render = {
         "model": "tiny-kontext.safetensors",
         "text_encoders": ["tiny-clip-l.safetensors", "tiny-t5xxl.safetensors"],
@@ -514,7 +514,7 @@ def test_distances():
     assert pixel_distance(half, white) == pytest.approx(math.sqrt(0.5), rel=1e-3)
 
 
-def test_lpips_is_named_when_it_is_missing(monkeypatch):
+def test_missing_lpips_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(SliderError, match="pip install lpips"):
         get_distance("lpips")

@@ -27,14 +27,14 @@ def test_examples_are_valid(file):
 
 
 @pytest.mark.parametrize("method", PAPER_DEFAULTS)
-def test_examples_say_what_the_papers_do(method):
+def test_examples_have_the_settings_of_the_papers(method):
     config = read_config(REPO / "training" / "configs" / f"{method}.yaml").model_dump()
     for section, values in PAPER_DEFAULTS[method].items():
         assert values.items() <= config[section].items()
 
 
-def test_what_is_commented_out_is_the_default(tmp_path):
-    """stlora.yaml explains the settings; with its commented values written out, the config is the same."""
+def test_commented_settings_are_the_defaults(tmp_path):
+    """stlora.yaml documents the defaults as comments: with all of them uncommented, the config is the same."""
     text = (REPO / "training" / "configs" / "stlora.yaml").read_text()
     start = text.index("adapter:")
     written_out = []
@@ -50,7 +50,7 @@ def test_what_is_commented_out_is_the_default(tmp_path):
     assert plain.optimizer.betas == (0.9, 0.999)
 
 
-def test_what_is_left_out_is_from_the_papers(tmp_path):
+def test_missing_settings_are_those_of_the_papers(tmp_path):
     for method, sections in PAPER_DEFAULTS.items():
         data = {"type": "edit_strips", "path": "x"} if method == "projector" else CONFIG["data"]
         content = {"method": method, "name": "a", "output": "b", "model": CONFIG["model"], "data": data}
@@ -100,7 +100,7 @@ def test_methods_objectives_and_data_must_fit(tmp_path):
         read_config(write_config(tmp_path, {"method": "projector", "objective": {"type": "pps", "guidance": 1.0}}))
 
 
-def test_wrong_files_are_told_in_a_line(tmp_path, capsys, monkeypatch):
+def test_wrong_files_are_reported_in_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(comfy.model_management, "in_training", False)  # given back afterwards
     config = write_config(tmp_path, {"model": {"diffusion_model": "gone.safetensors", "extra_models_folder": None}})
     assert main(["train", str(config)]) == 1
@@ -122,7 +122,7 @@ def test_prodigy_finds_its_own_learning_rate(tmp_path):
         assert read_config(tmp_path / "a.yaml").optimizer.learning_rate == expected
 
 
-def test_files_beside_the_config_are_found(tmp_path):
+def test_files_next_to_the_config_are_found(tmp_path):
     (tmp_path / "mine.safetensors").touch()
     model = {"diffusion_model": "mine.safetensors", "text_encoders": ["mine.safetensors", "other.safetensors"]}
     found = read_config(write_config(tmp_path, {"model": model})).model

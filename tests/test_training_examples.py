@@ -1,4 +1,4 @@
-"""What a run learns from, out of folders and files."""
+"""Reading training examples from folders and files."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_combinations(place):
     assert {len(example.instructions) for example in combined(place, max_instructions_per_prompt=1).training} == {1}
 
 
-def test_contrary_instructions_never_meet(place):
+def test_mutually_exclusive_instructions_are_never_combined(place):
     apart = [INSTRUCTIONS[0], INSTRUCTIONS[2]]
     assert any(set(apart) <= set(example.instructions) for example in combined(place).training)
     found = combined(place, mutually_exclusive=[apart])
@@ -92,7 +92,7 @@ def test_pairs_that_cannot_be_read(place, line):
         examples_of(place, type="pairs", path="pairs.jsonl")
 
 
-def test_stacks(place):
+def test_edit_strips(place):
     write_edit_strips(place / "edit_strips", 3)
     data = {"type": "edit_strips", "path": "edit_strips", "num_validation": 1}
     config = read_config(write_config(place, {"method": "projector", "data": data}))
@@ -104,7 +104,7 @@ def test_stacks(place):
     assert {b - a for a, b in pairwise(reds)} == {28}
 
 
-def test_nothing_to_learn_from(place, tmp_path):
+def test_no_training_examples(place, tmp_path):
     with pytest.raises(TrainingError, match="none are left for training"):
         combined(place, num_examples=6)
     (tmp_path / "empty").mkdir()
@@ -119,7 +119,7 @@ def test_every_epoch_has_each_example_once():
 
 
 @pytest.mark.parametrize("size", [(640, 480), (100, 900), (64, 64), (33, 47)])
-def test_pictures_keep_their_shape(size):
+def test_images_keep_their_aspect_ratio(size):
     width, height = resize_to_area(Image.new("RGB", size), 256).size
     assert width % 16 == height % 16 == 0
     assert width * height == pytest.approx(256**2, rel=0.15)
@@ -136,7 +136,7 @@ def test_a_grid_of_two_sliders_shows_the_source():
     assert drawn.getpixel((102, 70)) == (255, 255, 255)
 
 
-def test_a_curve_tells_how_the_edit_comes():
+def test_strength_curve():
     """Gray levels: the source at 0; up by .2, back by .1, up by .3."""
     levels = torch.tensor([0.0, 0.1, 0.3, 0.2, 0.5])
     rendered = ValidationRender("a", levels[:, None, None, None].expand(5, 8, 8, 3), [(0.0,), (0.5,), (1.0,), (1.5,)])
@@ -147,8 +147,8 @@ def test_a_curve_tells_how_the_edit_comes():
     assert strength_curve(rendered._replace(strengths=[(0.0, 0.0)] * 4)) is None
 
 
-def test_pictures_are_upright(tmp_path):
-    """As a phone saves them: lying, with a note of it."""
+def test_exif_orientation_is_applied(tmp_path):
+    """Images are saved rotated with an EXIF orientation, as by phones."""
     lying = Image.new("RGB", (32, 16), "red")
     note = Image.Exif()
     note[0x0112] = 6
@@ -170,8 +170,8 @@ def test_validation_examples_are_not_trained_on(place):
     assert not learned & {(example.source, frozenset(example.instructions)) for example in found.validation}
 
 
-def test_few_examples_are_of_any_pictures(tmp_path):
-    """Not of the first ones by name."""
+def test_few_examples_are_of_random_images(tmp_path):
+    """Not of the first images by name."""
     write_images(tmp_path / "images", 40)
     data = {
         "type": "combinations",
@@ -186,7 +186,7 @@ def test_few_examples_are_of_any_pictures(tmp_path):
     assert used != by_name[:8]
 
 
-def test_prompts_of_one_instruction_are_told_of(place, caplog):
+def test_a_warning_when_every_prompt_has_one_instruction(place, caplog):
     with caplog.at_level(logging.WARNING):
         combined(place)
         assert not caplog.text

@@ -35,7 +35,7 @@ def model(weights, dtype: torch.dtype, gradient_checkpointing: bool) -> FrozenMo
 
 
 def lora(frozen: FrozenModel, kind: str, dtype: torch.dtype = torch.float32) -> TrainableLora:
-    """An adapter in the middle of its training: no factor is zero."""
+    """A LoRA without zero factors, as in the middle of training."""
     learning = TrainableLora(frozen, kind, rank=3, seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_equal_to_float64_without_checkpointing(weights, manifest, kind):
 
 @pytest.mark.parametrize("storage", ["float8_e4m3fn", "quantized", "partly loaded"])
 def test_the_weights_storage_does_not_matter(weights, manifest, storage):
-    """As through the same values in float32: 8-bit floats, ComfyUI's quantized layers, weights that stay offloaded."""
+    """As with the same values in float32: 8-bit floats, ComfyUI's quantized layers, offloaded weights."""
     of = batch(manifest)
     frozen = model(weights, torch.float32, True)
     if storage == "float8_e4m3fn":
@@ -126,7 +126,7 @@ def test_the_weights_storage_does_not_matter(weights, manifest, storage):
 
 
 def quantized(weights):
-    """The linears of double blocks as ComfyUI's scaled 8-bit floats, and what they stand for."""
+    """The weights with the linears of double blocks as ComfyUI's scaled 8-bit floats, and dequantized."""
     written, meant = dict(weights), dict(weights)
     for name, value in weights.items():
         if name.startswith("double_blocks.") and name.endswith(".weight") and value.ndim == 2:
@@ -176,7 +176,7 @@ def test_of_the_projector_and_its_lora(weights, manifest):
 
 
 def test_in_half_precision(weights, manifest):
-    """There ComfyUI looks at what blocks give, so that nothing of it may be left out when they run again."""
+    """In float16 ComfyUI reads the outputs of blocks, so no output may be skipped in recomputation."""
     of = batch(manifest)
     found = {}
     for dtype in (torch.float16, torch.float32):
@@ -204,8 +204,8 @@ def test_where_the_strength_is_dropped_there_is_no_projector(weights, manifest):
     assert torch.allclose(both[1], without[1], atol=1e-5)
 
 
-def test_without_copies_of_what_is_overwritten_gradients_are_wrong(weights, manifest, monkeypatch):
-    """It runs without an error under checkpointing, which is why the copies have to be proven."""
+def test_without_copies_of_modified_inputs_gradients_are_wrong(weights, manifest, monkeypatch):
+    """Checkpointing hides autograd's error, so only a test of the gradients can show that the copies are needed."""
     of = batch(manifest)
     frozen = model(weights, torch.float32, True)
     learning = lora(frozen, "STLoRA")
@@ -216,8 +216,8 @@ def test_without_copies_of_what_is_overwritten_gradients_are_wrong(weights, mani
     assert not apart(gradients(frozen, learning, objective, of), exact) < 0.01  # not finite, or another
 
 
-def test_the_backward_pass_belongs_into_the_context(weights, manifest):
-    """Outside of it, checkpointed blocks run again without the adapter."""
+def test_the_backward_pass_must_run_in_the_context(weights, manifest):
+    """Outside the context, checkpointed blocks are recomputed without the adapter."""
     of = batch(manifest)
     frozen = model(weights, torch.float32, True)
     learning = lora(frozen, "STLoRA")
@@ -229,7 +229,7 @@ def test_the_backward_pass_belongs_into_the_context(weights, manifest):
         losses.sum().backward()
 
 
-def test_only_suppressed_rows_are_changed(weights, manifest):
+def test_only_tokens_of_suppressed_instructions_change(weights, manifest):
     of = batch(manifest)
     frozen = model(weights, torch.float32, True)
     objective = PromptSuppression(settings("pps"), 0, lora(frozen, "STLoRA"), True)
@@ -242,7 +242,7 @@ def test_only_suppressed_rows_are_changed(weights, manifest):
     assert [row for row in range(ROWS) if moved[1, row].any()] == [2, 3]
 
 
-def test_nothing_stays_on_the_model(weights, manifest):
+def test_the_model_is_restored(weights, manifest):
     of = batch(manifest)
     frozen = model(weights, torch.float32, True)
     learning = lora(frozen, "STLoRA")

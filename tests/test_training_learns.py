@@ -1,4 +1,4 @@
-"""What is learned is what the papers want, measured on pictures and prompts that were not trained on."""
+"""Training achieves the papers' objectives, measured on images and prompts that were not trained on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training.objectives import Batch
 from training.run import Run
 
 UNSEEN = 10**6
-"""A step that no run gets to: its noise and noise levels are new."""
+"""A step beyond every run, so its noise and sigmas are new."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ class Learned:
     validation: list[Batch]
 
     def distance(self, changes) -> float:
-        """Mean distance from what is wanted on the held-out samples, with the model changed as `changes` says."""
+        """Mean loss on the validation samples. changes: batch -> forward wrappers."""
         total = count = 0.0
         for batch in self.validation:
             objective, base = self.run.objective, self.run.model
@@ -57,7 +57,7 @@ class Learned:
 
 
 def learned(place, name: str, **changes) -> Learned:
-    """A run in full, with samples of its held-out examples."""
+    """A completed run, with samples of its validation examples."""
     data = {
         "type": "combinations",
         "images": "images",
@@ -83,8 +83,8 @@ def fell(losses: list[float], to: float) -> bool:
     return sum(losses[-tenth:]) < to * sum(losses[:tenth])
 
 
-def test_an_stlora_deletes_the_instructions_that_it_acts_on(place):
-    """PPS on random weights: the loss falls, and held-out prompts are answered as if they lacked the instruction."""
+def test_an_stlora_suppresses_the_instructions_that_it_acts_on(place):
+    """PPS on random weights: the loss falls, and predictions for new prompts are as if the instruction were missing."""
     it = learned(
         place, "pps", run={"steps": 150, "batch_size": 8, "micro_batch_size": 8, "gradient_checkpointing": False}
     )
@@ -146,7 +146,7 @@ def test_a_gstlora_makes_every_instruction_neutral(place):
 
 
 def test_a_projector_tells_strengths_apart(place):
-    """Flow matching, mostly at high noise, on pictures that redden: its own strength predicts a sample best."""
+    """Flow matching, mostly at high noise, on images that redden: the true strength predicts a sample best."""
     it = learned(
         place,
         "projector",

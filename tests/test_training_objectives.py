@@ -1,4 +1,4 @@
-"""What is drawn and what is wanted, as in the papers."""
+"""Training samples and targets, as in the papers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_velocity_is_the_golden_one(golden_model, case):
     assert torch.allclose(torch.cat(rows), want, atol=tolerance["atol"], rtol=tolerance["rtol"])
 
 
-def test_pps_suppresses_every_choice_of_instructions_equally_often():
+def test_pps_suppresses_every_subset_of_instructions_equally_often():
     drawn = [suppression("pps").make_sample(EXAMPLE, step, 0) for step in range(DRAWS)]
     counts = Counter(sample.suppressed for sample in drawn)
     assert len(counts) == 7
@@ -62,13 +62,13 @@ def test_pps_suppresses_every_choice_of_instructions_equally_often():
         assert sample.source == sample.target == PICTURE
 
 
-def test_spps_holds_the_whole_prompt_against_a_neutral_one():
+def test_spps_has_a_neutral_teacher_prompt():
     sample = suppression("spps").make_sample(EXAMPLE, 0, 0)
     assert (sample.suppressed, sample.teacher) == ((0, 1, 2), NEUTRAL_PROMPT)
     assert NEUTRAL_PROMPT == ("keep the image the same",)
 
 
-def test_noise_levels():
+def test_sigmas():
     levels = torch.tensor([suppression("pps").sample_sigma(step, place) for step in range(DRAWS) for place in range(2)])
     assert levels.min() >= 0
     assert levels.max() <= 1
@@ -97,7 +97,7 @@ def of_ones(sigma: list[float]) -> Batch:
     return Batch([], torch.zeros(shape), clean, noise, torch.tensor(sigma), Text(clean, clean), None, [])
 
 
-def test_noise_is_put_on_and_taken_off():
+def test_noised_latent_and_target_velocity():
     batch = of_ones([0.0, 0.25, 1.0])
     assert batch.noised_latent[:, 0, 0, 0].tolist() == [2, 4, 10]
     assert FlowMatching(settings("flow"), 0, None, None).target_velocity(None, batch).unique().tolist() == [8]

@@ -1,4 +1,4 @@
-"""Training runs: cached inputs, checkpoints, going on after a stop, several processes, files for the nodes."""
+"""Training runs: cache, checkpoints, resuming, several processes, adapter files for the nodes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from training.trainable import TrainableLora, TrainableProjector
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with models, pictures, and a cache that all runs share."""
+    """A folder with models, images, and a cache that all runs share."""
     folder = tmp_path_factory.mktemp("training")
     write_tiny_models(folder / "models")
     for part in (folder / "models").iterdir():
@@ -85,7 +85,7 @@ def same(one, other) -> bool:
 
 
 def apart(one, other) -> float:
-    """The largest relative difference of a whole tensor: Adam makes much of single gradients that are all rounding."""
+    """The largest relative difference of a tensor; not of a value, as Adam amplifies gradients that are only rounding."""
     assert one.keys() == other.keys()
     return torch.stack([(one[key] - other[key]).norm() / other[key].norm() for key in one]).max().item()
 
@@ -120,7 +120,7 @@ def test_changed_inputs_are_noticed(place, accelerator, caplog, tmp_path):
     assert len(list((tmp_path / "cache" / "texts").iterdir())) == 2 * known
 
 
-def test_bad_pictures_are_left_out(place, accelerator, caplog, tmp_path):
+def test_unreadable_images_are_skipped(place, accelerator, caplog, tmp_path):
     write_images(tmp_path / "images", 3)
     (tmp_path / "images" / "1.png").write_bytes(b"no picture")
     data = {
@@ -139,13 +139,13 @@ def test_bad_pictures_are_left_out(place, accelerator, caplog, tmp_path):
         prepare_run(place, accelerator, data=data)
 
 
-def test_instructions_without_words_are_named(place, accelerator):
+def test_instructions_without_text_are_reported(place, accelerator):
     data = {"type": "combinations", "images": "images", "instructions": ["make it red", "()"], "num_examples": 6}
     with pytest.raises(TrainingError, match=r"'\(\)' contains no text"):
         prepare_run(place, accelerator, data=data)
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(place, accelerator):
+def test_a_resumed_run_equals_an_uninterrupted_one(place, accelerator):
     more = {"optimizer": {"learning_rate": 1e-3, "lr_scheduler": "constant", "warmup_steps": 3, "ema_decay": 0.9}}
     trained(place, accelerator, **named("whole", run={"steps": 6}, **more))
     trained(place, accelerator, **named("parts", run={"steps": 3}, checkpoints={"every_n_steps": 3}, **more))
@@ -209,7 +209,7 @@ def test_runs_of_version_0_1_are_resumed(place, accelerator):
         other.resume()
 
 
-def test_killed_and_started_again_equals_never_stopped(place, accelerator):
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(place, accelerator):
     more = {"run": {"steps": 20}, "checkpoints": {"every_n_steps": 2, "keep_last": 2}}
     trained(place, accelerator, **named("never", **more))
     config = write_config(place, named("killed", **more))
@@ -228,7 +228,7 @@ def test_killed_and_started_again_equals_never_stopped(place, accelerator):
     assert same(result(place, "killed"), result(place, "never"))
 
 
-def test_two_processes_learn_what_one_learns(place, accelerator):
+def test_two_processes_equal_one(place, accelerator):
     trained(place, accelerator, **named("one", run={"steps": 4, "batch_size": 5, "micro_batch_size": 2}))
     config = write_config(place, named("two", run={"steps": 4, "batch_size": 5, "micro_batch_size": 2}))
     process = started(COMFYUI, ["train", config], processes=2)
@@ -238,14 +238,14 @@ def test_two_processes_learn_what_one_learns(place, accelerator):
     assert apart(result(place, "whole"), result(place, "one")) > 0.1
 
 
-def test_settings_of_another_run(place, accelerator):
+def test_other_settings_are_refused(place, accelerator):
     other = prepare_run(place, accelerator, **named("whole", adapter={"rank": 4}, run={"steps": 6, "seed": 5}))
     with pytest.raises(TrainingError, match=r"run.seed was 0, is 5"):
         other.resume()
 
 
-def test_what_a_broken_run_may_go_on_with(place, accelerator, caplog, tmp_path):
-    """A lower learning rate, as the error about losses advises; another micro_batch; pictures that were moved."""
+def test_settings_that_may_change(place, accelerator, caplog, tmp_path):
+    """A lower learning rate, as the error about losses advises; another micro_batch_size; images that were moved."""
     one = trained(place, accelerator, **named("careful", optimizer={"learning_rate": 1e-3}, run={"steps": 2}))
     shutil.copytree(place / "images", tmp_path / "moved")
     moved = {**one.config.model_dump(mode="json")["data"], "images": str(tmp_path / "moved")}
@@ -259,8 +259,8 @@ def test_what_a_broken_run_may_go_on_with(place, accelerator, caplog, tmp_path):
     assert other.optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
 
 
-def test_being_told_to_stop_is_never_forgotten(place, accelerator, monkeypatch):
-    """Also while a step is taken, which is when it happens; the step is finished and saved."""
+def test_a_stop_signal_is_never_lost(place, accelerator, monkeypatch):
+    """It arrives during a step; a run stops after the next reduction and saves the step."""
     run = prepare_run(place, accelerator, **named("told", run={"steps": 9}, checkpoints={"every_n_steps": 5}))
     run.config.output.mkdir(exist_ok=True)
     reduce = accelerator.reduce
@@ -277,7 +277,7 @@ def test_being_told_to_stop_is_never_forgotten(place, accelerator, monkeypatch):
     assert (place / "out_told" / "told.safetensors").is_file()
 
 
-def test_a_last_step_without_its_adapter_is_mended(place, accelerator):
+def test_a_missing_adapter_of_the_last_step_is_written(place, accelerator):
     trained(place, accelerator, **named("ended", run={"steps": 2}))
     file = place / "out_ended" / "ended.safetensors"
     before = load_file(file)
@@ -288,7 +288,7 @@ def test_a_last_step_without_its_adapter_is_mended(place, accelerator):
     assert same(load_file(file), before)
 
 
-def test_averaged_weights_are_rendered(place, accelerator):
+def test_ema_weights_are_rendered(place, accelerator):
     more = {
         "optimizer": {"learning_rate": 1e-3, "ema_decay": 0.9},
         "validation": {"every_n_steps": 2, "strengths": [0.0, 1.0]},
@@ -297,7 +297,7 @@ def test_averaged_weights_are_rendered(place, accelerator):
     assert (place / "out_averaged" / "validation" / "step_000002" / "curves.json").is_file()
 
 
-def test_prompts_of_different_length_are_not_put_together(place, accelerator):
+def test_prompts_of_different_length_are_not_batched(place, accelerator):
     long = "make the circle as red as the reddest of all red things that anybody has ever seen and then some more"
     data = {"type": "combinations", "images": "images", "instructions": ["make it red", long], "num_examples": 12}
     run = prepare_run(place, accelerator, data=data, model={"max_sequence_length": 8})
@@ -338,7 +338,7 @@ def test_a_full_disk_loses_nothing(place, accelerator, caplog, monkeypatch):
     assert not list(again.checkpoints.folder.glob("*.part"))
 
 
-def test_a_full_disk_does_not_end_a_run_at_its_logs(place, accelerator, caplog, monkeypatch):
+def test_a_run_continues_when_logs_cannot_be_written(place, accelerator, caplog, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -353,7 +353,7 @@ def test_a_full_disk_does_not_end_a_run_at_its_logs(place, accelerator, caplog, 
     assert "Logs and images cannot be written" in caplog.text
 
 
-def test_the_newest_states_are_kept(place, accelerator):
+def test_the_last_checkpoints_are_kept(place, accelerator):
     run = trained(
         place, accelerator, **named("kept", run={"steps": 5}, checkpoints={"every_n_steps": 1, "keep_last": 2})
     )
@@ -373,7 +373,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(place, accelerator):
     assert all(torch.equal(a, b) or a.isnan().all() for a, b in zip(run.trainables.parameters(), before))
 
 
-def test_pictures_and_curves_of_held_out_examples(place, accelerator):
+def test_images_and_curves_of_validation_examples(place, accelerator):
     trained(
         place,
         accelerator,
@@ -413,7 +413,7 @@ def files(place, accelerator):
     return found
 
 
-def test_files_tell_what_they_are(files, capsys):
+def test_files_are_described(files, capsys):
     for method, kind in (("stlora", "STLoRA"), ("gstlora", "GSTLoRA")):
         adapter = read_adapter(files[method])
         assert adapter.adapter_type == kind
@@ -443,7 +443,7 @@ def test_a_dry_run_saves_nothing(place, capsys):
 
 
 def test_adapters_are_evaluated(files, place, capsys):
-    """What was trained here, by each method, and an authors' file."""
+    """Adapters trained here, by each method, and a file of the authors."""
     few = {"validation": {"strengths": [0.0, 0.5, 1.0], "steps": 2}}
     stacks = {"method": "projector", "data": {"type": "edit_strips", "path": "edit_strips", "num_validation": 1}}
     for method, more in (("stlora", {}), ("gstlora", {"method": "gstlora"}), ("projector", stacks)):
@@ -470,8 +470,8 @@ def test_the_quickstart_has_all_it_needs(tmp_path, capsys):
     assert "118 for training" in capsys.readouterr().out
 
 
-def test_exported_files_are_the_authors(golden_model, tmp_path):
-    """Keys and shapes of an adapter for the golden model, as in the authors' files for it."""
+def test_exported_files_equal_the_authors_in_format(golden_model, tmp_path):
+    """Keys and shapes of an adapter for the golden model are those of the authors' files."""
     base = FrozenModel(golden_model)
     examples = GOLDEN / "examples"
     for method, kind, exported in (
@@ -510,7 +510,7 @@ def tensors_of(file) -> dict[str, torch.Tensor]:
     return load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
 
 
-def test_a_trained_file_moves_the_picture(files, server):
+def test_trained_files_change_the_image(files, server):
     for method, file in files.items():
         shutil.copy(file, server.model / "models" / "loras" / f"trained_{method}.safetensors")
 

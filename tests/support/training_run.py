@@ -78,7 +78,7 @@ def write_edit_strips(folder: Path, count: int) -> None:
 
 
 def write_config(folder: Path, changes: Mapping[str, Any] = {}) -> Path:
-    """CONFIG with changes, sections merged, as a file in `folder`; paths in it are relative to there."""
+    """Write CONFIG with changes, merged by section, as a file into `folder`, which its paths are relative to."""
     content = copy.deepcopy(CONFIG)
     for section, values in changes.items():
         merge = isinstance(values, Mapping) and section != "data"
@@ -89,7 +89,7 @@ def write_config(folder: Path, changes: Mapping[str, Any] = {}) -> Path:
 
 
 def started(comfyui: Path, arguments: Sequence[str | Path], processes: int = 1) -> subprocess.Popen[str]:
-    """python -m training in a process of its own, or several by torchrun."""
+    """python -m training in a separate process, or in several by torchrun."""
     launch = ["-m"] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "-m"]
     return subprocess.Popen(
         [sys.executable, *launch, "training", *map(str, arguments)],
