@@ -85,7 +85,7 @@ def same(one, other) -> bool:
 
 
 def apart(one, other) -> float:
-    """The largest relative difference of a tensor; not of a value, as Adam amplifies gradients that are only rounding."""
+    """The largest relative difference of a tensor; single values may differ more, as Adam amplifies rounding errors."""
     assert one.keys() == other.keys()
     return torch.stack([(one[key] - other[key]).norm() / other[key].norm() for key in one]).max().item()
 
