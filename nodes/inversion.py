@@ -107,7 +107,7 @@ class EditInvertedImage(io.ComfyNode):
                     tooltip="The first image of the batch, from which the edits keep what does not change. 'follows "
                     "the trajectory': it is reset to the inverted image's latent after every step. 'as in the "
                     "published code': it is reset to the latent of another step, which reproduces the published "
-                    "results. 'remembered by the model': the batch has no source; for a model from "
+                    "results. 'cached by the model': the batch has no source; for a model from "
                     f"{names.KEEP_CACHED_SOURCE}.",
                 ),
             ],

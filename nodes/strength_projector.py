@@ -121,7 +121,7 @@ class ProjectorStrength(io.ComfyNode):
                     "mode",
                     options=[CLAMP, UNCLAMPED, DROP],
                     tooltip="The projector was trained on strengths from 0 to 1. Beyond that range the paper reports "
-                    "edits that fail or get weaker (A.9), so strengths are clamped unless you allow them. 'drop the "
+                    "edits that fail or get weaker (A.9), so strengths are clamped unless you allow them. 'no "
                     "strength' uses the LoRA without any strength, as in a fraction of its training.",
                 ),
             ],

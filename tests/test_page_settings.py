@@ -214,6 +214,21 @@ def test_the_page_in_chinese(view, settings):
     assert rows(view).count() == 2
 
 
+@pytest.mark.newer_frontend_too
+def test_options_have_labels_and_keep_their_values(view):
+    open_graph(view, prompt_graph())
+    label, value = view.page.evaluate(
+        """type => {
+            const widget = app.graph.findNodesByType(type)[0].widgets.find(widget => widget.name === 'mode')
+            return [widget.options.getOptionLabel(widget.value), widget.value]
+        }""",
+        NODE,
+    )
+    assert (label, value) == ("one instruction per line", "one per line")
+    assert inputs(view)["mode"] == "one per line"
+    assert view.errors == []
+
+
 def test_translations_are_complete(server):
     read = {file.relative_to(LOCALES).as_posix(): json.loads(file.read_text()) for file in LOCALES.rglob("*.json")}
     english, chinese = read["en/main.json"]["editSliders"], read["zh/main.json"]["editSliders"]
@@ -228,6 +243,9 @@ def test_translations_are_complete(server):
     assert {f"EditSliders_{name[0].upper()}{name[1:]}" for name in names} == set(read["zh/settings.json"])
 
     ours = {key: node for key, node in server.object_info().items() if key.startswith("EditSliders")}
+    specs = [spec for node in ours.values() for kind in node["input"].values() for spec in kind.values()]
+    options = {option for kind, *rest in specs if kind == "COMBO" for option in rest[0]["options"]}
+    assert set(read["en/main.json"]["editSlidersOptions"]) <= set(read["zh/main.json"]["editSlidersOptions"]) <= options
     assert set(read["zh/nodeDefs.json"]) == set(ours)
     for key, texts in read["zh/nodeDefs.json"].items():
         known = {**ours[key]["input"].get("required", {}), **ours[key]["input"].get("optional", {})}

@@ -4,6 +4,7 @@ import { api } from '../../scripts/api.js'
 import { app } from '../../scripts/app.js'
 import { addCurve, NODE as CALIBRATED_STRENGTH, reattachCurve } from './calibration/node.mjs'
 import { listenForJobs } from './shared/job_queue.mjs'
+import { labelOptions } from './shared/option_labels.mjs'
 import { SETTINGS } from './shared/settings.mjs'
 import { addTextOutput, registerTextOutput } from './shared/text_output.mjs'
 import { loadTexts } from './shared/texts.mjs'
@@ -44,6 +45,7 @@ app.registerExtension({
   },
 
   nodeCreated(node) {
+    if (node.comfyClass?.startsWith('EditSliders')) labelOptions(node)
     if (node.comfyClass === SLIDER_PROMPT) addSliders(node)
     else if (node.comfyClass === CALIBRATED_STRENGTH) addCurve(node)
     else addTextOutput(node)

@@ -77,8 +77,8 @@ def instruction_inputs(pad_advanced: bool = False) -> tuple[io.Input, ...]:
         io.Combo.Input(
             "mode",
             options=list(SPLITTERS),
-            tooltip="'one per line': each line is an instruction; they are joined with ' and ', as in training. "
-            "'[[marked]] phrases': the text is used as it is, and each phrase in [[ ]] gets a slider.",
+            tooltip="'one instruction per line': the lines are joined with ' and ', as in training. 'only [[marked]] "
+            "phrases': the text is used as it is, and each phrase in [[ ]] gets a slider.",
         ),
         io.Boolean.Input(
             "pad_to_512",
@@ -120,7 +120,7 @@ def layer_inputs() -> tuple[io.Combo.Input, io.String.Input]:
             display_name="layer_list",
             default="0, 1, 17-18",
             advanced=True,
-            tooltip="For 'listed below': layer numbers from 0, double blocks first (0 to 18), then single blocks "
+            tooltip="For 'layer_list below': layer numbers from 0, double blocks first (0 to 18), then single blocks "
             f"(19 to 56). {names.FIND_VITAL_LAYERS} outputs such a list.",
         ),
     )

@@ -5,6 +5,9 @@ const FALLBACK = 'en'
 /** @type {Record<string, string>} */
 const texts = {}
 
+/** @type {Record<string, string>} Value of a combo option -> its label. */
+const optionLabels = {}
+
 /**
  * Load the texts; those missing in a language are in English.
  * @param {{ fetchApi: (path: string) => Promise<Response> }} server
@@ -15,6 +18,7 @@ export async function loadTexts(server, language) {
   if (!response.ok) return
   const locales = await response.json()
   Object.assign(texts, locales[FALLBACK]?.editSliders, locales[language]?.editSliders)
+  Object.assign(optionLabels, locales[FALLBACK]?.editSlidersOptions, locales[language]?.editSlidersOptions)
 }
 
 /**
@@ -24,4 +28,20 @@ export async function loadTexts(server, language) {
  */
 export function t(key, ...values) {
   return (texts[key] ?? key).replace(/\{(\d)\}/g, (_, k) => String(values[Number(k)]))
+}
+
+/**
+ * Whether there is a label for this value of a combo option.
+ * @param {unknown} value
+ */
+export function isLabeledOption(value) {
+  return String(value) in optionLabels
+}
+
+/**
+ * The label of a combo option; its value if there is none.
+ * @param {string | null} [value]
+ */
+export function optionLabel(value) {
+  return optionLabels[value ?? ''] ?? value ?? ''
 }
