@@ -1,4 +1,4 @@
-"""ComfyUI on the path and on the CPU; a server for whole graphs, the golden model for single calls."""
+"""Shared setup: ComfyUI on sys.path and on the CPU, a server for complete graphs, the golden model for single calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from playwright.sync_api import Browser
 REPO = Path(__file__).resolve().parent.parent
 GOLDEN = REPO / "tests" / "data" / "golden"
 if "COMFYUI_PATH" not in os.environ:
-    pytest.exit("The tests need a ComfyUI: start them by 'python run.py test', or set COMFYUI_PATH.")
+    pytest.exit("COMFYUI_PATH is not set: run the tests with 'python run.py test', or set it to a ComfyUI checkout.")
 COMFYUI = Path(os.environ["COMFYUI_PATH"])
 
 sys.path[:0] = [str(COMFYUI), str(REPO / "tests")]
@@ -27,39 +27,37 @@ sys.path.append(str(REPO))
 import comfy.cli_args  # noqa: E402
 from support.browser import ComfyPage, browser, write_settings  # noqa: E402
 from support.comfy_server import ComfyServer  # noqa: E402
-from support.pictures import QUALITY, alike  # noqa: E402
+from support.screenshots import QUALITY, look_alike  # noqa: E402
 from support.tiny_models import write_tiny_models  # noqa: E402
 
-# One thread unless OMP_NUM_THREADS asks for more, here and in the servers: threads cost more than they save in tests.
+# One thread here and in the servers unless OMP_NUM_THREADS sets more: the models are too small to gain from threads.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 comfy.cli_args.args.cpu = True
 comfy.cli_args.args.use_pytorch_cross_attention = True
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--redraw", action="store_true", help="write the pictures of README, help pages and templates anew"
-    )
+    parser.addoption("--redraw", action="store_true", help="overwrite the images of README, help pages and templates")
 
 
 @pytest.fixture(scope="session")
-def same_or_redrawn(request: pytest.FixtureRequest) -> Callable[[Path, Image.Image], None]:
-    """Checks that a picture of the repository shows what was drawn now; with --redraw it is replaced."""
+def assert_up_to_date(request: pytest.FixtureRequest) -> Callable[[Path, Image.Image], None]:
+    """Asserts that an image file of the repository looks like a new screenshot; --redraw overwrites the file first."""
 
-    def check(place: Path, drawn: Image.Image) -> None:
+    def check(file: Path, screenshot: Image.Image) -> None:
         if request.config.getoption("--redraw"):
-            drawn.save(place, quality=QUALITY)
-        with Image.open(place) as kept:
-            assert alike(kept, drawn), f"{place.name} is out of date: python run.py test --redraw"
+            screenshot.save(file, quality=QUALITY)
+        with Image.open(file) as saved:
+            assert look_alike(saved, screenshot), f"{file.name} is out of date: python run.py test --redraw"
 
     return check
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests with the mark run on a newer frontend too."""
+    """Tests marked newer_frontend_too run on the bundled and on a newer frontend."""
     if "frontend" in metafunc.fixturenames:
-        marked = metafunc.definition.get_closest_marker("newer_frontend_too")
-        frontends = ["bundled", "newer"] if marked else ["bundled"]
+        marker = metafunc.definition.get_closest_marker("newer_frontend_too")
+        frontends = ["bundled", "newer"] if marker else ["bundled"]
         metafunc.parametrize("frontend", frontends, indirect=True, scope="session")
 
 
@@ -78,7 +76,7 @@ def frontend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def server(frontend: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """A running ComfyUI with the pack, the tiny models and a photograph called photo.png."""
+    """A running ComfyUI with the pack, the tiny models and an input image photo.png."""
     base = tmp_path_factory.mktemp("comfyui")
     write_tiny_models(base / "models")
     write_settings(base)
@@ -86,9 +84,9 @@ def server(frontend: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     args = ["--preview-method", "latent2rgb"]
     if frontend == "newer":
         args += ["--front-end-root", os.environ["EDITSLIDERS_NEWER_FRONTEND"]]
-    with pytest.MonkeyPatch.context() as environment:
-        # where torchvision's weights are: not what else this computer has of them
-        environment.setenv("TORCH_HOME", str(base / "torch"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        # torchvision's weights come from here, not from the user's cache
+        monkeypatch.setenv("TORCH_HOME", str(base / "torch"))
         with ComfyServer(COMFYUI, base, packs, args) as running:
             running.put_input("photo.png", Image.open(REPO / "demo" / "photo.jpg").resize((64, 64)))
             yield running
@@ -102,7 +100,7 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session", params=["canvas", "nodes 2.0"])
 def view(request: pytest.FixtureRequest, server: ComfyServer, chromium: Browser) -> Iterator[ComfyPage]:
-    """The server's page in a browser, in both of the frontend's ways to draw nodes."""
+    """The server's page in a browser, with each of the frontend's node renderers."""
     page = ComfyPage(chromium, server, vue=request.param == "nodes 2.0")
     yield page
     page.close()
@@ -123,7 +121,7 @@ def manifest() -> dict:
 
 @pytest.fixture(scope="session")
 def golden_model(recipe: ModuleType, manifest: dict):
-    """The golden FLUX as the stock loader makes it: a ModelPatcher, float32 on the CPU."""
+    """The golden FLUX as the stock loader returns it: a ModelPatcher in float32 on the CPU."""
     import comfy.sd
 
     weights = recipe.flux_weights(manifest["model"])
@@ -131,8 +129,8 @@ def golden_model(recipe: ModuleType, manifest: dict):
 
 
 @pytest.fixture
-def unpatched_afterwards(golden_model) -> Iterator[None]:
-    """For tests that let ComfyUI load LoRAs into the golden model."""
+def unpatch_golden_model(golden_model) -> Iterator[None]:
+    """Restores the golden model's weights after a test in which ComfyUI merged LoRAs into them."""
     import comfy.model_management
 
     yield

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from support.comfy_server import PromptRefused
+from support.comfy_server import PromptRejected
 from support.graphs import Graph
 from support.outcomes import far, latents, near
 from test_miniature_sliders import ADAPTERS, it  # noqa: F401
@@ -315,5 +315,5 @@ def test_a_bad_curve_is_named(server):
 def test_a_bad_position_is_refused(server):
     g = Graph()
     g.add("PreviewAny", source=g.add("EditSlidersCalibratedStrength", position="much", curve="", on=True))
-    with pytest.raises(PromptRefused, match="position"):
+    with pytest.raises(PromptRejected, match="position"):
         server.run(g)

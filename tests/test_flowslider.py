@@ -6,7 +6,7 @@ import comfy.sample
 import numpy as np
 import pytest
 import torch
-from support.comfy_server import PromptRefused
+from support.comfy_server import PromptRejected
 from support.graphs import Graph, Link
 from support.model_calls import compiled, noise, velocity_of
 from support.outcomes import far, latents, near
@@ -100,7 +100,7 @@ def test_prompts_with_references_masks_and_other_lengths(golden_model):
     left = torch.zeros(1, 8, 8)
     left[..., :4] = 1.0
     source = source_text(**reference)
-    target = [*edit_text(1, **reference, mask=left), *edit_text(2, rows=17, **reference, mask=1 - left)]
+    target = [*edit_text(1, **reference, mask=left), *edit_text(2, num_tokens=17, **reference, mask=1 - left)]
     found = steered(golden_model, source=source, target=target)
     assert near(found, by_hand(golden_model, 0.6, source, target))
     assert far(found, steered(golden_model))
@@ -244,5 +244,5 @@ def test_whole_graphs(server):
 def test_a_wrong_strength_is_named(server):
     graph = Graph()
     graph.save(edit(graph, "much"))
-    with pytest.raises(PromptRefused, match="strength is 'much'"):
+    with pytest.raises(PromptRejected, match="strength is 'much'"):
         server.run(graph)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.model_calls import compiled, noise, velocity_of
 from support.outcomes import far, near
-from support.stable_flow import LATENT, photo, sigmas_of, source_text, stacked_text
+from support.stable_flow import LATENT, batched_text, photo, sigmas_of, source_text
 
 from slider_core.errors import SliderError
 from slider_core.stable_flow.inversion import SourceMode, edit_from_trajectory, invert
@@ -57,7 +57,7 @@ def test_a_refined_step_is_an_exact_inverse(golden_model):
 
 
 def test_a_batch_of_prompts_uses_the_first(golden_model, trajectory):
-    stacked = invert(golden_model, stacked_text((1.0, 1.0, 1.0)), photo(golden_model), trajectory.sigmas, PROMPT)
+    stacked = invert(golden_model, batched_text((1.0, 1.0, 1.0)), photo(golden_model), trajectory.sigmas, PROMPT)
     assert near(stacked.latents, trajectory.latents)
     assert torch.equal(stacked.text, trajectory.text)
     assert torch.equal(stacked.pooled, trajectory.pooled)
@@ -65,7 +65,7 @@ def test_a_batch_of_prompts_uses_the_first(golden_model, trajectory):
 
 
 def test_the_source_follows(golden_model, trajectory):
-    model, text = inject_key_values(golden_model, [0, 4]), stacked_text((1.0, 3.0, 3.0))
+    model, text = inject_key_values(golden_model, [0, 4]), batched_text((1.0, 3.0, 3.0))
     outs = {
         mode: edit_from_trajectory(model, text, trajectory, mode)
         for mode in (SourceMode.TRAJECTORY, SourceMode.PUBLISHED, SourceMode.CACHED)
@@ -97,7 +97,7 @@ def test_files(trajectory, golden_model, tmp_path):
     for name in ("prompt", "nudging", "refinements"):
         assert getattr(again, name) == getattr(trajectory, name)
     again.check_model(golden_model)
-    text = stacked_text((1.0, 3.0, 3.0))
+    text = batched_text((1.0, 3.0, 3.0))
     assert near(edit_from_trajectory(golden_model, text, again), edit_from_trajectory(golden_model, text, trajectory))
     assert os.listdir(tmp_path) == ["cat.safetensors"]
     assert PROMPT in again.describe()
@@ -185,13 +185,13 @@ def test_other_models(golden_model, recipe, manifest, trajectory):
     config = manifest["model"]
     for other in ({"seed": 99}, {"hidden": 128}):
         with pytest.raises(SliderError, match=r"The trajectory was made with another"):
-            edit_from_trajectory(other_model(recipe, config | other), stacked_text(), trajectory)
+            edit_from_trajectory(other_model(recipe, config | other), batched_text(), trajectory)
     for dtype in (torch.bfloat16, torch.float8_e4m3fn):
         rounded = {key: value.to(dtype) for key, value in recipe.flux_weights(config).items()}
         trajectory.check_model(comfy.sd.load_diffusion_model_state_dict(rounded, model_options={"dtype": dtype}))
 
 
-@pytest.mark.usefixtures("unpatched_afterwards")
+@pytest.mark.usefixtures("unpatch_golden_model")
 def test_a_lora_does_not_make_another_model(golden_model):
     """Not even one on the parameter by which models are told apart, whether it is loaded or not."""
     patched, key = golden_model.clone(), "diffusion_model.img_in.bias"
@@ -227,7 +227,7 @@ def test_bad_input(golden_model, trajectory):
         invert(golden_model, [[text[0][0], {}]], picture, sigmas, PROMPT)
     with pytest.raises(SliderError, match=r"There is one prompt, .* choose 'remembered by the model'"):
         edit_from_trajectory(golden_model, source_text(), trajectory)
-    [[cond, options]] = stacked_text()
+    [[cond, options]] = batched_text()
     with pytest.raises(SliderError, match=r"The source prompt differs from the prompt of the inversion \('a “photo”"):
         edit_from_trajectory(golden_model, [[cond.flip(0), options]], trajectory)
     with pytest.raises(SliderError, match=r"is \(20, 64\) here, but was \(24, 64\)"):
@@ -240,12 +240,12 @@ def test_a_model_that_is_not_flow_matching(golden_model, trajectory):
     with pytest.raises(SliderError, match="samples by EPS, which is not flow matching"):
         invert(other, source_text(), photo(golden_model), trajectory.sigmas, PROMPT)
     with pytest.raises(SliderError, match="not flow matching"):
-        edit_from_trajectory(other, stacked_text(), trajectory)
+        edit_from_trajectory(other, batched_text(), trajectory)
 
 
 def test_nothing_stays_on_the_model(golden_model):
     x = noise(*LATENT, seed=4)
     before = velocity_of(golden_model, x, 0.5, source_text())
     trajectory = inverted(golden_model)
-    edit_from_trajectory(inject_key_values(golden_model, [0]), stacked_text(), trajectory)
+    edit_from_trajectory(inject_key_values(golden_model, [0]), batched_text(), trajectory)
     assert torch.equal(velocity_of(golden_model, x, 0.5, source_text()), before)

@@ -13,7 +13,7 @@ import torch
 from comfy.clip_vision import ClipVisionModel
 from support.model_calls import compiled, noise, velocity_of
 from support.outcomes import near
-from support.stable_flow import LATENT, ROWS, edit_text, source_text, stacked_text
+from support.stable_flow import LATENT, TEXT_TOKENS, batched_text, edit_text, source_text
 from support.tiny_models import tiny_vae
 
 from slider_core.errors import SliderError
@@ -141,7 +141,7 @@ def test_an_interrupted_run_goes_on(golden_model, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
-@pytest.mark.usefixtures("unpatched_afterwards")
+@pytest.mark.usefixtures("unpatch_golden_model")
 def test_what_else_changed_is_noticed(golden_model, tmp_path):
     """LoRAs, text encoders, vision models: none of them is among the settings, all change what is seen."""
     patched, key = golden_model.clone(), "diffusion_model.double_blocks.0.img_attn.qkv.weight"
@@ -252,13 +252,13 @@ def test_attention_is_what_softmax_gives(golden_model, monkeypatch):
 
     monkeypatch.setattr(flux_math, "optimized_attention", attention)
     found, _ = viewed(golden_model, steps=1)
-    token = ROWS + 3 * 4 + 1  # 4 x 4 tokens, .9 down and .3 across
+    token = TEXT_TOKENS + 3 * 4 + 1  # 4 x 4 tokens, .9 down and .3 across
     assert list(found.image) == list(range(7))
     for layer, (q, k) in enumerate(seen):
         scores = torch.einsum("hd,hnd->hn", q[0, :, token], k[0]) / math.sqrt(q.shape[-1])
         want = scores.softmax(-1).mean(0)
-        assert found.text[layer] == pytest.approx(float(want[:ROWS].sum()), abs=1e-5)
-        assert torch.allclose(found.image[layer].flatten(), want[ROWS:], atol=1e-5)
+        assert found.text[layer] == pytest.approx(float(want[:TEXT_TOKENS].sum()), abs=1e-5)
+        assert torch.allclose(found.image[layer].flatten(), want[TEXT_TOKENS:], atol=1e-5)
 
 
 def test_shares(golden_model):
@@ -275,7 +275,7 @@ def test_shares(golden_model):
 
 
 def test_a_picture_of_a_batch(golden_model):
-    batch, samples = viewed(golden_model, stacked_text(), EMPTY.repeat(3, 1, 1, 1), picture=2)
+    batch, samples = viewed(golden_model, batched_text(), EMPTY.repeat(3, 1, 1, 1), picture=2)
     alone, one = viewed(golden_model, edit_text(2))
     assert near(samples[2:], one)
     for layer in range(7):

@@ -96,7 +96,7 @@ def node_types(view: ComfyPage, condition: str) -> list[str]:
 @pytest.mark.parametrize("name", NUM_IMAGES)
 def test_an_old_api_export_runs(server, name):
     graph = for_tiny_models(old_export(name))
-    result = server.run(graph)  # raises PromptRefused if the server skips a part of the graph
+    result = server.run(graph)  # raises PromptRejected if the server would skip an output
     assert result.ok, result.error
     [saved] = [key for key, node in graph.items() if node["class_type"] == "SaveImage"]
     assert len(result.images(saved)) == NUM_IMAGES[name]

@@ -8,7 +8,7 @@ import comfy.sample
 import pytest
 import torch
 from comfy.samplers import calculate_sigmas
-from support.comfy_server import PromptRefused
+from support.comfy_server import PromptRejected
 from support.graphs import Graph, Link
 from support.model_calls import noise, velocity_of
 from support.outcomes import far, latents, near
@@ -242,5 +242,5 @@ def test_lists_in_graphs_and_bad_strengths(server):
     assert near(pictures[1:], whole)
     g = Graph()
     g.save(g.sample(g.model(), g.edited(difference(g, "make it red", "much"))))
-    with pytest.raises(PromptRefused, match="strength_1 is 'much'"):
+    with pytest.raises(PromptRejected, match="strength_1 is 'much'"):
         server.run(g)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from support.comfy_server import ComfyServer, PromptRefused, Result
+from support.comfy_server import ComfyServer, PromptRejected, Result
 from support.graphs import Graph, Link
 from support.outcomes import far, latents, near
 
@@ -462,7 +462,7 @@ def test_bad_input(server, bad):
     if node is None:
         graph = Graph()
         graph.save(part(graph))
-        with pytest.raises(PromptRefused) as refused:
+        with pytest.raises(PromptRejected) as refused:
             server.run(graph)
         assert message in str(refused.value)
         return

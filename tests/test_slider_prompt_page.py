@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 from support.browser import ComfyPage
-from support.comfy_server import PromptRefused
+from support.comfy_server import PromptRejected
 from support.graphs import Graph
 from support.outcomes import far, latents, near
 from support.slider_page import (
@@ -271,10 +271,10 @@ def test_same_image_as_with_separate_encode_and_strength_nodes(server):
 
 
 def test_invalid_strengths_are_refused(server):
-    with pytest.raises(PromptRefused) as refusal:
+    with pytest.raises(PromptRejected) as refusal:
         server.submit(prompt_graph(strength_2="nan"))
     assert "strength_2 is 'nan'; expected a number" in str(refusal.value)
-    with pytest.raises(PromptRefused, match=r"strength_1 is 1e\+30; expected a number from -100 to 100"):
+    with pytest.raises(PromptRejected, match=r"strength_1 is 1e\+30; expected a number from -100 to 100"):
         server.submit(prompt_graph(strength_1=1e30))
 
 

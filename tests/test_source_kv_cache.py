@@ -12,7 +12,7 @@ from comfy.patcher_extension import WrappersMP
 from conftest import GOLDEN
 from support.model_calls import compiled, noise
 from support.outcomes import far, near
-from support.stable_flow import LATENT, ROWS, edit_text, euler, photo, sigmas_of, source_text, stacked_text
+from support.stable_flow import LATENT, TEXT_TOKENS, batched_text, edit_text, euler, photo, sigmas_of, source_text
 
 from slider_core.adapters.adapter_file import read_adapter
 from slider_core.adapters.gstlora import apply_gstlora
@@ -55,14 +55,14 @@ def edited(model, text, pictures: int = 1, sampler: str = "euler", steps: int = 
 @pytest.mark.parametrize("limit", [0.0, 1e-9], ids=["kept", "computed again"])
 @pytest.mark.parametrize("strength", [1.0, 0.4])
 def test_equals_the_source_in_the_batch(golden_model, limit, strength):
-    together = edited(inject_key_values(golden_model, LAYERS, strength=strength), stacked_text(), 3)
+    together = edited(inject_key_values(golden_model, LAYERS, strength=strength), batched_text(), 3)
     cache, source = remembered(golden_model, limit)
     assert cache.in_memory == (limit == 0)
     model = inject_cached(golden_model, cache, strength)
     assert near(source, together[:1])
     for k in (1, 2):
         assert near(edited(model, edit_text(k)), together[k : k + 1])
-    assert near(edited(model, stacked_text(edits_only=True), 2), together[1:])
+    assert near(edited(model, batched_text(edits_only=True), 2), together[1:])
     assert far(edited(golden_model, edit_text(1)), together[1:2])
 
 
@@ -70,7 +70,7 @@ def test_equals_the_source_in_the_batch(golden_model, limit, strength):
 def test_a_mask_acts_as_on_a_source_in_the_batch(golden_model, limit):
     mask = torch.zeros(1, 64, 64)
     mask[:, :24, :40] = 0.8
-    together = edited(inject_key_values(golden_model, LAYERS, region=ActiveRegion(mask)), stacked_text(), 3)
+    together = edited(inject_key_values(golden_model, LAYERS, region=ActiveRegion(mask)), batched_text(), 3)
     cache, _ = remembered(golden_model, limit)
     found = edited(inject_cached(golden_model, cache, region=ActiveRegion(mask)), edit_text(1))
     assert near(found, together[1:2])
@@ -80,7 +80,7 @@ def test_a_mask_acts_as_on_a_source_in_the_batch(golden_model, limit):
 @pytest.mark.parametrize("limit", [0.0, 1e-9], ids=["kept", "computed again"])
 def test_pictures_that_are_computed_one_by_one(golden_model, limit):
     model = inject_cached(golden_model, remembered(golden_model, limit)[0])
-    text = stacked_text(edits_only=True)
+    text = batched_text(edits_only=True)
     whole = edited(model, text, 2)
     assert near(edited(split_batches(model, 1), text, 2), whole)
     assert far(whole[:1], whole[1:])
@@ -89,7 +89,7 @@ def test_pictures_that_are_computed_one_by_one(golden_model, limit):
 def test_texts_of_other_lengths_and_reference_latents(golden_model):
     """What cannot be stacked in one batch works, and alike in both ways."""
     more = {"reference_latents": [noise(1, 16, 4, 8, seed=8)], "reference_latents_method": "offset"}
-    kept, again = (remembered(golden_model, limit, text=source_text(rows=9, **more))[0] for limit in (0.0, 1e-9))
+    kept, again = (remembered(golden_model, limit, text=source_text(num_tokens=9, **more))[0] for limit in (0.0, 1e-9))
     outs = [edited(inject_cached(golden_model, cache), edit_text(1)) for cache in (kept, again)]
     assert near(*outs)
     assert far(outs[0], edited(golden_model, edit_text(1)))
@@ -117,12 +117,12 @@ def test_torch_compile(golden_model, limit):
 
 
 @pytest.mark.parametrize("limit", [0.0, 1e-9], ids=["kept", "computed again"])
-@pytest.mark.parametrize("rows", [ROWS, 11], ids=["one call", "two calls"])
+@pytest.mark.parametrize("rows", [TEXT_TOKENS, 11], ids=["one call", "two calls"])
 def test_cond_and_uncond(golden_model, limit, rows):
     """With cfg the remembered source reaches both, in one call or in two. One Euler step is linear in cfg."""
     model = inject_cached(golden_model, remembered(golden_model, limit, steps=1)[0])
     start, empty = comfy.sample.prepare_noise(torch.zeros(LATENT), 5), torch.zeros(LATENT)
-    text, negative = edit_text(1), edit_text(2, rows=rows)
+    text, negative = edit_text(1), edit_text(2, num_tokens=rows)
     guided = comfy.sample.sample(
         model, start, 1, 3.0, "euler", "simple", text, negative, empty, disable_pbar=True, seed=0
     )
@@ -138,7 +138,7 @@ def test_parts_of_the_schedule(golden_model):
         {"region": ActiveRegion(None, 0.3, 1.0)},
         {"strength": 0.0},
     ):
-        together = edited(inject_key_values(golden_model, LAYERS, **part), stacked_text(), 3)
+        together = edited(inject_key_values(golden_model, LAYERS, **part), batched_text(), 3)
         assert near(edited(inject_cached(golden_model, cache, **part), edit_text(1)), together[1:2])
         assert far(edited(inject_cached(golden_model, cache), edit_text(1)), together[1:2])
 
@@ -147,7 +147,7 @@ def test_parts_of_the_schedule(golden_model):
 def test_from_a_trajectory(golden_model, limit):
     trajectory = invert(golden_model, source_text(guidance=1.0), photo(golden_model), sigmas_of(golden_model), "a")
     together = edit_from_trajectory(
-        inject_key_values(golden_model, LAYERS), stacked_text((1.0, 3.0, 3.0)), trajectory, SourceMode.TRAJECTORY
+        inject_key_values(golden_model, LAYERS), batched_text((1.0, 3.0, 3.0)), trajectory, SourceMode.TRAJECTORY
     )
     cache = cache_trajectory_kv(golden_model, trajectory, LAYERS, limit)
     assert cache.in_memory == (limit == 0)
@@ -207,7 +207,7 @@ def test_the_dtype_of_the_model_is_kept(recipe, manifest):
     model.set_model_compute_dtype(torch.bfloat16)
     cache, _ = remembered(model)
     assert {step.key_values.dtype for step in cache.cached_steps} == {torch.bfloat16}
-    together = edited(inject_key_values(model, LAYERS), stacked_text(), 3)
+    together = edited(inject_key_values(model, LAYERS), batched_text(), 3)
     alone, bare = edited(inject_cached(model, cache), edit_text(1)), edited(model, edit_text(1))
     assert (alone - together[1:2]).norm() < 0.1 * (bare - together[1:2]).norm()
 
@@ -228,7 +228,7 @@ def test_samplers(golden_model):
     """Those that are said to fit do, and give what the source in the batch gives; others are refused."""
     for sampler in ONE_CALL_PER_STEP:
         cache, _ = remembered(golden_model, sampler=sampler)
-        together = edited(inject_key_values(golden_model, LAYERS), stacked_text(), 3, sampler)
+        together = edited(inject_key_values(golden_model, LAYERS), batched_text(), 3, sampler)
         assert near(edited(inject_cached(golden_model, cache), edit_text(1), sampler=sampler), together[1:2]), sampler
     for sampler in ("heun", "dpmpp_sde"):
         with pytest.raises(SliderError, match=r"calls the model several times .* expected one of euler, ddim"):
@@ -268,7 +268,7 @@ def with_lora(model, strength: float):
     return patched
 
 
-@pytest.mark.usefixtures("unpatched_afterwards")
+@pytest.mark.usefixtures("unpatch_golden_model")
 def test_loras_of_source_and_edit(golden_model):
     """Kept keys and values do not care; those that are computed again need the same LoRAs, or are refused."""
     lora = with_lora(golden_model, 1.0)

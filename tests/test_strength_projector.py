@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.comfy_server import PromptRefused
+from support.comfy_server import PromptRejected
 from support.graphs import Graph, Link
 from support.model_calls import compiled, noise, velocity_of
 from support.outcomes import far, latents, near
@@ -460,5 +460,5 @@ def test_bad_files(server, bad):
 def test_bad_strengths(server, strength):
     graph = Graph()
     graph.save(slid(strength)(graph))
-    with pytest.raises(PromptRefused, match=r"strength is .*; expected a number"):
+    with pytest.raises(PromptRejected, match=r"strength is .*; expected a number"):
         server.run(graph)

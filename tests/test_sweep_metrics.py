@@ -8,7 +8,7 @@ import math
 import comfy.sd
 import pytest
 import torch
-from support.comfy_server import PromptRefused
+from support.comfy_server import PromptRejected
 from support.graphs import Graph, Link
 from support.tiny_models import recipe, tiny_clip_l, tiny_t5
 from test_layer_analysis import vision
@@ -392,5 +392,5 @@ def test_strengths_are_needed(server):
     g = Graph()
     node, _ = g.add("EditSlidersMeasureSweep", images=pictures(g, *grays(0, 9)))
     g.add("PreviewAny", source=[node, 0])
-    with pytest.raises(PromptRefused, match="strengths"):
+    with pytest.raises(PromptRejected, match="strengths"):
         server.run(g)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Locator
 from support.browser import ComfyPage
-from support.pictures import FILMSTRIP, picture_of
+from support.screenshots import FILMSTRIP, screenshot_of
 from support.slider_page import (
     NODE,
     idle,
@@ -324,12 +324,12 @@ def test_a_failed_sweep_shows_the_error(page):
     assert "sweep" in sweep_button(page).inner_text()
 
 
-def test_the_filmstrip_image_of_the_help_page_is_current(view, same_or_redrawn):
+def test_the_filmstrip_image_of_the_help_page_is_current(view, assert_up_to_date):
     open_graph(view, live_graph())
     if not view.page.evaluate("app.extensionManager.setting.get('Comfy.VueNodes.Enabled')"):
         return
     run_sweep(view, 7)
-    same_or_redrawn(FILMSTRIP, picture_of(view, (NODE,), 384))
+    assert_up_to_date(FILMSTRIP, screenshot_of(view, (NODE,), 384))
 
 
 def test_the_form_is_saved_and_invalid_values_are_replaced(page):

@@ -1,4 +1,4 @@
-"""A real ComfyUI in a process of its own, driven over HTTP: for tests, the demo and benchmarks."""
+"""A real ComfyUI in a subprocess, driven over HTTP, for tests, the demo and benchmarks."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ Graph = Mapping[str, Mapping[str, Any]]
 
 
 class ServerError(Exception):
-    """ComfyUI did not start, or died; the message ends with the tail of its log."""
+    """ComfyUI did not start or exited; the message ends with the tail of its log."""
 
 
-class PromptRefused(Exception):
-    """ComfyUI did not accept a graph. node_errors: node id -> what its validation said."""
+class PromptRejected(Exception):
+    """ComfyUI's validation rejected a graph. node_errors: node id -> its entry in the response."""
 
     def __init__(self, error: Mapping[str, Any], node_errors: Mapping[str, Any]) -> None:
         self.error = error
@@ -52,11 +52,11 @@ class PromptRefused(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one prompt.
+    """The result of one prompt.
 
     outputs: node id -> its ui output.
-    error: the execution_error message (node_id, node_type, exception_message, traceback, ...), else None.
-    executed: the nodes that ran, the cached ones left out. After an error, those that ran to their end.
+    error: the execution_error message (node_id, node_type, exception_message, traceback, ...), or None.
+    executed: ids of the nodes that ran, without cached ones; after an error, of those that finished.
     """
 
     server: ComfyServer
@@ -67,26 +67,26 @@ class Result:
     executed: set[str]
 
     def images(self, node_id: str) -> list[Image.Image]:
-        """The pictures that a node saved or previewed, in its order."""
+        """The images that a node saved or previewed, in its order."""
         return [Image.open(io.BytesIO(self.server.view(file))) for file in self.outputs[node_id]["images"]]
 
     def text(self, node_id: str) -> str:
-        """The text that a node shows."""
+        """The text that a node displays."""
         return "\n".join(self.outputs[node_id]["text"])
 
     def latent(self, node_id: str) -> np.ndarray:
-        """What TinyTestSaveLatent stored, float32."""
+        """The latent (batch, channels, H, W) that a TinyTestSaveLatent node saved, in float32."""
         (file,) = self.outputs[node_id]["latent"]
         return np.load(io.BytesIO(self.server.view(file)))
 
 
 class ComfyServer:
-    """Runs `comfyui` while the context is open.
+    """Context manager that runs the ComfyUI checkout `comfyui`.
 
-    base: gets custom_nodes, models, input, output, temp and user; an existing content stays.
-    packs: folder name under custom_nodes -> the pack's folder, linked; no other pack is loaded.
-    args: more options for ComfyUI's main.py.
-    extra_model_paths: model folder name ('loras', ...) -> one more folder to look in.
+    base: base directory for custom_nodes, models, input, output, temp and user; existing content is kept.
+    packs: folder name under custom_nodes -> the pack's folder, which is linked; no other pack is loaded.
+    args: further options of ComfyUI's main.py.
+    extra_model_paths: model folder name ('loras', ...) -> a further folder to search.
     """
 
     def __init__(
@@ -136,65 +136,65 @@ class ComfyServer:
         self._stop()
 
     def object_info(self) -> dict[str, Any]:
-        """node id -> its definition, as the frontend sees it."""
+        """Node type -> its definition, as sent to the frontend."""
         return self._json("/object_info")
 
     def submit(self, graph: Graph, workflow: Mapping[str, Any] | None = None) -> str:
-        """Queue a graph in API format; the prompt's id. Raises PromptRefused if any node of it does not validate.
+        """Queue a graph in API format and return its prompt id. Raises PromptRejected if any node fails validation.
 
-        ComfyUI itself refuses only graphs without a valid output; of others it skips the outputs that do not validate.
+        ComfyUI itself rejects only graphs without any valid output; otherwise it skips the outputs that fail.
 
-        workflow: the graph as the page keeps it, for nodes that save it.
+        workflow: the graph in the page's format, for nodes that embed it in files.
         """
         extra = {"extra_pnginfo": {"workflow": workflow}} if workflow else {}
         try:
             answer = self._json("/prompt", {"prompt": graph, "client_id": self._client_id, "extra_data": extra})
-        except urllib.error.HTTPError as refusal:
-            if refusal.code != 400:
+        except urllib.error.HTTPError as rejection:
+            if rejection.code != 400:
                 raise
-            answer = json.load(refusal)
-            raise PromptRefused(answer["error"], answer["node_errors"]) from None
+            answer = json.load(rejection)
+            raise PromptRejected(answer["error"], answer["node_errors"]) from None
         if answer["node_errors"]:
-            raise PromptRefused({"message": "Some outputs would be skipped.", "details": ""}, answer["node_errors"])
+            raise PromptRejected({"message": "Some outputs would be skipped.", "details": ""}, answer["node_errors"])
         return answer["prompt_id"]
 
     def wait(self, prompt_id: str, timeout: float = 300) -> Result:
-        """The result of a queued prompt. Raises TimeoutError after `timeout` seconds."""
+        """Wait for a queued prompt and return its result. Raises TimeoutError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             self._check_alive()
             if entry := self._json(f"/history/{prompt_id}").get(prompt_id):
                 return self._result(entry)
             time.sleep(POLL_SECONDS)
-        raise TimeoutError(f"The prompt was not done after {timeout} s.\n{self._log_tail()}")
+        raise TimeoutError(f"The prompt did not finish within {timeout} s.\n{self._log_tail()}")
 
     def run(self, graph: Graph, timeout: float = 300) -> Result:
-        """submit and wait."""
+        """Submit a graph and wait for its result."""
         return self.wait(self.submit(graph), timeout)
 
     def interrupt(self) -> None:
-        """Stop the running prompt at its next check."""
+        """Interrupt the running prompt; it stops at its next check."""
         self._request("/interrupt", {})
 
     def free(self) -> None:
-        """Forget all cached results and unload all models before the next prompt."""
+        """Drop all cached results and unload all models before the next prompt."""
         self._request("/free", {"unload_models": True, "free_memory": True})
 
     def get(self, path: str) -> bytes:
-        """What the server answers at a path such as '/extensions'."""
+        """The response body of a GET request to a path such as '/extensions'."""
         return self._request(path)
 
     def post(self, path: str, body: object) -> bytes:
-        """What the server answers to JSON sent to a path such as '/queue'."""
+        """The response body of a POST request with a JSON body to a path such as '/queue'."""
         return self._request(path, body)
 
     def put_input(self, name: str, image: Image.Image) -> str:
-        """Store a picture where LoadImage finds it; returns its name."""
+        """Save an image in the input folder for LoadImage; returns its name."""
         image.save(self.base / "input" / name)
         return name
 
     def put_workflow(self, name: str, workflow: Mapping[str, Any]) -> None:
-        """Store a workflow where the page lists the user's."""
+        """Save a workflow in the user's workflow list."""
         file = self.base / "user" / "default" / "workflows" / f"{name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(workflow), encoding="utf-8")
@@ -227,12 +227,12 @@ class ComfyServer:
                     raise ServerError(f"ComfyUI did not answer within {START_SECONDS} s.\n{self._log_tail()}") from None
             time.sleep(POLL_SECONDS)
         if "(IMPORT FAILED)" in self.log.read_text(encoding="utf-8", errors="replace"):
-            raise ServerError(f"A pack could not be imported.\n{self._log_tail()}")
+            raise ServerError(f"A custom node pack could not be imported.\n{self._log_tail()}")
 
     def _check_alive(self) -> None:
-        assert self._process is not None, "the server is used outside its context"
+        assert self._process is not None, "ComfyServer must be used inside its with block"
         if (code := self._process.poll()) is not None:
-            raise ServerError(f"ComfyUI ended with exit status {code}.\n{self._log_tail()}")
+            raise ServerError(f"ComfyUI exited with status {code}.\n{self._log_tail()}")
 
     def _log_tail(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -279,7 +279,7 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def _needed(graph: Graph, targets: Sequence[str], cached: set[str]) -> set[str]:
-    """The targets and all nodes above them, down to the cached ones."""
+    """The targets and all nodes they depend on, except cached nodes and what only those depend on."""
     needed: set[str] = set()
     pending = list(targets)
     while pending:
@@ -310,10 +310,10 @@ def _link(link: Path, target: Path) -> None:
 
 
 def _signal_group(process: subprocess.Popen[bytes], force: bool) -> None:
-    """Signal the server and whatever it has started."""
+    """Signal the server and all processes that it started."""
     if sys.platform == "win32":
         if process.poll() is None:
             subprocess.run(["taskkill", "/T", "/F", "/PID", str(process.pid)], capture_output=True, check=False)
         return
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # the latter is what macOS says of the dead
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS raises the latter for an exited process
         os.killpg(process.pid, signal.SIGKILL if force else signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Graphs in ComfyUI's API format, over the tiny models."""
+"""Graphs in ComfyUI's API format with the tiny models."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ Link = list  # [node id, output index]
 
 
 class Graph(dict):
-    """Node id -> node. Every method adds nodes and returns the link to what they make."""
+    """Node id -> node. Each method adds nodes, reusing an identical one, and returns the link to their output."""
 
     def add(self, class_type: str, output: int = 0, **inputs: Any) -> Link:
-        same = {"class_type": class_type, "inputs": inputs}
-        node = next((key for key, value in self.items() if value == same), f"{class_type}_{len(self)}")
-        self[node] = same
+        entry = {"class_type": class_type, "inputs": inputs}
+        node = next((key for key, value in self.items() if value == entry), f"{class_type}_{len(self)}")
+        self[node] = entry
         return [node, output]
 
     def model(self, dtype: str = "default") -> Link:
@@ -38,7 +38,7 @@ class Graph(dict):
         return self.add("EditSlidersApplyProjector", model=model, projector=self.projector(**files))
 
     def at(self, conditioning: Link, strength: Any, mode: str = "clamp to 0..1", **files: str) -> Link:
-        """The conditioning at a strength of the projector."""
+        """The conditioning with a projector strength."""
         return self.add(
             "EditSlidersProjectorStrength",
             conditioning=conditioning,
@@ -98,5 +98,5 @@ class Graph(dict):
         )
 
     def save(self, samples: Link) -> str:
-        """Node id whose latent a Result can give."""
+        """Save latents; the node id for Result.latent."""
         return self.add("TinyTestSaveLatent", samples=samples)[0]

@@ -1,4 +1,4 @@
-"""Source, edits and a picture for Stable Flow's methods on the golden model."""
+"""Conditionings of a source and its edits, and a source latent, for Stable Flow's methods on the golden model."""
 
 from __future__ import annotations
 
@@ -11,29 +11,31 @@ from comfy.model_patcher import ModelPatcher
 from .model_calls import noise, velocity_of
 
 LATENT = (1, 16, 8, 8)
-ROWS = 24
+TEXT_TOKENS = 24
 
 
-def stacked_text(guidances: tuple[float, ...] = (3.5, 3.5, 3.5), rows: int = ROWS, edits_only: bool = False) -> list:
-    """Source and two edits as one conditioning, as batch_prompts makes it."""
-    text, pooled = noise(3, ROWS, 64, seed=1)[:, :rows], noise(3, 768, seed=2)
-    first = 1 if edits_only else 0
-    per_picture = {"guidance": None, "model_conds": {"guidance": CONDRegular(torch.tensor(guidances[first:]))}}
-    return [[text[first:], {"pooled_output": pooled[first:], **per_picture}]]
+def batched_text(
+    guidances: tuple[float, ...] = (3.5, 3.5, 3.5), num_tokens: int = TEXT_TOKENS, edits_only: bool = False
+) -> list:
+    """Source and two edits in one conditioning with a batch of prompts, as batch_prompts returns it."""
+    text, pooled = noise(3, TEXT_TOKENS, 64, seed=1)[:, :num_tokens], noise(3, 768, seed=2)
+    start = 1 if edits_only else 0
+    per_image = {"guidance": None, "model_conds": {"guidance": CONDRegular(torch.tensor(guidances[start:]))}}
+    return [[text[start:], {"pooled_output": pooled[start:], **per_image}]]
 
 
-def source_text(guidance: float = 3.5, rows: int = ROWS, **more: object) -> list:
-    """The source of stacked_text alone."""
-    return _one(0, guidance, rows, more)
+def source_text(guidance: float = 3.5, num_tokens: int = TEXT_TOKENS, **more: object) -> list:
+    """The source of batched_text alone."""
+    return _text(0, guidance, num_tokens, more)
 
 
-def edit_text(k: int, guidance: float = 3.5, rows: int = ROWS, **more: object) -> list:
-    """The k-th edit of stacked_text alone."""
-    return _one(k, guidance, rows, more)
+def edit_text(k: int, guidance: float = 3.5, num_tokens: int = TEXT_TOKENS, **more: object) -> list:
+    """The k-th edit of batched_text alone."""
+    return _text(k, guidance, num_tokens, more)
 
 
-def _one(k: int, guidance: float, rows: int, more: dict[str, object]) -> list:
-    [[text, options]] = stacked_text(rows=rows)
+def _text(k: int, guidance: float, num_tokens: int, more: dict[str, object]) -> list:
+    [[text, options]] = batched_text(num_tokens=num_tokens)
     return [[text[k : k + 1], {"pooled_output": options["pooled_output"][k : k + 1], "guidance": guidance, **more}]]
 
 
@@ -42,12 +44,12 @@ def sigmas_of(model: ModelPatcher, steps: int = 4, scheduler: str = "simple") ->
 
 
 def photo(model: ModelPatcher) -> torch.Tensor:
-    """A latent as an autoencoder gives it."""
+    """A source latent (1, 16, 8, 8) in the scale of the VAE's output."""
     return model.model.latent_format.process_out(0.7 * noise(*LATENT, seed=6))
 
 
 def euler(model: ModelPatcher, text: list, steps: int, seed: int = 5) -> torch.Tensor:
-    """Euler steps written out, from the noise of a seed."""
+    """Euler sampling written out, from the noise of a seed."""
     z, sigmas = comfy.sample.prepare_noise(torch.zeros(LATENT), seed), sigmas_of(model, steps)
     for k in range(steps):
         z = z + (sigmas[k + 1] - sigmas[k]) * velocity_of(model, z, sigmas[k].item(), text)

@@ -1,6 +1,7 @@
 """Tiny FLUX.1 Kontext, text encoders, autoencoder and slider adapters that the stock loaders accept.
 
-Random but always the same. The autoencoder is a real one, of low resolution: pictures come back blurred.
+The weights are random but reproducible. The autoencoder really encodes and decodes, at a low resolution: decoded images
+are blurred.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ STLORA = {"which": "stlora", "rank": 4, "seed": 12, "gain": 4.0, "prefix": ""}
 GSTLORA = {"which": "full", "rank": 4, "seed": 13, "gain": 0.2, "prefix": ""}
 PROJECTOR = {"seed": 15, "out_dim": 256, "n_layers": 4}
 PROJECTOR_LORA = {"which": "full", "rank": 4, "seed": 16, "gain": 0.2, "prefix": ""}
-PLAIN = {"rank": 4, "alpha": 2.0, "seed": 14, "gain": 0.3}
+PLAIN_LORA = {"rank": 4, "alpha": 2.0, "seed": 14, "gain": 0.3}
 
 _RECIPE = Path(__file__).parents[1] / "data" / "golden" / "recipe.py"
 _IMAGE_LAYERS = {
@@ -51,7 +52,7 @@ _TEXT_LAYERS = {
     "ff_context.net.0.proj": "txt_mlp.0",
     "ff_context.net.2": "txt_mlp.2",
 }
-_STACKS = {
+_BLOCK_LISTS = {
     "transformer_blocks": ("double_blocks", _IMAGE_LAYERS | _TEXT_LAYERS),
     "single_transformer_blocks": ("single_blocks", dict.fromkeys(("attn.to_q", "attn.to_k", "attn.to_v"), "linear1")),
 }
@@ -71,7 +72,7 @@ recipe = _load_recipe()
 
 
 def write_tiny_models(models: Path) -> None:
-    """Fill ComfyUI's models folder, about 110 MB, unless it already holds what this version writes."""
+    """Write the models into ComfyUI's models folder (about 110 MB), unless this version has already written them."""
     version = hashlib.sha256(Path(__file__).read_bytes() + _RECIPE.read_bytes()).hexdigest()
     marker = models / ".tiny-models"
     if marker.is_file() and marker.read_text() == version:
@@ -123,8 +124,8 @@ def _write_broken_adapters(loras: Path, pwned: Path) -> None:
     _save(_prefixed(wide, "transformer."), loras / "wrong_width.safetensors")
     _save(deep, loras / "too_deep.safetensors")
     _save(_kohya_names(_sdxl_lora()), loras / "other_family.safetensors")
-    whole = (loras / "gst_peft.safetensors").read_bytes()
-    (loras / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
+    complete = (loras / "gst_peft.safetensors").read_bytes()
+    (loras / "truncated.safetensors").write_bytes(complete[: len(complete) // 2])
     (loras / "empty.safetensors").write_bytes(b"")
     torch.save({"lora": _Hostile(pwned)}, loras / "hostile.pt")
     torch.save(recipe.projector_weights(MODEL, PROJECTOR | {"out_dim": 512}), loras / "wide_projector.pth")
@@ -133,7 +134,7 @@ def _write_broken_adapters(loras: Path, pwned: Path) -> None:
 
 
 class _Hostile:
-    """Unpickling it leaves a file behind."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self._trace = trace
@@ -143,7 +144,7 @@ class _Hostile:
 
 
 def _transformer() -> Tensors:
-    """The recipe's weights, but one velocity for the 2x2 latents of a patch: edits show as colour, not as a grid."""
+    """The recipe's weights with one velocity for all 2 x 2 latents of a patch: edits appear as color, not as a grid."""
     sd = recipe.flux_weights(MODEL)
     for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
         patches = sd[key].unflatten(0, (MODEL["latent_channels"], 4))
@@ -151,22 +152,22 @@ def _transformer() -> Tensors:
     return sd
 
 
-# --- adapters: module -> (down, up, alpha), by ComfyUI's module names
+# --- adapters: ComfyUI's module name -> (down, up, alpha)
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor, float]]
 
 
 def _fused(diffusers: Tensors) -> Factors:
-    """Separate q, k, v factors become one pair: downs stacked, ups block-diagonal. The sum is the same."""
-    parts: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = defaultdict(dict)
+    """Fuse separate q, k, v factors into one pair with the same product: downs concatenated, ups block-diagonal."""
+    factors: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = defaultdict(dict)
     for key, down in diffusers.items():
         if not key.endswith(".lora_A.weight"):
             continue
         name = key.removesuffix(".lora_A.weight")
-        stack, block, layer = name.split(".", 2)
-        comfy_stack, layers = _STACKS[stack]
-        parts[f"{comfy_stack}.{block}.{layers[layer]}"][layer] = (down, diffusers[f"{name}.lora_B.weight"])
+        block_list, block, layer = name.split(".", 2)
+        comfy_blocks, layers = _BLOCK_LISTS[block_list]
+        factors[f"{comfy_blocks}.{block}.{layers[layer]}"][layer] = (down, diffusers[f"{name}.lora_B.weight"])
     fused = {}
-    for module, pairs in parts.items():
+    for module, pairs in factors.items():
         ordered = [pairs[layer] for layer in _FUSED_ORDER if layer in pairs] or list(pairs.values())
         down = torch.cat([d for d, _ in ordered])
         up = torch.block_diag(*[u for _, u in ordered])
@@ -178,7 +179,9 @@ def _fused(diffusers: Tensors) -> Factors:
 
 def _plain_lora() -> Factors:
     layers = [
-        f"double_blocks.{b}.{layer}" for b in range(2) for layer in sorted({*_STACKS["transformer_blocks"][1].values()})
+        f"double_blocks.{b}.{layer}"
+        for b in range(2)
+        for layer in sorted({*_BLOCK_LISTS["transformer_blocks"][1].values()})
     ]
     layers += [f"single_blocks.{b}.{layer}" for b in range(2) for layer in ("linear1", "linear2")]
     shapes = recipe.flux_shapes(MODEL)
@@ -191,10 +194,10 @@ def _sdxl_lora() -> Factors:
 
 
 def _random_pair(name: str, out: int, width: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    rank = int(PLAIN["rank"])
-    down = recipe.draw(f"{name}.down", (rank, width), PLAIN["seed"], 1 / math.sqrt(width))
-    up = recipe.draw(f"{name}.up", (out, rank), PLAIN["seed"], PLAIN["gain"] / math.sqrt(rank))
-    return down, up, PLAIN["alpha"]
+    rank = int(PLAIN_LORA["rank"])
+    down = recipe.draw(f"{name}.down", (rank, width), PLAIN_LORA["seed"], 1 / math.sqrt(width))
+    up = recipe.draw(f"{name}.up", (out, rank), PLAIN_LORA["seed"], PLAIN_LORA["gain"] / math.sqrt(rank))
+    return down, up, PLAIN_LORA["alpha"]
 
 
 def _prefixed(tensors: Tensors, prefix: str) -> Tensors:
@@ -202,16 +205,16 @@ def _prefixed(tensors: Tensors, prefix: str) -> Tensors:
 
 
 def _comfy_names(factors: Factors) -> Tensors:
-    return _lora_keys((f"diffusion_model.{module}", parts) for module, parts in factors.items())
+    return _lora_keys((f"diffusion_model.{module}", pair) for module, pair in factors.items())
 
 
 def _kohya_names(factors: Factors) -> Tensors:
-    return _lora_keys((f"lora_unet_{module.replace('.', '_')}", parts) for module, parts in factors.items())
+    return _lora_keys((f"lora_unet_{module.replace('.', '_')}", pair) for module, pair in factors.items())
 
 
-def _lora_keys(named: Iterable[tuple[str, tuple[torch.Tensor, torch.Tensor, float]]]) -> Tensors:
+def _lora_keys(named_factors: Iterable[tuple[str, tuple[torch.Tensor, torch.Tensor, float]]]) -> Tensors:
     tensors = {}
-    for name, (down, up, alpha) in named:
+    for name, (down, up, alpha) in named_factors:
         tensors[f"{name}.lora_down.weight"] = down
         tensors[f"{name}.lora_up.weight"] = up
         tensors[f"{name}.alpha"] = torch.tensor(alpha)
@@ -228,14 +231,14 @@ def tiny_clip_l(hidden: int = 768, mlp: int = 256, layers: int = 2) -> Tensors:
     """CLIP-L with its projection."""
     norms = ["final_layer_norm"]
     sd = _linear("text_projection", hidden, hidden, bias=False)
-    for name, rows in (("token", 49408), ("position", 77)):
+    for name, num_embeddings in (("token", 49408), ("position", 77)):
         key = f"text_model.embeddings.{name}_embedding.weight"
-        sd[key] = recipe.draw(key, (rows, hidden), MODEL["seed"], 0.5)
+        sd[key] = recipe.draw(key, (num_embeddings, hidden), MODEL["seed"], 0.5)
     for layer in range(layers):
         block = f"encoder.layers.{layer}"
         norms += [f"{block}.layer_norm1", f"{block}.layer_norm2"]
-        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            sd |= _linear(f"text_model.{block}.self_attn.{part}", hidden, hidden, bias=True)
+        for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            sd |= _linear(f"text_model.{block}.self_attn.{projection}", hidden, hidden, bias=True)
         sd |= _linear(f"text_model.{block}.mlp.fc1", mlp, hidden, bias=True)
         sd |= _linear(f"text_model.{block}.mlp.fc2", hidden, mlp, bias=True)
     for norm in norms:
@@ -249,21 +252,21 @@ def tiny_t5(width: int = 64, mlp: int = 128, layers: int = 2) -> Tensors:
     sd["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = recipe.draw("t5.bias", (32, 1), 0)
     for layer in range(layers):
         block = f"encoder.block.{layer}.layer"
-        for part in ("q", "k", "v", "o"):
-            sd |= _linear(f"{block}.0.SelfAttention.{part}", width, width, bias=False)
+        for projection in ("q", "k", "v", "o"):
+            sd |= _linear(f"{block}.0.SelfAttention.{projection}", width, width, bias=False)
         sd |= _linear(f"{block}.1.DenseReluDense.wi_0", mlp, width, bias=False)
         sd |= _linear(f"{block}.1.DenseReluDense.wi_1", mlp, width, bias=False)
         sd |= _linear(f"{block}.1.DenseReluDense.wo", width, mlp, bias=False)
-        sd |= {f"{block}.{part}.layer_norm.weight": torch.ones(width) for part in (0, 1)}
+        sd |= {f"{block}.{sublayer}.layer_norm.weight": torch.ones(width) for sublayer in (0, 1)}
     return {key: tensor.half() for key, tensor in sd.items()}
 
 
-# --- autoencoder in TAESD's layout. A block whose convolutions are zero passes non-negative values on.
-_CONTRAST = 4.0  # latent units per unit of colour; gives latents a spread of about 1
+# --- autoencoder in TAESD's layout. A block with zero convolutions is the identity for non-negative values.
+_CONTRAST = 4.0  # latent units per unit of color; the latents' standard deviation is about 1
 
 
-def _colour_axes() -> torch.Tensor:
-    """(16, 3): where red, green and blue lie among the latent channels."""
+def _color_axes() -> torch.Tensor:
+    """(16, 3): orthonormal directions of red, green and blue in the latent channels."""
     return torch.linalg.qr(recipe.draw("colours", (16, 3), MODEL["seed"])).Q
 
 
@@ -271,10 +274,10 @@ def _encoder() -> Tensors:
     sd = _zero_blocks((1, 3, 4, 5, 7, 8, 9, 11, 12, 13))
     first, last = torch.zeros(64, 3, 3, 3), torch.zeros(16, 64, 3, 3)
     halve = torch.zeros(64, 64, 3, 3)
-    for colour in range(3):
-        first[colour, colour, 1, 1] = 1
-        halve[colour, colour, 1:, 1:] = 0.25
-    last[:, :3, 1, 1] = _CONTRAST * _colour_axes()
+    for color in range(3):
+        first[color, color, 1, 1] = 1
+        halve[color, color, 1:, 1:] = 0.25
+    last[:, :3, 1, 1] = _CONTRAST * _color_axes()
     sd |= {"0.weight": first, "0.bias": torch.zeros(64), "14.weight": last, "14.bias": -0.5 * last.sum((1, 2, 3))}
     return sd | {f"{layer}.weight": halve.clone() for layer in (2, 6, 10)}
 
@@ -284,12 +287,12 @@ def _decoder() -> Tensors:
     first, last = torch.zeros(64, 16, 3, 3), torch.zeros(3, 64, 3, 3)
     smooth = torch.zeros(64, 64, 3, 3)
     kernel = torch.tensor([0.25, 0.5, 0.25])
-    for sign in (1, -1):  # what is below grey travels in channels 3 to 5
-        for colour in range(3):
-            channel = colour if sign > 0 else colour + 3
-            first[channel, :, 1, 1] = sign * _colour_axes()[:, colour] / _CONTRAST
+    for sign in (1, -1):  # channels 3 to 5 carry values below gray
+        for color in range(3):
+            channel = color if sign > 0 else color + 3
+            first[channel, :, 1, 1] = sign * _color_axes()[:, color] / _CONTRAST
             smooth[channel, channel] = torch.outer(kernel, kernel)
-            last[colour, channel, 1, 1] = sign
+            last[color, channel, 1, 1] = sign
     sd |= {"1.weight": first, "1.bias": torch.zeros(64), "19.weight": last, "19.bias": torch.full((3,), 0.5)}
     return sd | {f"{layer}.weight": smooth.clone() for layer in (7, 12, 17)}
 
@@ -301,7 +304,7 @@ def _zero_blocks(layers: Iterable[int]) -> Tensors:
 
 
 def tiny_vae() -> Any:
-    """The autoencoder as VAELoader makes it of 'taef1', a comfy.sd.VAE."""
+    """The autoencoder as VAELoader loads 'taef1', a comfy.sd.VAE."""
     import comfy.sd
 
     sd = {f"taesd_encoder.{key}": value for key, value in _encoder().items()}

@@ -1,6 +1,7 @@
-"""What only tests, the demo and benchmarks need of ComfyUI.
+"""Nodes for tests, the demo and benchmarks only.
 
-Tiny text encoders, latents bit for bit, golden inputs; slow ends of what is interrupted, as on a busy machine.
+They load tiny text encoders, save latents without rounding and load golden inputs. The pack also delays the end of
+interrupted jobs, as a busy machine would.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class TinyTestSaveLatent(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TinyTestSaveLatent",
-            display_name="Save latent as it is",
+            display_name="Save latent as float32",
             category="tests",
             inputs=[io.Latent.Input("samples")],
             is_output_node=True,
@@ -72,8 +73,8 @@ class TinyTestNodes(ComfyExtension):
         return [TinyTestTextEncoders, TinyTestSaveLatent, *GOLDEN_NODES]
 
 
-class SlowToEnd(PromptQueue):
-    """The page hears of an interruption before the job is in the history; here the time between is long."""
+class SlowTaskDone(PromptQueue):
+    """Prolongs the time between the interruption message to the page and the job's entry in the history."""
 
     def task_done(self, item_id: int, history_result: dict, status: Any, process_item: Any = None) -> None:
         if not status.completed:
@@ -82,5 +83,5 @@ class SlowToEnd(PromptQueue):
 
 
 async def comfy_entrypoint() -> TinyTestNodes:
-    PromptServer.instance.prompt_queue.__class__ = SlowToEnd
+    PromptServer.instance.prompt_queue.__class__ = SlowTaskDone
     return TinyTestNodes()

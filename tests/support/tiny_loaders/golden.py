@@ -1,4 +1,4 @@
-"""Inputs of the golden cases as nodes: their text in place of what text encoders make, their noise and pictures."""
+"""Nodes that load inputs of the golden cases: text in place of text encoders' output, latents and noise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _stored(key: str) -> torch.Tensor:
 
 
 class _GoldenText:
-    """A CLIP for which prompt k, '0', '1' ..., is row k of a golden text."""
+    """A CLIP that encodes the prompt 'k' ('0', '1', ...) as text k of a golden batch of texts."""
 
     def __init__(self, clip: CLIP, text: str, pooled: str) -> None:
         self.tokenizer = clip.tokenizer
@@ -33,9 +33,9 @@ class _GoldenText:
     def tokenize(self, prompt: str, **options: Any) -> int:
         return int(prompt)
 
-    def encode_from_tokens_scheduled(self, row: int) -> list:
-        one = slice(row, row + 1)
-        return [[self._text[one], {"pooled_output": self._pooled[one]}]]
+    def encode_from_tokens_scheduled(self, k: int) -> list:
+        prompt = slice(k, k + 1)
+        return [[self._text[prompt], {"pooled_output": self._pooled[prompt]}]]
 
 
 class TinyTestGoldenText(io.ComfyNode):
@@ -75,8 +75,8 @@ class _GoldenNoise:
         self._noise = noise
 
     def generate_noise(self, latent: dict[str, Any]) -> torch.Tensor:
-        images = latent["samples"].shape[0]
-        return copy.copy(self._noise).repeat(images // len(self._noise), 1, 1, 1)
+        num_images = latent["samples"].shape[0]
+        return copy.copy(self._noise).repeat(num_images // len(self._noise), 1, 1, 1)
 
 
 class TinyTestGoldenNoise(io.ComfyNode):

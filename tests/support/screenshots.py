@@ -1,4 +1,4 @@
-"""The pictures of README, help pages and templates, as the frontend shows the nodes."""
+"""Screenshots of the page for README, help pages and templates, and their comparison."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ DOCS = REPO / "web" / "docs" / "pictures"
 OVERVIEW = DOCS / "two_sliders.jpg"
 FILMSTRIP = DOCS / "filmstrip.jpg"
 QUALITY = 86
-CORNER = (120, 120)  # of the picture in the page: nothing of the frontend lies over it from here on
+CORNER = (120, 120)  # of the screenshot in the page, right of and below the frontend's own controls
 MARGIN = 24
 THUMBNAIL = 512
 OVERVIEW_WIDTH = 1800
-SUBJECTS = {  # the nodes that a thumbnail is about
+SHOWN_NODES = {  # node types shown on a template's thumbnail
     "calibrated_slider": ("EditSlidersCalibrate", "EditSlidersCalibratedStrength"),
     "consistent_style": ("EditSlidersStackPrompts",),
     "incremental_editing": ("EditSlidersInjectVitalLayers", "EditSlidersStackPrompts"),
@@ -55,33 +55,33 @@ LOOK_AT = """([x, y, scale, left, top]) => {
 }"""
 
 
-def drawn(comfyui: Path, base: Path, running: Browser) -> Iterator[tuple[Path, Image.Image]]:
-    """The templates' thumbnails and the README's picture with their places; `base` becomes the folder of a server."""
-    workflows = {name: json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")) for name in SUBJECTS}
+def take_screenshots(comfyui: Path, base: Path, chromium: Browser) -> Iterator[tuple[Path, Image.Image]]:
+    """Each image file of the templates and the README with a new screenshot; `base` is the server's base directory."""
+    workflows = {name: json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")) for name in SHOWN_NODES}
     write_settings(base)
     for workflow in workflows.values():
-        _pretend_files(workflow, base / "models")
+        _create_model_files(workflow, base / "models")
     with ComfyServer(comfyui, base, {"ComfyUI-EditSliders": REPO}) as server:
         server.put_input("example.png", Image.open(REPO / "demo" / "photo.jpg"))
-        view = ComfyPage(running, server, vue=True)
+        view = ComfyPage(chromium, server, vue=True)
         view.page.set_viewport_size({"width": 2400, "height": 1400})
         for name, workflow in workflows.items():
             view.open(workflow)
-            yield WORKFLOWS / f"{name}.jpg", picture_of(view, SUBJECTS[name], THUMBNAIL, square=True)
+            yield WORKFLOWS / f"{name}.jpg", screenshot_of(view, SHOWN_NODES[name], THUMBNAIL, square=True)
         view.open(workflows["slider_prompt"])
-        yield OVERVIEW, picture_of(view, (), OVERVIEW_WIDTH)
+        yield OVERVIEW, screenshot_of(view, (), OVERVIEW_WIDTH)
         view.close()
 
 
-def alike(one: Image.Image, other: Image.Image) -> bool:
-    """Whether two pictures show the same but for fonts."""
-    small = [picture.convert("L").resize((32, 32)) for picture in (one, other)]
-    apart = sum(abs(a - b) for a, b in zip(*(picture.tobytes() for picture in small))) / 32**2
-    return abs(one.width / one.height - other.width / other.height) < 0.1 and apart < 10
+def look_alike(a: Image.Image, b: Image.Image) -> bool:
+    """Whether two images show the same, apart from fonts and small differences in layout."""
+    thumbnails = [image.convert("L").resize((32, 32)) for image in (a, b)]
+    difference = sum(abs(p - q) for p, q in zip(*(image.tobytes() for image in thumbnails))) / 32**2
+    return abs(a.width / a.height - b.width / b.height) < 0.1 and difference < 10
 
 
-def picture_of(view: ComfyPage, types: tuple[str, ...], width: int, square: bool = False) -> Image.Image:
-    """The nodes of these types, or all, and nothing else of the page."""
+def screenshot_of(view: ComfyPage, types: tuple[str, ...], width: int, square: bool = False) -> Image.Image:
+    """A screenshot `width` pixels wide of the nodes of these types, or of all nodes; a square one on request."""
     left, top, right, bottom = view.page.evaluate(BOUNDS, types)
     across, down = right - left + 2 * MARGIN, bottom - top + 2 * MARGIN
     if square:
@@ -90,16 +90,16 @@ def picture_of(view: ComfyPage, types: tuple[str, ...], width: int, square: bool
     scale = width / across
     view.page.evaluate(LOOK_AT, [left - MARGIN, top - MARGIN, scale, *CORNER])
     view.page.wait_for_timeout(2000)
-    shot = view.page.screenshot(clip={"x": CORNER[0], "y": CORNER[1], "width": width, "height": down * scale})
-    return Image.open(io.BytesIO(shot)).convert("RGB")
+    png = view.page.screenshot(clip={"x": CORNER[0], "y": CORNER[1], "width": width, "height": down * scale})
+    return Image.open(io.BytesIO(png)).convert("RGB")
 
 
-def _pretend_files(workflow: dict, models: Path) -> None:
-    """Empty files by the names that the template asks for, so that the frontend finds nothing missing."""
+def _create_model_files(workflow: dict, models: Path) -> None:
+    """Create an empty file for each model of the template; the frontend would report missing ones."""
     for node in workflow["nodes"]:
-        wanted = [(file["directory"], file["name"]) for file in node["properties"].get("models", ())]
+        files = [(file["directory"], file["name"]) for file in node["properties"].get("models", ())]
         if node["type"] in ("EditSlidersLoadAdapter", "EditSlidersLoadProjector"):
-            wanted = [("loras", name) for name in node["widgets_values"]]
-        for folder, name in wanted:
+            files = [("loras", name) for name in node["widgets_values"]]
+        for folder, name in files:
             (models / folder).mkdir(parents=True, exist_ok=True)
             (models / folder / name).touch()
