@@ -160,7 +160,8 @@ def test_equal_to_finite_differences(weights, manifest):
                 parameter.add_(direction[name], alpha=-step)
         return total
 
-    assert (loss(1e-3) - loss(-1e-3)) / 2e-3 == pytest.approx(expected, rel=2e-3)
+    # The loss is a float32: a smaller step would measure its rounding, a larger one the curvature.
+    assert (loss(3e-3) - loss(-3e-3)) / 6e-3 == pytest.approx(expected, rel=5e-3)
 
 
 def test_of_the_projector_and_its_lora(weights, manifest):
