@@ -368,7 +368,7 @@ def test_measure_sweep_with_a_mask(server):
     [
         ("0 .5 1", grays(9, 9, 9), {}, "All images are equal"),
         ("0 1", grays(0, 9, 99), {}, "3 images and 2 strengths"),
-        ("0", grays(0), {}, "There is one picture"),
+        ("0", grays(0), {}, "There is one image"),
         (
             "0 1",
             grays(0, 9),
