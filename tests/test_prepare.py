@@ -505,6 +505,18 @@ def test_the_example_can_be_read():
     assert set(build_graphs(config.render).edit) < set(build_graphs(config.render).strengths)
 
 
+def test_strips_of_version_0_1_are_kept(tmp_path):
+    """It wrote them into stacks/, which is used if it exists."""
+    data = {"type": "folder", "images": "images", "instructions": ["make it red"]}
+    render = {"type": "latents", **BUILT_IN}
+    config = read_prepare_config(
+        written(tmp_path, {"output": "out", "servers": [DEAD], "data": data, "render": render})
+    )
+    assert config.strips_folder == tmp_path / "out" / "edit_strips"
+    (tmp_path / "out" / "stacks").mkdir(parents=True)
+    assert config.strips_folder == tmp_path / "out" / "stacks"
+
+
 def test_distances():
     black, white = (Image.new("RGB", (80, 48), color) for color in ("black", "white"))
     half = white.copy()
