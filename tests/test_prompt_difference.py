@@ -1,4 +1,4 @@
-"""Strengths by prompts that lack a sub-instruction: the weights, what the model makes of them, and the texts."""
+"""Prompt Difference: velocities against the guidance formula, prompts with one instruction left out, and graphs."""
 
 from __future__ import annotations
 
@@ -27,124 +27,132 @@ def text(seed: int) -> list:
     return [[noise(1, 24, 64, seed=seed), {"pooled_output": noise(1, 768, seed=seed + 1), "guidance": 3.5}]]
 
 
-WHOLE, WITHOUT = text(1), [text(3), text(5)]
-DIFFERENCES = PromptDifferences("first and second", SPANS, WHOLE, WITHOUT)
+FULL, LEAVE_ONE_OUT = text(1), [text(3), text(5)]
+DIFFERENCES = PromptDifferences("first and second", SPANS, FULL, LEAVE_ONE_OUT)
 
 
-def at(*strengths: object, **place) -> list:
-    return DIFFERENCES.with_strengths({f"strength_{k}": s for k, s in enumerate(strengths, 1)}, **place)
+def with_strengths(*strengths: object, **region) -> list:
+    return DIFFERENCES.with_strengths({f"strength_{k}": s for k, s in enumerate(strengths, 1)}, **region)
 
 
-def by_hand(model, *strengths: object) -> torch.Tensor:
-    """The formula, every velocity by itself; strengths are numbers or maps of (8, 8)."""
-    whole = velocity_of(model, X, SIGMA, WHOLE)
-    parts = [(s - 1) * (whole - velocity_of(model, X, SIGMA, one)) for s, one in zip(strengths, WITHOUT)]
-    return whole + sum(parts)
+def expected_velocity(model, *strengths: object) -> torch.Tensor:
+    """The guidance formula, one model call per prompt. strengths: numbers or maps of shape (8, 8)."""
+    full = velocity_of(model, X, SIGMA, FULL)
+    terms = [(s - 1) * (full - velocity_of(model, X, SIGMA, without)) for s, without in zip(strengths, LEAVE_ONE_OUT)]
+    return full + sum(terms)
 
 
 @pytest.mark.parametrize("strengths", [(0.3, 1.0), (1.6, 0.4), (0.0, 0.0), (-0.5, 2.0), (0.0, 1.0), (0.5, 0.5)])
-def test_it_equals_the_formula(golden_model, strengths):
-    assert near(velocity_of(golden_model, X, SIGMA, at(*strengths)), by_hand(golden_model, *strengths))
+def test_velocity_equals_the_formula(golden_model, strengths):
+    assert near(
+        velocity_of(golden_model, X, SIGMA, with_strengths(*strengths)), expected_velocity(golden_model, *strengths)
+    )
 
 
-def test_what_weighs_nothing_costs_nothing(golden_model):
-    whole = [[cond, {**options, keys.PROMPT_WEIGHTS: PromptWeights()}] for cond, options in WHOLE]
-    assert at(1.0, 1.0) == whole
-    assert at((1.0, 1.0), 1.0) == whole
-    assert at(1.0, 1.0, mask=torch.ones(1, 64, 64)) == whole
-    assert [cond for cond, _ in at(0.0, 1.0)] == [WITHOUT[0][0][0]]
-    assert len(at(0.3, 1.0)) == 2
-    assert len(at(0.3, 0.2)) == 3
-    assert len(at(0.5, 0.5)) == 2
-    assert at(0.3, 1.0, mask=torch.ones(64, 64)) == at(0.3, 1.0)
-    assert [cond for cond, _ in at(0.0, 0.0, end=0.5)] == [cond for cond, _ in at(0.0, 0.0)]
-    assert WHOLE[0][1].keys() == {"pooled_output", "guidance"}
+def test_entries_of_weight_zero_are_left_out(golden_model):
+    full = [[cond, {**options, keys.PROMPT_WEIGHTS: PromptWeights()}] for cond, options in FULL]
+    assert with_strengths(1.0, 1.0) == full
+    assert with_strengths((1.0, 1.0), 1.0) == full
+    assert with_strengths(1.0, 1.0, mask=torch.ones(1, 64, 64)) == full
+    assert [cond for cond, _ in with_strengths(0.0, 1.0)] == [LEAVE_ONE_OUT[0][0][0]]
+    assert len(with_strengths(0.3, 1.0)) == 2
+    assert len(with_strengths(0.3, 0.2)) == 3
+    assert len(with_strengths(0.5, 0.5)) == 2
+    assert with_strengths(0.3, 1.0, mask=torch.ones(64, 64)) == with_strengths(0.3, 1.0)
+    assert [cond for cond, _ in with_strengths(0.0, 0.0, end=0.5)] == [cond for cond, _ in with_strengths(0.0, 0.0)]
+    assert FULL[0][1].keys() == {"pooled_output", "guidance"}
 
 
-def test_other_conds_are_left_alone(golden_model):
+def test_other_conds_are_unchanged(golden_model):
     other = text(7)
     bare = velocity_of(golden_model, X, SIGMA, other)
-    together = velocity_of(golden_model, X, SIGMA, at(0.3, 1.4), other)
-    assert near(together[:1], by_hand(golden_model, 0.3, 1.4))
+    together = velocity_of(golden_model, X, SIGMA, with_strengths(0.3, 1.4), other)
+    assert near(together[:1], expected_velocity(golden_model, 0.3, 1.4))
     assert near(together[1:], bare)
 
 
 def test_strengths_per_image_equal_single_runs(golden_model):
     values = (0.0, 0.5, 1.0, 1.6)
-    together = velocity_of(golden_model, X.repeat(4, 1, 1, 1), SIGMA, at(values, 0.7))
+    together = velocity_of(golden_model, X.repeat(4, 1, 1, 1), SIGMA, with_strengths(values, 0.7))
     for k, value in enumerate(values):
-        assert near(together[k : k + 1], by_hand(golden_model, value, 0.7))
+        assert near(together[k : k + 1], expected_velocity(golden_model, value, 0.7))
     with pytest.raises(SliderError, match="4 strengths for a batch of 2"):
-        velocity_of(golden_model, X.repeat(2, 1, 1, 1), SIGMA, at(values, 0.7))
+        velocity_of(golden_model, X.repeat(2, 1, 1, 1), SIGMA, with_strengths(values, 0.7))
 
 
-def test_outside_the_mask_the_strengths_are_zero(golden_model):
-    """The mask is as large as the picture, 8 pixels to one of the latent."""
+def test_strengths_are_zero_outside_the_mask(golden_model):
+    """The mask has the size of the image: 8 x 8 mask pixels per latent pixel."""
     mask = torch.zeros(1, 64, 64)
     mask[:, :, :32] = 1.0
     mask[:, 32:, :32] = 0.5
-    small = mask[0, 4::8, 4::8]
-    found = velocity_of(golden_model, X, SIGMA, at(1.6, 1.0, mask=mask))
-    assert near(found, by_hand(golden_model, 1.6 * small, small))
-    nowhere = velocity_of(golden_model, X, SIGMA, at(1.6, 1.0, mask=torch.zeros(64, 64)))
-    assert near(nowhere, by_hand(golden_model, 0.0, 0.0))
+    latent_mask = mask[0, 4::8, 4::8]
+    masked = velocity_of(golden_model, X, SIGMA, with_strengths(1.6, 1.0, mask=mask))
+    assert near(masked, expected_velocity(golden_model, 1.6 * latent_mask, latent_mask))
+    masked_out = velocity_of(golden_model, X, SIGMA, with_strengths(1.6, 1.0, mask=torch.zeros(64, 64)))
+    assert near(masked_out, expected_velocity(golden_model, 0.0, 0.0))
     values = (0.2, 1.6)
-    each = velocity_of(golden_model, X.repeat(2, 1, 1, 1), SIGMA, at(values, 1.0, mask=torch.cat([mask, 1 - mask])))
-    assert near(each[:1], by_hand(golden_model, 0.2 * small, small))
-    assert near(each[1:], by_hand(golden_model, 1.6 * (1 - small), 1 - small))
+    each = velocity_of(
+        golden_model, X.repeat(2, 1, 1, 1), SIGMA, with_strengths(values, 1.0, mask=torch.cat([mask, 1 - mask]))
+    )
+    assert near(each[:1], expected_velocity(golden_model, 0.2 * latent_mask, latent_mask))
+    assert near(each[1:], expected_velocity(golden_model, 1.6 * (1 - latent_mask), 1 - latent_mask))
 
 
-def test_a_place_for_some_of_them(golden_model):
-    """Mask and part hold for the second; the first has its strength everywhere and always."""
-    small = torch.zeros(8, 8)
-    small[:, :4] = 1.0
-    mask = small.repeat_interleave(8, 0).repeat_interleave(8, 1)
-    found = velocity_of(golden_model, X, SIGMA, at(0.4, 1.6, mask=mask, chosen=[2]))
-    assert near(found, by_hand(golden_model, 0.4, 1.6 * small))
-    everywhere = at(0.4, 1.6, mask=mask, chosen=[1, 2])
-    assert near(velocity_of(golden_model, X, SIGMA, everywhere), by_hand(golden_model, 0.4 * small, 1.6 * small))
-    assert len(at(1.0, 1.6, mask=mask, chosen=[2])) == 2
-    late = golden_model.model.model_sampling.percent_to_sigma(0.9)
-    early = at(0.4, 1.6, end=0.5, chosen=[2])
-    for sigma, second in ((1.0, 1.6), (late, 0.0)):
-        now = velocity_of(golden_model, X, sigma, early)
-        assert near(now, velocity_of(golden_model, X, sigma, at(0.4, second)))
-    assert len(at(0.4, 1.0, end=0.5, chosen=[1])) == 3
+def test_mask_and_schedule_of_selected_instructions(golden_model):
+    """Mask and schedule range apply to the second instruction; the first keeps its strength at all pixels and steps."""
+    latent_mask = torch.zeros(8, 8)
+    latent_mask[:, :4] = 1.0
+    mask = latent_mask.repeat_interleave(8, 0).repeat_interleave(8, 1)
+    second_masked = velocity_of(golden_model, X, SIGMA, with_strengths(0.4, 1.6, mask=mask, chosen=[2]))
+    assert near(second_masked, expected_velocity(golden_model, 0.4, 1.6 * latent_mask))
+    both_masked = with_strengths(0.4, 1.6, mask=mask, chosen=[1, 2])
+    assert near(
+        velocity_of(golden_model, X, SIGMA, both_masked),
+        expected_velocity(golden_model, 0.4 * latent_mask, 1.6 * latent_mask),
+    )
+    assert len(with_strengths(1.0, 1.6, mask=mask, chosen=[2])) == 2
+    late_sigma = golden_model.model.model_sampling.percent_to_sigma(0.9)
+    first_half = with_strengths(0.4, 1.6, end=0.5, chosen=[2])
+    for sigma, second in ((1.0, 1.6), (late_sigma, 0.0)):
+        ranged = velocity_of(golden_model, X, sigma, first_half)
+        assert near(ranged, velocity_of(golden_model, X, sigma, with_strengths(0.4, second)))
+    assert len(with_strengths(0.4, 1.0, end=0.5, chosen=[1])) == 3
     with pytest.raises(SliderError, match=r"no instruction 3; expected numbers from 1 to 2: 1 = 'first'"):
-        at(0.5, 1.0, mask=mask, chosen=[3])
+        with_strengths(0.5, 1.0, mask=mask, chosen=[3])
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.0, 0.5), (0.25, 0.75), (0.5, 1.0)])
-def test_before_and_after_its_part_the_strengths_are_zero(golden_model, start, end):
-    """Single calls, borders included, and a run of 8 steps against one whose steps are switched by hand."""
+def test_strengths_are_zero_outside_the_schedule_range(golden_model, start, end):
+    """Single calls, also at the ends of the range, and 8 sampling steps against Euler steps that switch strengths."""
     sampling = golden_model.model.model_sampling
     first, last = (torch.tensor(sampling.percent_to_sigma(p), dtype=torch.float32) for p in (start, end))
-    values, soft = (1.6, 0.4), torch.full((1, 8, 8), 0.5)
-    for place in ({}, {"mask": soft}):
-        placed, inside, outside = at(*values, start=start, end=end, **place), at(*values, **place), at(0.0, 0.0)
-        x, acted = X * 1.0, []
+    values = (1.6, 0.4)
+    for region in ({}, {"mask": torch.full((1, 8, 8), 0.5)}):
+        ranged = with_strengths(*values, start=start, end=end, **region)
+        inside, outside = with_strengths(*values, **region), with_strengths(0.0, 0.0)
+        x, steps_in_range = X * 1.0, []
         sigmas = calculate_sigmas(sampling, "simple", 8)
-        for now, then in pairwise(sigmas):
-            acts = bool(last <= now <= first)
-            acted.append(acts)
-            want = velocity_of(golden_model, x, now.item(), inside if acts else outside)
-            assert near(velocity_of(golden_model, x, now.item(), placed), want)
-            x = x + (then - now) * want
-        assert 0 < sum(acted) < 8
-        for border in {start, end} - {0.0, 1.0}:
-            sigma = torch.tensor(sampling.percent_to_sigma(border), dtype=torch.float32).item()
-            assert near(velocity_of(golden_model, X, sigma, placed), velocity_of(golden_model, X, sigma, inside))
-        found = comfy.sample.sample(
-            golden_model, X, 8, 1.0, "euler", "simple", placed, placed, torch.zeros_like(X), disable_pbar=True
+        for sigma, next_sigma in pairwise(sigmas):
+            in_range = bool(last <= sigma <= first)
+            steps_in_range.append(in_range)
+            expected = velocity_of(golden_model, x, sigma.item(), inside if in_range else outside)
+            assert near(velocity_of(golden_model, x, sigma.item(), ranged), expected)
+            x = x + (next_sigma - sigma) * expected
+        assert 0 < sum(steps_in_range) < 8
+        for percent in {start, end} - {0.0, 1.0}:
+            sigma = torch.tensor(sampling.percent_to_sigma(percent), dtype=torch.float32).item()
+            assert near(velocity_of(golden_model, X, sigma, ranged), velocity_of(golden_model, X, sigma, inside))
+        sampled = comfy.sample.sample(
+            golden_model, X, 8, 1.0, "euler", "simple", ranged, ranged, torch.zeros_like(X), disable_pbar=True
         )
-        assert near(found, golden_model.model.process_latent_out(x))
-        whole = comfy.sample.sample(
+        assert near(sampled, golden_model.model.process_latent_out(x))
+        unlimited = comfy.sample.sample(
             golden_model, X, 8, 1.0, "euler", "simple", inside, inside, torch.zeros_like(X), disable_pbar=True
         )
-        assert far(found, whole)
+        assert far(sampled, unlimited)
 
 
-def test_refused():
+def test_invalid_arguments():
     for strengths, message in {
         (0.5,): "2 instructions but only 1 strengths",
         (1.0, 1.0, 0.5): "strength_3 is 0.5, but there are only 2",
@@ -152,94 +160,94 @@ def test_refused():
         ("x", 1.0): "strength_1 is 'x'",
     }.items():
         with pytest.raises(SliderError, match=message):
-            at(*strengths)
+            with_strengths(*strengths)
     for mask, message in (
         (torch.ones(3, 8, 8), "3 masks for 1 strength"),
         (torch.full((8, 8), torch.nan), "values from nan"),
         (torch.ones(8), r"the shape \(8,\)"),
     ):
         with pytest.raises(SliderError, match=message):
-            at(0.5, 1.0, mask=mask)
+            with_strengths(0.5, 1.0, mask=mask)
     with pytest.raises(SliderError, match="expected 0 <= start < end <= 1"):
-        at(0.5, 1.0, start=0.6, end=0.4)
+        with_strengths(0.5, 1.0, start=0.6, end=0.4)
 
 
-def test_prompts_without_a_part():
+def test_prompts_with_one_instruction_removed():
     lines = "make it red", "add a hat and a scarf", "blur it"
     prompt, ranges = join_lines("\n".join(lines))
-    found = [remove_instruction(prompt, part) for part in ranges]
-    assert found == [" and ".join(lines[:k] + lines[k + 1 :]) for k in range(3)]
+    prompts = [remove_instruction(prompt, r) for r in ranges]
+    assert prompts == [" and ".join(lines[:k] + lines[k + 1 :]) for k in range(3)]
     prompt, [only] = join_lines("make it red")
     assert remove_instruction(prompt, only) == ""
     prompt, ranges = read_marks("A portrait of [[an old woman]] with [[golden hair]] and a hat")
-    assert [remove_instruction(prompt, part) for part in ranges] == [
+    assert [remove_instruction(prompt, r) for r in ranges] == [
         "A portrait of  with golden hair and a hat",
         "A portrait of an old woman with a hat",
     ]
 
 
-def difference(g: Graph, words: str, *strengths: object, mode: str = "one per line", **more: object) -> Link:
+def difference(g: Graph, text: str, *strengths: object, mode: str = "one per line", **more: object) -> Link:
     values = {f"strength_{k}": value for k, value in enumerate(strengths, 1)}
     more = {"start": 0.0, "end": 1.0, **more}
-    return g.add("EditSlidersPromptDifference", clip=g.clip(), text=words, mode=mode, pad_to_512=True, **values, **more)
+    return g.add("EditSlidersPromptDifference", clip=g.clip(), text=text, mode=mode, pad_to_512=True, **values, **more)
 
 
 def stock_average(g: Graph, **weights: float) -> Link:
-    """Prompts averaged by ComfyUI's own nodes."""
-    each = [
-        g.add("ConditioningSetAreaStrength", conditioning=g.stock_text(words.replace("_", " ")), strength=weight)
-        for words, weight in weights.items()
-    ]
-    return g.add("ConditioningCombine", conditioning_1=each[0], conditioning_2=each[1])
+    """The average of two prompts (prompt, spaces as underscores -> weight) by ComfyUI's own nodes."""
+    first, second = (
+        g.add("ConditioningSetAreaStrength", conditioning=g.stock_text(prompt.replace("_", " ")), strength=weight)
+        for prompt, weight in weights.items()
+    )
+    return g.add("ConditioningCombine", conditioning_1=first, conditioning_2=second)
 
 
-def test_whole_graphs(server):
-    words = "make it red\nblur it"
+def test_graphs(server):
+    instructions = "make it red\nblur it"
 
-    def made(conditioning) -> object:
+    def sample(conditioning) -> object:
         return lambda g: g.sample(g.model(), g.edited(conditioning(g)))
 
-    def nowhere(g: Graph, words: str, **more: object) -> Link:
-        return difference(g, words, mask=g.add("SolidMask", value=0.0, width=64, height=64), **more)
+    def masked_out(g: Graph, text: str, **more: object) -> Link:
+        return difference(g, text, mask=g.add("SolidMask", value=0.0, width=64, height=64), **more)
 
-    one, bare, less, by_stock, marked, gone, lacking, masked, blank, early, some = latents(
+    one, bare, weak, averaged, marked, zero, without, masked, empty, early, selected = latents(
         server,
-        made(lambda g: difference(g, words)),
-        made(lambda g: g.stock_text("make it red and blur it")),
-        made(lambda g: difference(g, words, 0.3)),
-        made(lambda g: stock_average(g, make_it_red_and_blur_it=0.3, blur_it=0.7)),
-        made(lambda g: difference(g, "[[make it red]] and blur it", 0.3, mode="[[marked]] phrases")),
-        made(lambda g: difference(g, words, 1.0, 0.0)),
-        made(lambda g: g.stock_text("make it red")),
-        made(lambda g: nowhere(g, "blur it")),
-        made(lambda g: g.stock_text("")),
-        made(lambda g: difference(g, words, end=0.4)),
-        made(lambda g: nowhere(g, words, sub_instructions="2")),
+        sample(lambda g: difference(g, instructions)),
+        sample(lambda g: g.stock_text("make it red and blur it")),
+        sample(lambda g: difference(g, instructions, 0.3)),
+        sample(lambda g: stock_average(g, make_it_red_and_blur_it=0.3, blur_it=0.7)),
+        sample(lambda g: difference(g, "[[make it red]] and blur it", 0.3, mode="[[marked]] phrases")),
+        sample(lambda g: difference(g, instructions, 1.0, 0.0)),
+        sample(lambda g: g.stock_text("make it red")),
+        sample(lambda g: masked_out(g, "blur it")),
+        sample(lambda g: g.stock_text("")),
+        sample(lambda g: difference(g, instructions, end=0.4)),
+        sample(lambda g: masked_out(g, instructions, sub_instructions="2")),
     )
     assert (one == bare).all()
-    assert near(less, by_stock)
-    assert far(less, bare)
-    assert near(marked, less)
-    assert near(gone, lacking)
-    assert far(gone, bare)
-    assert near(masked, blank)
-    assert near(some, lacking)
+    assert near(weak, averaged)
+    assert far(weak, bare)
+    assert near(marked, weak)
+    assert near(zero, without)
+    assert far(zero, bare)
+    assert near(masked, empty)
+    assert near(selected, without)
     assert far(early, one)
-    assert far(early, blank)
+    assert far(early, empty)
 
 
-def test_lists_in_graphs_and_bad_strengths(server):
+def test_strength_lists_and_invalid_strengths_in_graphs(server):
     def swept(g: Graph) -> Link:
         strengths = g.add("EditSlidersStrengthRange", first=0.0, last=1.0, count=2)
         latent = g.add("EditSlidersLatentForSweep", latent=g.noise(), strengths=strengths)
         return g.sample(g.model(), g.edited(difference(g, "make it red\nblur it", strengths)), latent=latent)
 
-    def still(words: str):
-        return lambda g: g.sample(g.model(), g.edited(g.stock_text(words)))
+    def single(prompt: str):
+        return lambda g: g.sample(g.model(), g.edited(g.stock_text(prompt)))
 
-    pictures, lacking, whole = latents(server, swept, still("blur it"), still("make it red and blur it"))
-    assert near(pictures[:1], lacking)
-    assert near(pictures[1:], whole)
+    images, without, full = latents(server, swept, single("blur it"), single("make it red and blur it"))
+    assert near(images[:1], without)
+    assert near(images[1:], full)
     g = Graph()
     g.save(g.sample(g.model(), g.edited(difference(g, "make it red", "much"))))
     with pytest.raises(PromptRejected, match="strength_1 is 'much'"):

@@ -1,4 +1,4 @@
-"""What the page asks of the server, on a real one."""
+"""The HTTP routes of the pack, on a real ComfyUI server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from support.graphs import Graph
 FRAME = {"filename": "photo.png", "subfolder": "", "type": "input"}
 
 
-def refused(server, path: str, body: object) -> str:
+def error_of(server, path: str, body: object) -> str:
+    """The message of the route's answer, status 400."""
     with pytest.raises(urllib.error.HTTPError) as refusal:
         server.post(path, body)
     assert refusal.value.code == 400
@@ -24,7 +25,7 @@ def tokens(server, text: str, mode: str = "one per line") -> list[dict]:
     return json.loads(server.post("/edit_sliders/tokens", {"text": text, "mode": mode}))["phrases"]
 
 
-def test_the_tokens_of_each_phrase(server):
+def test_tokens_of_each_phrase(server):
     first, second = tokens(server, "make the cat older\n(golden:1.2) hair 😀")
     assert first["tokens"]["t5xxl"] == ["▁make", "▁the", "▁cat", "▁older"]
     assert first["tokens"]["clip_l"] == ["make</w>", "the</w>", "cat</w>", "older</w>"]
@@ -34,7 +35,7 @@ def test_the_tokens_of_each_phrase(server):
     assert "".join(marked["tokens"]["t5xxl"]) == "▁cater"
 
 
-def test_the_tokens_are_those_of_the_clip_that_ran_last(server):
+def test_tokens_come_from_the_clip_that_ran_last(server):
     g = Graph()
     encoded = g.add("EditSlidersSliderPrompt", clip=g.clip(), text="a cat", mode="one per line", pad_to_512=True)
     g[encoded[0]]["inputs"] |= {"lowest": -0.5, "highest": 2.0}
@@ -44,22 +45,22 @@ def test_the_tokens_are_those_of_the_clip_that_ran_last(server):
     assert phrase["tokens"]["t5xxl"] == ["▁", "a", "▁cat"]
 
 
-def test_prompts_without_tokens(server):
-    assert "The prompt is empty" in refused(server, "/edit_sliders/tokens", {"text": "\n", "mode": "one per line"})
-    assert "not closed" in refused(server, "/edit_sliders/tokens", {"text": "[[a", "mode": "[[marked]] phrases"})
-    assert "expected a text and a mode" in refused(server, "/edit_sliders/tokens", {"text": 3}).lower()
-    assert "expected a JSON object" in refused(server, "/edit_sliders/tokens", [1])
-    [fine, nothing] = tokens(server, "a cat\n()")
-    assert fine["error"] == ""
-    assert "'()' contains no text" in nothing["error"]
+def test_token_errors(server):
+    assert "The prompt is empty" in error_of(server, "/edit_sliders/tokens", {"text": "\n", "mode": "one per line"})
+    assert "not closed" in error_of(server, "/edit_sliders/tokens", {"text": "[[a", "mode": "[[marked]] phrases"})
+    assert "expected a text and a mode" in error_of(server, "/edit_sliders/tokens", {"text": 3}).lower()
+    assert "expected a JSON object" in error_of(server, "/edit_sliders/tokens", [1])
+    [valid, empty] = tokens(server, "a cat\n()")
+    assert valid["error"] == ""
+    assert "'()' contains no text" in empty["error"]
 
 
-def sweep_file(server, kind: str, count: int = 5, **changes) -> bytes:
-    body = {"format": kind, "frames": [FRAME] * count, "captions": [f"{k}" for k in range(count)], "columns": 3}
+def sweep_file(server, file_format: str, count: int = 5, **changes) -> bytes:
+    body = {"format": file_format, "frames": [FRAME] * count, "captions": [f"{k}" for k in range(count)], "columns": 3}
     return server.post("/edit_sliders/sweep_file", {**body, **changes})
 
 
-def test_a_sweep_as_one_file(server):
+def test_sweep_files(server):
     animation = Image.open(io.BytesIO(sweep_file(server, "webp", metadata={"workflow": '{"nodes": []}'})))
     assert animation.format == "WEBP"
     assert animation.size == (64, 64)
@@ -75,25 +76,27 @@ def test_a_sweep_as_one_file(server):
     assert grid.crop((70, second_row, 134, second_row + 64)).tobytes() == photo.tobytes()
 
 
-def test_every_language_survives_in_the_workflow(server):
+def test_sweep_files_keep_unicode_in_the_workflow(server):
     workflow = json.dumps({"text": "让她变老 é 😀"}, ensure_ascii=False)
     png = Image.open(io.BytesIO(sweep_file(server, "strip", heading="让她", metadata={"workflow": workflow})))
     webp = Image.open(io.BytesIO(sweep_file(server, "webp", metadata={"workflow": workflow})))
     assert json.loads(png.text["workflow"]) == json.loads(workflow)
     assert json.loads(webp.getexif()[0x010F].removeprefix("workflow:")) == json.loads(workflow)
-    assert png.size == Image.open(io.BytesIO(sweep_file(server, "strip"))).size  # a heading that has no letters here
+    assert (
+        png.size == Image.open(io.BytesIO(sweep_file(server, "strip"))).size
+    )  # the font has no glyphs for the heading
 
 
-def test_an_animation_runs_there_and_back(server):
+def test_animations_play_forward_and_backward(server):
     names = [server.put_input(f"frame{k}.png", Image.new("RGB", (16, 16), (k * 80, 0, 0))) for k in range(4)]
     frames = [{**FRAME, "filename": name} for name in names]
     file = sweep_file(server, "webp", frames=frames, captions=[""] * 4, columns=4)
-    shown = [frame.convert("RGB").getpixel((8, 8))[0] for frame in ImageSequence.Iterator(Image.open(io.BytesIO(file)))]
-    assert [round(red / 80) for red in shown] == [0, 1, 2, 3, 2, 1]
+    reds = [frame.convert("RGB").getpixel((8, 8))[0] for frame in ImageSequence.Iterator(Image.open(io.BytesIO(file)))]
+    assert [round(red / 80) for red in reds] == [0, 1, 2, 3, 2, 1]
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"format": "gif"}, "expected 'webp', 'strip' or 'grid'"),
         ({"columns": 0}, "expected 1 to 5"),
@@ -108,6 +111,6 @@ def test_an_animation_runs_there_and_back(server):
         ({"metadata": {"workflow": 3}}, "map strings to strings"),
     ],
 )
-def test_files_that_cannot_be_made(server, changes, said):
+def test_invalid_sweep_files(server, changes, message):
     body = {"format": "strip", "frames": [FRAME] * 5, "captions": list("abcde"), "columns": 3, **changes}
-    assert said in refused(server, "/edit_sliders/sweep_file", body)
+    assert message in error_of(server, "/edit_sliders/sweep_file", body)

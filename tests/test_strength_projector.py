@@ -1,4 +1,4 @@
-"""The strength projector: its files, what it does to a model, and whole graphs with it."""
+"""Strength projectors: files, velocities of a model with a projector, and graphs."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ PROMPT = "make the cat older"
 X = noise(1, 16, 8, 8, seed=9)
 
 
-def text(rows: int = 24, seed: int = 1, **options) -> list:
+def text(num_tokens: int = 24, seed: int = 1, **options) -> list:
     pooled = noise(1, 768, seed=seed + 1)
-    return [[noise(1, rows, 64, seed=seed), {"pooled_output": pooled, "guidance": 3.5, **options}]]
+    return [[noise(1, num_tokens, 64, seed=seed), {"pooled_output": pooled, "guidance": 3.5, **options}]]
 
 
 @pytest.fixture(scope="module")
@@ -68,25 +68,26 @@ def offsets(bundle: ProjectorBundle) -> torch.Tensor:
     return bundle.projector.offsets((0.0, 0.4, 1.0), noise(1, 768))
 
 
-def test_projector_and_lora_as_one_file_or_apart(weights, lora, bundle, tmp_path):
+def test_projector_and_lora_in_one_file_or_two(weights, lora, bundle, tmp_path):
     save_file(weights | lora, tmp_path / "both.safetensors")
     save_file({f"module.{key}": value for key, value in weights.items()}, tmp_path / "wrapped.safetensors")
-    both, alone = read_projector(tmp_path / "both.safetensors"), read_projector(tmp_path / "wrapped.safetensors")
+    both = read_projector(tmp_path / "both.safetensors")
+    projector_only = read_projector(tmp_path / "wrapped.safetensors")
     assert near(offsets(both), offsets(bundle))
-    assert near(offsets(alone), offsets(bundle))
+    assert near(offsets(projector_only), offsets(bundle))
     assert set(both.lora.lora_weights) == set(bundle.lora.lora_weights)
-    assert alone.lora is None
-    assert "WARNING: no LoRA. Edits will be wrong" in alone.describe()
-    assert "hidden size 256" in alone.describe()
+    assert projector_only.lora is None
+    assert "WARNING: no LoRA. Edits will be wrong" in projector_only.describe()
+    assert "hidden size 256" in projector_only.describe()
     assert "strength and pooled text (768), 4 layers" in both.describe()
 
 
-def test_a_projector_that_reads_the_strength_alone(weights, tmp_path):
-    blind = weights | {"projector.0.weight": weights["projector.0.weight"][:, :768].contiguous()}
-    save_file(blind, tmp_path / "blind.safetensors")
-    blind = read_projector(tmp_path / "blind.safetensors")
-    assert blind.projector.pooled_width == 0
-    [[_, options]] = set_projector_strength([[noise(1, 4, 64), {}]], blind, (0.0, 1.0))
+def test_a_projector_without_pooled_text_input(weights, tmp_path):
+    strength_only = weights | {"projector.0.weight": weights["projector.0.weight"][:, :768].contiguous()}
+    save_file(strength_only, tmp_path / "strength_only.safetensors")
+    strength_only = read_projector(tmp_path / "strength_only.safetensors")
+    assert strength_only.projector.pooled_width == 0
+    [[_, options]] = set_projector_strength([[noise(1, 4, 64), {}]], strength_only, (0.0, 1.0))
     assert options["model_conds"][keys.PROJECTOR_OFFSETS].cond.shape == (2, 512)
 
 
@@ -98,13 +99,13 @@ def with_shape(key: str, *shape: int) -> Callable[[dict], dict]:
     return lambda weights: weights | {key: torch.zeros(shape)}
 
 
-WRONG = {
+INVALID_WEIGHTS = {
     "no extender": (without("pe_extender.weight", "pe_extender.bias"), "weight or the bias of pe_extender is missing"),
     "no bias": (without("projector.4.bias"), "bias of projector.4 is missing"),
-    "a gap": (without("projector.2.weight", "projector.2.bias"), "is incomplete"),
+    "missing layer": (without("projector.2.weight", "projector.2.bias"), "is incomplete"),
     "one angle": (with_shape("pe_extender.weight", 768, 1), "not a strength projector"),
-    "broken chain": (with_shape("projector.2.weight", 512, 100), r"\(512, 100\)"),
-    "odd output": (
+    "widths that do not match": (with_shape("projector.2.weight", 512, 100), r"\(512, 100\)"),
+    "odd output width": (
         lambda w: w | {"projector.6.weight": torch.zeros(511, 512), "projector.6.bias": torch.zeros(511)},
         "not a strength projector",
     ),
@@ -113,23 +114,23 @@ WRONG = {
         "does not contain a projector.*as the LoRA",
     ),
     "not finite": (lambda w: w | {"pe_extender.bias": torch.full((768,), torch.nan)}, "pe_extender.bias.*finite"),
-    "whole numbers": (
+    "integers": (
         lambda w: w | {"projector.2.bias": torch.ones(512).int()},
         r"projector\.2\.bias \(torch\.int32\)",
     ),
-    "no rows": (with_shape("projector.6.weight", 0, 512), "not a strength projector"),
-    "twice": (lambda w: w | {"ema.projector.2.bias": torch.zeros(512)}, "twice"),
+    "no output features": (with_shape("projector.6.weight", 0, 512), "not a strength projector"),
+    "duplicate key": (lambda w: w | {"ema.projector.2.bias": torch.zeros(512)}, "twice"),
     "many digits": (lambda w: {f"projector.{'1' * 5000}.weight": torch.zeros(1)}, "does not contain a projector"),
-    "unknown part": (lambda w: w | {"gate.weight": torch.zeros(1)}, "gate.weight"),
+    "unknown key": (lambda w: w | {"gate.weight": torch.zeros(1)}, "gate.weight"),
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_files(weights, tmp_path, wrong):
-    change, message = WRONG[wrong]
-    save_file(change(weights), tmp_path / "wrong.safetensors")
+@pytest.mark.parametrize("case", INVALID_WEIGHTS)
+def test_invalid_files(weights, tmp_path, case):
+    change, message = INVALID_WEIGHTS[case]
+    save_file(change(weights), tmp_path / "invalid.safetensors")
     with pytest.raises(SliderError, match=message):
-        read_projector(tmp_path / "wrong.safetensors")
+        read_projector(tmp_path / "invalid.safetensors")
 
 
 def test_unreadable_files(weights, lora, tmp_path):
@@ -148,7 +149,7 @@ def test_unreadable_files(weights, lora, tmp_path):
 # --- on a model
 
 
-def test_other_conds_are_left_alone(golden_model, bundle):
+def test_other_conds_are_unchanged(golden_model, bundle):
     model = apply_projector(golden_model, bundle)
     bare = velocity_of(golden_model, X, SIGMA, text(), text(seed=5))
     assert torch.equal(bare, velocity_of(model, X, SIGMA, text(), text(seed=5)))
@@ -171,7 +172,7 @@ def test_strengths_per_image_equal_single_runs(golden_model, bundle):
 
 
 def test_several_prompts_in_one_cond(golden_model, bundle):
-    """ComfyUI spreads the prompts of one cond over the batch; their offsets must go with them."""
+    """ComfyUI repeats the prompts of one cond along the batch; the offsets must be repeated likewise."""
     first, second = text(seed=1)[0], text(seed=5)[0]
     pooled = torch.cat([first[1]["pooled_output"], second[1]["pooled_output"]])
     both = [[torch.cat([first[0], second[0]]), {**first[1], "pooled_output": pooled}]]
@@ -192,21 +193,21 @@ def test_each_cond_has_its_own_pooled_vector_and_strength(golden_model, bundle):
         assert near(both[k : k + 1], velocity_of(model, X, SIGMA, cond))
 
 
-def test_with_other_sliders(golden_model, bundle):
-    """The LoRA of the projector and a GSTLoRA at strength 0 are the same sum."""
+def test_with_a_gstlora(golden_model, bundle):
+    """A projector and its LoRA as a GSTLoRA at strength 0, in either order, equal the projector with its LoRA twice."""
     doubled = replace(
         bundle.lora, lora_weights={m: [f._replace(scale=2.0) for f in fs] for m, fs in bundle.lora.lora_weights.items()}
     )
     slid = set_projector_strength(text(), bundle, 0.6)
     first = apply_gstlora(apply_projector(golden_model, bundle), bundle.lora, 0.0)
     second = apply_projector(apply_gstlora(golden_model, bundle.lora, 0.0), bundle)
-    want = velocity_of(apply_projector(golden_model, replace(bundle, lora=doubled)), X, SIGMA, slid)
-    assert near(velocity_of(first, X, SIGMA, slid), want)
-    assert near(velocity_of(second, X, SIGMA, slid), want)
+    expected = velocity_of(apply_projector(golden_model, replace(bundle, lora=doubled)), X, SIGMA, slid)
+    assert near(velocity_of(first, X, SIGMA, slid), expected)
+    assert near(velocity_of(second, X, SIGMA, slid), expected)
 
 
 def test_with_a_controlnet(golden_model, bundle):
-    """ControlNet adds to the image stream what it adds without the projector: the two do not cancel each other."""
+    """The effects of a ControlNet and of the projector are both present."""
     params = golden_model.model.diffusion_model.params
     torch.manual_seed(0)
     network = comfy.ldm.flux.controlnet.ControlNetFlux(
@@ -233,20 +234,21 @@ def test_with_a_controlnet(golden_model, bundle):
     assert far(both, velocity_of(model, X, SIGMA, set_projector_strength(text(), bundle, 0.6)))
 
 
-@pytest.mark.parametrize("when", ["compiled first", "compiled last"])
-def test_torch_compile(golden_model, bundle, when):
+@pytest.mark.parametrize("order", ["compiled first", "compiled last"])
+def test_torch_compile(golden_model, bundle, order):
     torch._dynamo.reset()
-
-    first = compiled(golden_model)
+    compiled_model = compiled(golden_model)
     for strength in (0.2, 0.8):
         slid = set_projector_strength(text(), bundle, strength)
-        want = velocity_of(apply_projector(golden_model, bundle), X, SIGMA, slid)
-        last = when == "compiled last"
-        model = compiled(apply_projector(golden_model, bundle)) if last else apply_projector(first, bundle)
-        assert near(velocity_of(model, X, SIGMA, slid), want)
+        expected = velocity_of(apply_projector(golden_model, bundle), X, SIGMA, slid)
+        if order == "compiled last":
+            model = compiled(apply_projector(golden_model, bundle))
+        else:
+            model = apply_projector(compiled_model, bundle)
+        assert near(velocity_of(model, X, SIGMA, slid), expected)
 
 
-def test_what_does_not_fit(golden_model, bundle, recipe, manifest, tmp_path):
+def test_mismatched_models_and_conditionings(golden_model, bundle, recipe, manifest, tmp_path):
     wide = recipe.projector_weights(manifest["model"], {"seed": 1, "out_dim": 1024, "n_layers": 2})
     save_file(wide, tmp_path / "wide.safetensors")
     wide = read_projector(tmp_path / "wide.safetensors")
@@ -256,17 +258,17 @@ def test_what_does_not_fit(golden_model, bundle, recipe, manifest, tmp_path):
         velocity_of(apply_projector(golden_model, bundle), X, SIGMA, set_projector_strength(text(), wide, 0.5))
     with pytest.raises(SliderError, match="already has a strength projector"):
         apply_projector(apply_projector(golden_model, bundle), bundle)
-    for pooled, found in (
+    for pooled, description in (
         ({}, "none"),
         ({"pooled_output": noise(1, 1280)}, r"one of shape \(1, 1280\)"),
         ({"pooled_output": noise(768)}, r"one of shape \(768,\)"),
         ({"pooled_output": noise(0, 768)}, r"one of shape \(0, 768\)"),
     ):
-        with pytest.raises(SliderError, match=f"768 values, but the conditioning has {found}"):
+        with pytest.raises(SliderError, match=f"768 values, but the conditioning has {description}"):
             set_projector_strength([[noise(1, 4, 64), pooled]], bundle, 0.5)
 
 
-def test_a_model_without_pooled_vectors(bundle):
+def test_flux2_is_refused(bundle):
     flux2 = comfy.ldm.flux.model.Flux(
         in_channels=128,
         out_channels=128,
@@ -295,7 +297,7 @@ def test_a_model_without_pooled_vectors(bundle):
         apply_projector(model, bundle)
 
 
-# --- whole graphs
+# --- graphs
 
 
 def slid(
@@ -308,7 +310,7 @@ def bare(g: Graph) -> Link:
     return g.sample(g.model(), g.edited(g.stock_text(PROMPT)))
 
 
-def shown(server, strength, mode: str) -> str:
+def shown_text(server, strength, mode: str) -> str:
     graph = Graph()
     graph.save(slid(strength, mode=mode)(graph))
     result = server.run(graph)
@@ -317,9 +319,9 @@ def shown(server, strength, mode: str) -> str:
     return result.text(node)
 
 
-def test_branches_second_and_interrupted_runs(server):
-    parts = [slid(0.2), bare, slid(0.9), lambda g: g.sample(g.projected(g.model()), g.edited(g.stock_text(PROMPT)))]
-    first = latents(server, *parts)
+def test_branches_and_repeated_and_interrupted_runs(server):
+    branches = [slid(0.2), bare, slid(0.9), lambda g: g.sample(g.projected(g.model()), g.edited(g.stock_text(PROMPT)))]
+    first = latents(server, *branches)
     assert far(first[0], first[1])
     assert far(first[0], first[2])
     assert np.array_equal(first[1], first[3])
@@ -330,24 +332,24 @@ def test_branches_second_and_interrupted_runs(server):
     server.interrupt()
     assert server.wait(prompt).interrupted
     server.free()
-    for part, want in zip(parts, first):
-        assert np.array_equal(latents(server, part)[0], want)
+    for branch, expected in zip(branches, first):
+        assert np.array_equal(latents(server, branch)[0], expected)
 
 
-def test_a_moved_slider_runs_nothing_above_it(server):
+def test_a_moved_slider_reruns_no_upstream_node(server):
     graphs = [Graph(), Graph()]
     for graph, value in zip(graphs, (0.41, 0.42)):
         graph.save(slid(value)(graph))
     assert server.run(graphs[0]).ok
-    again = {graphs[1][node]["class_type"] for node in server.run(graphs[1]).executed}
-    assert "KSampler" in again
-    assert not again & {"UNETLoader", "EditSlidersLoadProjector", "EditSlidersApplyProjector", "CLIPTextEncode"}
+    executed = {graphs[1][node]["class_type"] for node in server.run(graphs[1]).executed}
+    assert "KSampler" in executed
+    assert not executed & {"UNETLoader", "EditSlidersLoadProjector", "EditSlidersApplyProjector", "CLIPTextEncode"}
 
 
-def test_cfg_leaves_the_negative_prompt_alone(server):
+def test_cfg_with_a_negative_prompt(server):
     """One Euler step is linear in the guidance scale, so the three runs must lie on a line."""
 
-    def part(cfg: float, positive: Callable, negative: Callable, model: Callable) -> Callable[[Graph], Link]:
+    def build(cfg: float, positive: Callable, negative: Callable, model: Callable) -> Callable[[Graph], Link]:
         return lambda g: g.sample(model(g), positive(g), negative(g), cfg=cfg, steps=1)
 
     def moved(g: Graph) -> Link:
@@ -358,9 +360,9 @@ def test_cfg_leaves_the_negative_prompt_alone(server):
 
     cond, uncond, guided = latents(
         server,
-        part(1.0, moved, moved, lambda g: g.projected(g.model())),
-        part(1.0, plain, plain, lambda g: g.model()),
-        part(3.0, moved, plain, lambda g: g.projected(g.model())),
+        build(1.0, moved, moved, lambda g: g.projected(g.model())),
+        build(1.0, plain, plain, lambda g: g.model()),
+        build(3.0, moved, plain, lambda g: g.projected(g.model())),
     )
     assert near(guided, uncond + 3.0 * (cond - uncond))
 
@@ -378,24 +380,24 @@ def test_a_sweep_equals_single_runs(server):
     assert far(swept[0], swept[2])
 
 
-def test_with_everything_else_in_any_order(server):
-    stacks = [
+def test_order_of_apply_nodes_and_loras(server):
+    orders = [
         lambda g: g.projected(g.gstlora(g.stlora(g.lora(g.model())), 0.4)),
         lambda g: g.lora(g.stlora(g.gstlora(g.projected(g.model()), 0.4))),
         lambda g: g.gstlora(g.projected(g.stlora(g.lora(g.model()))), 0.4),
     ]
 
-    def part(stack: Callable) -> Callable[[Graph], Link]:
-        return lambda g: g.sample(stack(g), g.edited(g.at(g.strengths(g.instructions(PROMPT), 0.3), 0.6)))
+    def build(order: Callable) -> Callable[[Graph], Link]:
+        return lambda g: g.sample(order(g), g.edited(g.at(g.strengths(g.instructions(PROMPT), 0.3), 0.6)))
 
-    outs = latents(server, *map(part, stacks))
+    outs = latents(server, *map(build, orders))
     assert near(outs[0], outs[1])
     assert near(outs[0], outs[2])
-    assert far(outs[0], latents(server, part(lambda g: g.gstlora(g.stlora(g.lora(g.model())), 0.4)))[0])
+    assert far(outs[0], latents(server, build(lambda g: g.gstlora(g.stlora(g.lora(g.model())), 0.4)))[0])
 
 
 def test_the_lora_acts_at_the_strength_its_file_declares(server):
-    """Its header says lora_alpha 8 at rank 4: twice its product. Dropping the strength leaves the LoRA alone."""
+    """lora_alpha 8 at rank 4 in the file is a LoRA strength of 2; without a strength only the LoRA acts."""
 
     def merged(g: Graph) -> Link:
         return g.sample(g.lora(g.model(), "projector_lora.safetensors", 2.0), g.edited(g.stock_text(PROMPT)))
@@ -405,37 +407,40 @@ def test_the_lora_acts_at_the_strength_its_file_declares(server):
         text = g.at(g.stock_text(PROMPT), 0.6, **files)
         return g.sample(g.projected(g.model(), **files), g.edited(text))
 
-    dropped, stock, bundle, apart = latents(server, slid(0.5, mode="drop the strength"), merged, bundled, slid(0.6))
+    dropped, stock, one_file, two_files = latents(
+        server, slid(0.5, mode="drop the strength"), merged, bundled, slid(0.6)
+    )
     assert near(dropped, stock)
-    assert near(bundle, apart)
+    assert near(one_file, two_files)
 
 
-def test_strengths_outside_are_clamped_with_a_warning_or_used(server):
+def test_strengths_outside_0_to_1_are_clamped_with_a_warning_or_used(server):
     full, clamped, free = latents(server, slid(1.0), slid(1.4), slid(1.4, mode="allow outside 0..1"))
     assert np.array_equal(full, clamped)
     assert far(full, free)
-    assert shown(server, 1.4, "clamp to 0..1") == "WARNING: 1.4 outside 0..1, clamped.\nstrength 1"
-    assert shown(server, 1.4, "allow outside 0..1") == "strength 1.4"
-    assert shown(server, 0.4, "clamp to 0..1") == "strength 0.4"
-    assert "LoRA acts alone" in shown(server, 0.4, "drop the strength")
+    assert shown_text(server, 1.4, "clamp to 0..1") == "WARNING: 1.4 outside 0..1, clamped.\nstrength 1"
+    assert shown_text(server, 1.4, "allow outside 0..1") == "strength 1.4"
+    assert shown_text(server, 0.4, "clamp to 0..1") == "strength 0.4"
+    assert "LoRA acts alone" in shown_text(server, 0.4, "drop the strength")
 
 
 def test_fp8_weights_and_stock_compile(server):
     def compiled(g: Graph) -> Link:
         return g.projected(g.add("TorchCompileModel", model=g.model(), backend="inductor"))
 
-    full, eight, inductor = latents(
+    default, fp8, inductor = latents(
         server, slid(0.3), slid(0.3, model=lambda g: g.projected(g.model("fp8_e4m3fn"))), slid(0.3, model=compiled)
     )
-    assert np.allclose(full, inductor, atol=5e-3)
-    without, bare_eight = latents(
+    assert np.allclose(default, inductor, atol=5e-3)
+    without, fp8_without = latents(
         server, bare, lambda g: g.sample(g.model("fp8_e4m3fn"), g.edited(g.stock_text(PROMPT)))
     )
-    a, b = full - without, eight - bare_eight
-    assert float((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)) > 0.9
+    effect, fp8_effect = default - without, fp8 - fp8_without
+    cosine = (effect * fp8_effect).sum() / np.linalg.norm(effect) / np.linalg.norm(fp8_effect)
+    assert float(cosine) > 0.9
 
 
-BAD = {
+INVALID_FILES = {
     "hostile": ("hostile.pt", None, "LoadProjector", "contains only tensors"),
     "an adapter": ("gst_peft.safetensors", None, "LoadProjector", "does not contain a projector"),
     "no adapter": ("slider_projector.pth", "slider_projector.pth", "LoadProjector", "expected its LoRA"),
@@ -444,9 +449,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("bad", BAD)
-def test_bad_files(server, bad):
-    name, lora, node, message = BAD[bad]
+@pytest.mark.parametrize("case", INVALID_FILES)
+def test_invalid_files_in_graphs(server, case):
+    name, lora, node, message = INVALID_FILES[case]
     graph = Graph()
     files = {"name": name, "lora": lora or "none, or in the projector's file"}
     graph.save(graph.sample(graph.projected(graph.model(), **files), graph.edited(graph.stock_text(PROMPT))))
@@ -457,7 +462,7 @@ def test_bad_files(server, bad):
 
 
 @pytest.mark.parametrize("strength", [math.nan, math.inf, 1e300, "half"])
-def test_bad_strengths(server, strength):
+def test_invalid_strengths(server, strength):
     graph = Graph()
     graph.save(slid(strength)(graph))
     with pytest.raises(PromptRejected, match=r"strength is .*; expected a number"):

@@ -1,4 +1,4 @@
-"""The templates, help pages and what the nodes show, in the real frontend in a real browser."""
+"""Templates, help pages, README and the texts on nodes, in the real frontend in a real browser."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from support.comfy_server import ComfyServer
 
 WORKFLOWS = REPO / "workflows"
-PICTURES = {  # how many each template makes
+NUM_IMAGES = {  # that each template saves
     "calibrated_slider": 1,
     "consistent_style": 4,
     "incremental_editing": 4,
@@ -30,8 +30,8 @@ PICTURES = {  # how many each template makes
     "two_sub_prompt_sliders": 1,
     "without_adapter": 1,
 }
-NAMES = tuple(PICTURES)
-FILES = {
+NAMES = tuple(NUM_IMAGES)
+NUM_MODEL_FILES = {  # in a template's graph; 4 in all others
     "calibrated_slider": 5,
     "single_slider": 5,
     "slider_prompt": 5,
@@ -44,12 +44,12 @@ OURS = "EditSliders"
 
 
 def template(server: ComfyServer, name: str) -> dict[str, Any]:
-    """A template as the server gives it to the frontend."""
+    """A template as the server sends it to the frontend."""
     return json.loads(server.get(f"/api/workflow_templates/{PACK}/{name}.json"))
 
 
 def with_tiny_files(workflow: dict[str, Any]) -> dict[str, Any]:
-    """The template with the tiny models' loaders in place of the stock ones that need gigabytes."""
+    """The template with the tiny models, small latents and few steps."""
     for node in workflow["nodes"]:
         values = node.get("widgets_values")
         match node["type"]:
@@ -84,15 +84,16 @@ def with_tiny_files(workflow: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_upscaling(graph: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The graph on the small picture itself instead of on a megapixel."""
+    """The graph without FluxKontextImageScale, which would enlarge the small input image to a megapixel."""
     for key in [key for key, node in graph.items() if node["class_type"] == "FluxKontextImageScale"]:
-        graph[the(graph, "VAEEncode")]["inputs"]["pixels"] = graph.pop(key)["inputs"]["image"]
+        graph[only(graph, "VAEEncode")]["inputs"]["pixels"] = graph.pop(key)["inputs"]["image"]
     return graph
 
 
-def the(graph: dict[str, dict[str, Any]], class_type: str) -> str:
-    (found,) = (key for key, node in graph.items() if node["class_type"] == class_type)
-    return found
+def only(graph: dict[str, dict[str, Any]], class_type: str) -> str:
+    """Id of the graph's only node of a type."""
+    (node_id,) = (key for key, node in graph.items() if node["class_type"] == class_type)
+    return node_id
 
 
 def test_the_frontend_lists_the_templates(server):
@@ -104,7 +105,7 @@ def test_the_frontend_lists_the_templates(server):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_node_of_a_template_is_known_and_stock_or_ours(server, name):
+def test_templates_use_only_nodes_of_comfyui_and_the_pack(server, name):
     info = server.object_info()
     for node in template(server, name)["nodes"]:
         if node["type"] != "MarkdownNote":
@@ -113,47 +114,47 @@ def test_every_node_of_a_template_is_known_and_stock_or_ours(server, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_template_opens_and_gives_a_picture_per_strength(server, view, name):
+def test_templates_run_and_save_their_images(server, view, name):
     view.open(with_tiny_files(template(server, name)))
     graph = without_upscaling(view.prompt())
     result = server.run(graph)
     assert result.ok, result.error
-    assert len(result.images(the(graph, "SaveImage"))) == PICTURES[name]
+    assert len(result.images(only(graph, "SaveImage"))) == NUM_IMAGES[name]
     assert view.errors == []
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_stock_files_of_a_template_are_the_ones_it_tells_about(server, view, name):
+def test_the_note_of_a_template_lists_its_model_files(server, view, name):
     workflow = template(server, name)
     view.open(workflow)
     graph = view.prompt()
-    wanted = {
+    files = {
         value
         for node in graph.values()
         for value in node["inputs"].values()
         if isinstance(value, str) and value.endswith((".safetensors", ".pt", ".pth"))
     }
     (note,) = (node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote")
-    assert len(wanted) == FILES.get(name, 4)
-    assert [file for file in wanted if file not in note] == []
+    assert len(files) == NUM_MODEL_FILES.get(name, 4)
+    assert [file for file in files if file not in note] == []
 
 
-def test_a_slider_in_the_page_is_a_plain_number_over_the_api(server, view):
+def test_a_slider_is_a_plain_number_in_the_api_graph(server, view):
     view.open(with_tiny_files(template(server, "two_sub_prompt_sliders")))
     view.set_widget("EditSlidersSubInstructionStrengths", "strength_2", -0.25)
     graph = view.prompt()
-    inputs = graph[the(graph, "EditSlidersSubInstructionStrengths")]["inputs"]
+    inputs = graph[only(graph, "EditSlidersSubInstructionStrengths")]["inputs"]
     assert (inputs["strength_1"], inputs["strength_2"], inputs["strength_3"]) == (0.4, -0.25, 1)
 
 
-def test_a_strength_takes_a_link_from_a_list(server, view):
+def test_a_strength_accepts_a_link(server, view):
     view.open(with_tiny_files(template(server, "strength_sweep")))
     graph = view.prompt()
-    strength = graph[the(graph, "EditSlidersSubInstructionStrengths")]["inputs"]["strength_1"]
-    assert strength == [the(graph, "EditSlidersStrengthRange"), 0]
+    strength = graph[only(graph, "EditSlidersSubInstructionStrengths")]["inputs"]["strength_1"]
+    assert strength == [only(graph, "EditSlidersStrengthRange"), 0]
 
 
-def test_nodes_show_the_adapter_and_the_sub_instructions_after_a_run(server, view):
+def test_nodes_show_the_adapter_and_the_instructions_after_a_run(server, view):
     workflow = with_tiny_files(template(server, "two_sub_prompt_sliders"))
     scale = next(node for node in workflow["nodes"] if node["type"] == "FluxKontextImageScale")
     scale["mode"] = 4  # bypassed
@@ -162,12 +163,12 @@ def test_nodes_show_the_adapter_and_the_sub_instructions_after_a_run(server, vie
     view.wait_until_shown("STLoRA, acts on the instructions you choose")
     view.wait_until_shown("2  make her hair golden  [4 tokens]")
     graph = view.prompt()
-    assert set(graph[the(graph, "EditSlidersLoadAdapter")]["inputs"]) == {"adapter_name"}
+    assert set(graph[only(graph, "EditSlidersLoadAdapter")]["inputs"]) == {"adapter_name"}
     assert view.saved_values("EditSlidersLoadAdapter") == ["selective_lora.pt"]
 
 
-def test_nodes_show_what_was_inverted_and_what_is_remembered(server, view):
-    for name, shown in (
+def test_nodes_show_the_inversion_and_the_cached_source_after_a_run(server, view):
+    for name, text in (
         ("photograph_edit", "nudging 1.15, refinements 0"),
         ("remembered_source", "of keys and values in RAM"),
     ):
@@ -177,11 +178,11 @@ def test_nodes_show_what_was_inverted_and_what_is_remembered(server, view):
                 node["mode"] = 4  # bypassed
         view.open(workflow)
         view.run()
-        view.wait_until_shown(shown)
+        view.wait_until_shown(text)
     assert view.errors == []
 
 
-def test_every_node_has_a_help_page_that_names_its_inputs(server):
+def test_every_node_has_a_help_page_with_all_its_inputs(server):
     info = {name: node for name, node in server.object_info().items() if name.startswith(OURS)}
     for name, node in info.items():
         page = server.get(f"/extensions/{PACK}/docs/{name}.md").decode()
@@ -190,16 +191,16 @@ def test_every_node_has_a_help_page_that_names_its_inputs(server):
         hidden = {f"strength_{k}" for k in range(2, 50)}  # strength_1 ... strength_50
         labels = [spec[1].get("display_name", key) for key, spec in inputs.items() if key not in hidden]
         assert [label for label in labels if label not in page] == [], name
-        for picture in re.findall(r"!\[.*?\]\((.+?)\)", page):
-            Image.open(io.BytesIO(server.get(f"/extensions/{PACK}/docs/{picture}"))).load()
+        for image in re.findall(r"!\[.*?\]\((.+?)\)", page):
+            Image.open(io.BytesIO(server.get(f"/extensions/{PACK}/docs/{image}"))).load()
 
 
-def test_the_readme_names_every_node_and_template_and_its_pictures_exist(server):
+def test_the_readme_lists_every_node_and_template_and_its_images_exist(server):
     readme = (REPO / "README.md").read_text(encoding="utf-8")
     for name, node in server.object_info().items():
         if name.startswith(OURS):
             assert node["display_name"] in readme, name
     assert all(name in readme for name in NAMES)
-    pictures = [line.split("](")[1].rstrip(")") for line in readme.splitlines() if line.startswith("![")]
-    assert pictures
-    assert all((REPO / urllib.parse.unquote(picture)).is_file() for picture in pictures)
+    images = [line.split("](")[1].rstrip(")") for line in readme.splitlines() if line.startswith("![")]
+    assert images
+    assert all((REPO / urllib.parse.unquote(image)).is_file() for image in images)

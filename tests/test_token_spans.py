@@ -1,4 +1,4 @@
-"""Spans on ComfyUI's real tokenizers: golden case F, awkward prompts, and a property over random ones."""
+"""Token spans on ComfyUI's real tokenizers: golden case F, unusual prompts, and a property of random prompts."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ def escaped(prompt: str) -> str:
     return re.sub(r"([()])", r"\\\1", prompt)
 
 
-def rows(clip: Clip, prompt: str, phrase: str, occurrence: int = 1, encoder: str = "t5xxl") -> list[int]:
+def token_indices(clip: Clip, prompt: str, phrase: str, occurrence: int = 1, encoder: str = "t5xxl") -> list[int]:
     tokenized = tokenize(clip, prompt)
-    places = find_phrase(tokenized.visible, phrase, occurrence)
-    return sorted({row for place in places for row in tokenized.token_indices(encoder, place)})
+    ranges = find_phrase(tokenized.visible, phrase, occurrence)
+    return sorted({token for r in ranges for token in tokenized.token_indices(encoder, r)})
 
 
-def pieces(clip: Clip, prompt: str, indices: list[int], encoder: str = "t5xxl") -> str:
-    ids = [row[0] for batch in getattr(clip.tokenizer, encoder).tokenize_with_weights(prompt) for row in batch]
+def decoded(clip: Clip, prompt: str, indices: list[int], encoder: str = "t5xxl") -> str:
+    ids = [token[0] for batch in getattr(clip.tokenizer, encoder).tokenize_with_weights(prompt) for token in batch]
     return getattr(clip.tokenizer, encoder).tokenizer.decode([ids[i] for i in indices])
 
 
-OURS_IS_RIGHT = {
-    # the reference takes the first unknown token, which is the other emoji
+CORRECTED = {  # prompt, phrase -> token indices where the reference is wrong
+    # it takes the first unknown token, which is the other emoji
     ("make it 😀 and 🚀 style", "🚀"): [5, 6],
 }
-SOLVED = {
+SUPPORTED = {  # prompt, phrase -> text of its tokens where the reference fails
     ("change it (make it red) please", "make it red"): "make it red",
     ('"make it snow" and "make it rain"', "make it rain"): "make it rain",
     ("transform the caterpillar into a butterfly", "cat"): "cater",
     ("transform the caterpillar into a butterfly", "butter"): "butterfly",
     ("transform the caterpillar into a butterfly", "pillar"): "pillar",
 }
-CLEAR_ERROR = {
+ERRORS = {  # prompt, phrase -> message
     ("make her smile! Make him cry!", "make him cry"): "the most similar text is 'Make him cry!'",
     ("make the hair curly", "make the hair straight"): "the most similar text is 'make the hair'",
     ("make the hair curly", ""): "phrase is empty",
@@ -70,16 +70,16 @@ CLEAR_ERROR = {
 def test_golden_finder(case, clip):
     key = (case["prompt"], case["span"])
     prompt = escaped(case["prompt"])
-    if key in CLEAR_ERROR:
-        with pytest.raises(SliderError, match=re.escape(CLEAR_ERROR[key])):
-            rows(clip, prompt, case["span"])
+    if key in ERRORS:
+        with pytest.raises(SliderError, match=re.escape(ERRORS[key])):
+            token_indices(clip, prompt, case["span"])
     elif case["result"] == "found":
-        assert rows(clip, prompt, case["span"]) == OURS_IS_RIGHT.get(key, case["token_indices"])
+        assert token_indices(clip, prompt, case["span"]) == CORRECTED.get(key, case["token_indices"])
     else:
-        assert pieces(clip, prompt, rows(clip, prompt, case["span"])) == SOLVED[key]
+        assert decoded(clip, prompt, token_indices(clip, prompt, case["span"])) == SUPPORTED[key]
 
 
-def test_padding_is_counted(clip):
+def test_number_of_padding_tokens(clip):
     for prompt in ("", "a cat", "a cat!  ", "an (embedding:1.2) of <pad> things"):
         for options in ({}, {"t5xxl_min_length": 512}, {"t5xxl_min_length": 0}, {"t5xxl_min_padding": 3}):
             [ids] = clip.tokenizer.tokenize_with_weights(prompt, tokenizer_options=options)["t5xxl"]
@@ -91,11 +91,11 @@ def test_padding_is_counted(clip):
 def test_golden_mask_and_scale(case, clip):
     from slider_core.conditioning.span_strengths import Span, attach_spans, set_strengths
 
-    if case["result"] != "ok":  # beyond the reference's 512 tokens; ComfyUI has no such end
-        assert rows(clip, case["prompt"], case["spans"][-1]) == [673, 674, 675, 676]
+    if case["result"] != "ok":  # more than the reference's maximum of 512 tokens, which ComfyUI does not have
+        assert token_indices(clip, case["prompt"], case["spans"][-1]) == [673, 674, 675, 676]
         return
     conditioning = [[torch.zeros(1, 512, 4), {}]]
-    spans = [Span(text, tuple(rows(clip, case["prompt"], text))) for text in case["spans"]]
+    spans = [Span(text, tuple(token_indices(clip, case["prompt"], text))) for text in case["spans"]]
     values = {str(k): 1.0 - alpha for k, alpha in enumerate(case["alphas"])}
     [[_, options]] = set_strengths(attach_spans(conditioning, 512, spans), values)
     scale = options["model_conds"][keys.scales("default")].cond[0]
@@ -121,27 +121,27 @@ def test_golden_mask_and_scale(case, clip):
         ("a zero\u200bwidth hat", "hat", "hat", "hat"),
     ],
 )
-def test_awkward_prompts(clip, prompt, phrase, t5, clip_l):
-    assert pieces(clip, prompt, rows(clip, prompt, phrase)) == t5
-    assert pieces(clip, prompt, rows(clip, prompt, phrase, encoder="clip_l"), "clip_l").strip() == clip_l
+def test_unusual_prompts(clip, prompt, phrase, t5, clip_l):
+    assert decoded(clip, prompt, token_indices(clip, prompt, phrase)) == t5
+    assert decoded(clip, prompt, token_indices(clip, prompt, phrase, encoder="clip_l"), "clip_l").strip() == clip_l
 
 
 def test_occurrences(clip):
     prompt = "make the hat red and the hat blue and the hat green"
-    each = [rows(clip, prompt, "the hat", k) for k in (1, 2, 3)]
-    assert each == sorted(each)
-    assert len({tuple(e) for e in each}) == 3
-    assert rows(clip, prompt, "the hat", 0) == sorted(row for place in each for row in place)
+    occurrences = [token_indices(clip, prompt, "the hat", k) for k in (1, 2, 3)]
+    assert occurrences == sorted(occurrences)
+    assert len({tuple(tokens) for tokens in occurrences}) == 3
+    assert token_indices(clip, prompt, "the hat", 0) == sorted(token for tokens in occurrences for token in tokens)
     with pytest.raises(SliderError, match="occurs 3 time"):
-        rows(clip, prompt, "the hat", 4)
+        token_indices(clip, prompt, "the hat", 4)
 
 
-def test_longer_than_the_padding(clip):
+def test_long_prompts(clip):
     prompt = " and ".join(f"make object {k} red" for k in range(120))
-    assert pieces(clip, prompt, rows(clip, prompt, "make object 119 red")) == "make object 119 red"
-    found = rows(clip, prompt, "make object 60 red", encoder="clip_l")
-    assert min(found) > 77
-    assert pieces(clip, prompt, found, "clip_l").strip() == "make object 6 0 red"
+    assert decoded(clip, prompt, token_indices(clip, prompt, "make object 119 red")) == "make object 119 red"
+    indices = token_indices(clip, prompt, "make object 60 red", encoder="clip_l")
+    assert min(indices) > 77
+    assert decoded(clip, prompt, indices, "clip_l").strip() == "make object 6 0 red"
 
 
 def test_embeddings(tmp_path):
@@ -150,12 +150,12 @@ def test_embeddings(tmp_path):
     clip = Clip(str(tmp_path))
     prompt = "a hat embedding:four, in red and embedding:missing a coat"
     tokenized = tokenize(clip, prompt)
-    [place] = find_phrase(tokenized.visible, "in red")
-    assert pieces(clip, prompt, list(tokenized.token_indices("t5xxl", place))) == "in red"
-    [place] = find_phrase(tokenized.visible, "embedding:four")
-    assert len(tokenized.token_indices("t5xxl", place)) == 3
-    [place] = find_phrase(tokenized.visible, "a coat")
-    assert pieces(clip, prompt, list(tokenized.token_indices("t5xxl", place))) == "a coat"
+    [char_range] = find_phrase(tokenized.visible, "in red")
+    assert decoded(clip, prompt, list(tokenized.token_indices("t5xxl", char_range))) == "in red"
+    [char_range] = find_phrase(tokenized.visible, "embedding:four")
+    assert len(tokenized.token_indices("t5xxl", char_range)) == 3
+    [char_range] = find_phrase(tokenized.visible, "a coat")
+    assert decoded(clip, prompt, list(tokenized.token_indices("t5xxl", char_range))) == "a coat"
 
 
 words = st.sampled_from(
@@ -181,25 +181,25 @@ def prompts(draw) -> str:
 @settings(max_examples=300, deadline=None)
 @given(prompts(), st.data())
 @pytest.mark.parametrize("encoder", ["t5xxl", "clip_l"])
-def test_tokens_cover_the_span_and_nothing_beyond_its_end_pieces(clip, encoder, prompt, data):
+def test_tokens_are_those_that_overlap_the_span(clip, encoder, prompt, data):
     tokenized = tokenize(clip, prompt)
     text = tokenized.visible
     start = data.draw(st.integers(0, len(text) - 1))
     end = data.draw(st.integers(start + 1, len(text)))
     ranges = tokenized.token_ranges[encoder]
     try:
-        chosen = tokenized.token_indices(encoder, tokenized.visible_range(0, 0)._replace(start=start, end=end))
+        selected = tokenized.token_indices(encoder, tokenized.visible_range(0, 0)._replace(start=start, end=end))
     except SliderError:
         assert not text[start:end].strip()
         return
-    covered = {c for row in chosen for c in range(*ranges[row])}
+    covered = {c for token in selected for c in range(*ranges[token])}
     assert {c for c in range(start, end) if not text[c].isspace()} <= covered
-    for row, r in enumerate(ranges):
-        if r is not None and (row not in chosen):
+    for token, r in enumerate(ranges):
+        if r is not None and token not in selected:
             assert r.end <= start or end <= r.start
-    for row in chosen:
-        assert ranges[row].start < end
-        assert start < ranges[row].end
+    for token in selected:
+        assert ranges[token].start < end
+        assert start < ranges[token].end
     order = [r for r in ranges if r is not None]
     assert order == sorted(order, key=lambda r: r.start)
 
@@ -207,13 +207,13 @@ def test_tokens_cover_the_span_and_nothing_beyond_its_end_pieces(clip, encoder, 
 @pytest.mark.parametrize(
     "prompt", ["make it red \x1f", "make it (red \x1d)", "\x1c", "red\x1e blue", "make \x1f (it:1.2) red"]
 )
-def test_separators_that_python_takes_for_spaces(clip, prompt):
+def test_control_characters_that_python_treats_as_spaces(clip, prompt):
     tokenized = tokenize(clip, prompt)
     if "red" in prompt:
-        assert rows(clip, prompt, "red")
+        assert token_indices(clip, prompt, "red")
     assert set(tokenized.token_ranges) == {"t5xxl", "clip_l"}
 
 
-def test_half_a_character(clip):
+def test_unpaired_surrogates(clip):
     with pytest.raises(SliderError, match="half of a character"):
         tokenize(clip, "make it \ud83d red")

@@ -1,4 +1,4 @@
-"""Strengths without an adapter: what the methods compute, and where they must not act."""
+"""Training-free methods: what each computes, its effect on other conds and batches, refusals, and graphs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from slider_core.training_free.attention_reweighting import apply_attention_rewe
 from slider_core.training_free.text_modulation import apply_text_modulation
 from slider_core.training_free.token_interpolation import apply_token_interpolation
 
-SIGMA, ROWS, PADDING = 0.7, 24, 6
+SIGMA, NUM_TOKENS, NUM_PADDING = 0.7, 24, 6
 SPANS = [Span("first", (2, 3, 4)), Span("second", (4, 5, 6, 7))]
 METHODS = {
     "text modulation": apply_text_modulation,
@@ -32,12 +32,12 @@ PROMPT = "make the cat older\nmake the wall golden"
 
 
 X = noise(1, 16, 8, 8, seed=9)
-WHERE = (torch.device("cpu"), torch.float32, None, X.shape, torch.tensor(SIGMA), float, None, None)
+CONTEXT_ARGS = (torch.device("cpu"), torch.float32, None, X.shape, torch.tensor(SIGMA), float, None, None)
 
 
-def text(*strengths: object, seed: int = 1, padding: int = PADDING) -> list:
-    cond = [[noise(1, ROWS, 64, seed=seed), {"pooled_output": noise(1, 768, seed=seed + 1), "guidance": 3.5}]]
-    spanned = attach_spans(cond, ROWS, SPANS[: len(strengths)], padding)
+def text(*strengths: object, seed: int = 1, padding: int = NUM_PADDING) -> list:
+    cond = [[noise(1, NUM_TOKENS, 64, seed=seed), {"pooled_output": noise(1, 768, seed=seed + 1), "guidance": 3.5}]]
+    spanned = attach_spans(cond, NUM_TOKENS, SPANS[: len(strengths)], padding)
     return set_strengths(spanned, {f"strength_{k}": s for k, s in enumerate(strengths, 1)}) if strengths else cond
 
 
@@ -46,7 +46,7 @@ def apply(request) -> Callable:
     return METHODS[request.param]
 
 
-def test_strength_one_and_other_conds_are_the_bare_model(golden_model, apply):
+def test_strength_one_and_other_conds_equal_the_bare_model(golden_model, apply):
     model = apply(golden_model)
     bare = velocity_of(golden_model, X, SIGMA, text(), text(seed=5))
     assert torch.equal(bare, velocity_of(model, X, SIGMA, text(1.0, 1.0), text(seed=5)))
@@ -64,28 +64,28 @@ def test_strengths_per_image_equal_single_runs(golden_model, apply):
         assert near(together[k : k + 1], velocity_of(model, X, SIGMA, text(value, 0.7)))
 
 
-def test_without_modulation_words_pass_the_block_unchanged(golden_model):
-    """At strength 0 the gates are closed: a block adds nothing to the span's rows, and something to all others."""
-    seen = []
+def test_tokens_at_strength_zero_pass_a_block_unchanged(golden_model):
+    """At strength 0 the gates of the text modulation are 0: a block changes all text tokens except the span's."""
+    captured = []
     block = golden_model.model.diffusion_model.double_blocks[0]
     before = block.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["txt"].clone()), with_kwargs=True
+        lambda module, args, kwargs: captured.append(kwargs["txt"].clone()), with_kwargs=True
     )
-    after = block.register_forward_hook(lambda module, args, out: seen.append(out[1].clone()))
+    after = block.register_forward_hook(lambda module, args, out: captured.append(out[1].clone()))
     try:
         velocity_of(apply_text_modulation(golden_model), X, SIGMA, text(0.0))
     finally:
         before.remove()
         after.remove()
-    same = (seen[0] == seen[1]).all(dim=-1)[0].nonzero().flatten().tolist()
-    assert same == list(SPANS[0].tokens)
+    unchanged = (captured[0] == captured[1]).all(dim=-1)[0].nonzero().flatten().tolist()
+    assert unchanged == list(SPANS[0].tokens)
 
 
-def test_modulation_is_scaled_in_proportion(golden_model):
+def test_modulation_is_scaled_by_the_strength(golden_model):
     [patch] = patches_of(apply_text_modulation(golden_model))
-    scale = torch.zeros(1, ROWS)
+    scale = torch.zeros(1, NUM_TOKENS)
     scale[0, 2], scale[0, 3] = 1 - 0.25, 1 - 1.5
-    context = ForwardContext({keys.scales("default"): scale}, 1, 1, ROWS, *WHERE)
+    context = ForwardContext({keys.scales("default"): scale}, 1, 1, NUM_TOKENS, *CONTEXT_ARGS)
     assert set(patch.paths) == {f"double_blocks.{k}.txt_mod" for k in range(len(patch.paths))}
     module = golden_model.model.diffusion_model.get_submodule(patch.paths[-1])
     vec = noise(1, 256)
@@ -93,62 +93,62 @@ def test_modulation_is_scaled_in_proportion(golden_model):
     scaled = patch.forward_wrappers(context)[patch.paths[-1]](module.forward)(vec)
     for a, b in zip(plain, scaled):
         for name in ("shift", "scale", "gate"):
-            value, found = getattr(a, name)[0, 0], getattr(b, name)[0]
-            assert torch.allclose(found[2], 0.25 * value)
-            assert torch.allclose(found[3], 1.5 * value)
-            assert torch.equal(found[5], value)
+            value, token_values = getattr(a, name)[0, 0], getattr(b, name)[0]
+            assert torch.allclose(token_values[2], 0.25 * value)
+            assert torch.allclose(token_values[3], 1.5 * value)
+            assert torch.equal(token_values[5], value)
 
 
-def test_attention_weights_are_scaled_and_normalised(golden_model):
-    """Against the formula written out: softmax, times the strength where image looks at a span, normalised."""
+def test_attention_weights_are_scaled_and_normalized(golden_model):
+    """Equals the formula: softmax, times the strength where image tokens attend to a span, normalized again."""
     [patch] = patches_of(apply_attention_reweighting(golden_model))
     strengths = torch.ones(2, 3)
     strengths[0, 1], strengths[1, 2] = 0.3, 0.0
-    context = ForwardContext({keys.scales("default"): 1 - strengths}, 2, 1, 3, *WHERE)
+    context = ForwardContext({keys.scales("default"): 1 - strengths}, 2, 1, 3, *CONTEXT_ARGS)
     q, k, v = (noise(2, 4, 9, 16, seed=seed) for seed in range(3))
     [patch] = patch.attention_patches(context)
-    found = attention(q, k, v, pe=None, mask=patch(q, k, v)["attn_mask"])
+    reweighted = attention(q, k, v, pe=None, mask=patch(q, k, v)["attn_mask"])
     weights = (q @ k.transpose(-1, -2) / 4).softmax(dim=-1)
     factor = torch.ones(2, 1, 9, 9)
     factor[:, 0, 3:, :3] = strengths[:, None]
     weights = weights * factor
-    want = (weights / weights.sum(dim=-1, keepdim=True) @ v).transpose(1, 2).flatten(2)
-    assert torch.allclose(found, want, atol=1e-5)
+    expected = (weights / weights.sum(dim=-1, keepdim=True) @ v).transpose(1, 2).flatten(2)
+    assert torch.allclose(reweighted, expected, atol=1e-5)
     for shape in ((9, 9), (2, 9, 9), (1, 9, 9), (2, 1, 9, 9)):
         other = noise(*shape, seed=7)
         masked = patch(q, k, v, attn_mask=other)["attn_mask"]
         assert masked.shape == (2, 1, 9, 9)
-        own = other[..., 5, 1].flatten().expand(2)[1]
-        assert masked[1, 0, 5, 1] == pytest.approx(float(own))
-    banned = torch.ones(9, 9, dtype=torch.bool)
-    banned[:, 8] = False
-    for other in (banned, torch.zeros(9, 9).masked_fill(~banned, -torch.inf)):
+        value = other[..., 5, 1].flatten().expand(2)[1]
+        assert masked[1, 0, 5, 1] == pytest.approx(float(value))
+    allowed = torch.ones(9, 9, dtype=torch.bool)
+    allowed[:, 8] = False
+    for other in (allowed, torch.zeros(9, 9).masked_fill(~allowed, -torch.inf)):
         masked = patch(q, k, v, attn_mask=other)["attn_mask"]
         assert masked[..., 8].isinf().all()
         assert masked[0, 0, 5, 1] == pytest.approx(np.log(0.3))
 
 
 @contextlib.contextmanager
-def interpolated_by_hand(model, strengths: Mapping[int, float]) -> Iterator[None]:
-    """In every block the attention's input of some text rows is mixed with that of a pad row."""
+def interpolating_hooks(model, strengths: Mapping[int, float]) -> Iterator[None]:
+    """Hooks that mix, in every block, the attention input of text tokens (index -> strength) with a padding token's."""
 
-    def mixed(y):
+    def interpolate(y):
         y = y.clone()
-        for row, s in strengths.items():
-            y[:, row] = s * y[:, row] + (1 - s) * y[:, ROWS - 1]
+        for token, s in strengths.items():
+            y[:, token] = s * y[:, token] + (1 - s) * y[:, NUM_TOKENS - 1]
         return y
 
-    def in_double(_, args):
-        return (mixed(args[0]),)
+    def double_block_hook(_, args):
+        return (interpolate(args[0]),)
 
-    def in_single(linear, args, out):
-        qkv = 3 * linear.in_features
-        mixed_out = torch.nn.functional.linear(mixed(args[0]), linear.weight, linear.bias)
-        return torch.cat([mixed_out[..., :qkv], out[..., qkv:]], dim=-1)
+    def single_block_hook(linear, args, out):
+        num_qkv_features = 3 * linear.in_features
+        interpolated = torch.nn.functional.linear(interpolate(args[0]), linear.weight, linear.bias)
+        return torch.cat([interpolated[..., :num_qkv_features], out[..., num_qkv_features:]], dim=-1)
 
-    inner = model.model.diffusion_model
-    hooks = [block.txt_attn.qkv.register_forward_pre_hook(in_double) for block in inner.double_blocks]
-    hooks += [block.linear1.register_forward_hook(in_single) for block in inner.single_blocks]
+    flux = model.model.diffusion_model
+    hooks = [block.txt_attn.qkv.register_forward_pre_hook(double_block_hook) for block in flux.double_blocks]
+    hooks += [block.linear1.register_forward_hook(single_block_hook) for block in flux.single_blocks]
     try:
         yield
     finally:
@@ -156,31 +156,31 @@ def interpolated_by_hand(model, strengths: Mapping[int, float]) -> Iterator[None
             hook.remove()
 
 
-def test_tokens_become_padding_at_every_attention(golden_model):
+def test_tokens_are_interpolated_with_padding_in_every_block(golden_model):
     model = apply_token_interpolation(golden_model)
     assert len(golden_model.model.diffusion_model.single_blocks) > 0
     for first, second in ((0.0, 1.0), (0.3, 1.0), (0.3, 1.6), (-0.5, 0.2)):
         strengths = dict.fromkeys(SPANS[0].tokens, first) | dict.fromkeys(SPANS[1].tokens, second)
-        strengths[4] = 1 - (1 - first) * (1 - second)  # in both
-        with interpolated_by_hand(golden_model, strengths):
-            want = velocity_of(golden_model, X, SIGMA, text())
-        assert near(velocity_of(model, X, SIGMA, text(first, second)), want)
+        strengths[4] = 1 - (1 - first) * (1 - second)  # in both spans
+        with interpolating_hooks(golden_model, strengths):
+            expected = velocity_of(golden_model, X, SIGMA, text())
+        assert near(velocity_of(model, X, SIGMA, text(first, second)), expected)
 
 
-def test_padding_is_that_of_the_prompt_itself(golden_model):
-    """Not that of what was appended to it, as ConditioningConcat does."""
-    [[own, options]] = text(0.0)
-    longer = [[torch.cat([own, noise(1, 5, 64, seed=8)], 1), options]]
-    with interpolated_by_hand(golden_model, dict.fromkeys(SPANS[0].tokens, 0.0)):
-        want = velocity_of(golden_model, X, SIGMA, [[longer[0][0], {**options, "model_conds": {}}]])
-    assert near(velocity_of(apply_token_interpolation(golden_model), X, SIGMA, longer), want)
+def test_padding_token_of_the_encoded_prompt_is_used(golden_model):
+    """Not a token of a conditioning appended by ConditioningConcat."""
+    [[cond, options]] = text(0.0)
+    longer = [[torch.cat([cond, noise(1, 5, 64, seed=8)], 1), options]]
+    with interpolating_hooks(golden_model, dict.fromkeys(SPANS[0].tokens, 0.0)):
+        expected = velocity_of(golden_model, X, SIGMA, [[longer[0][0], {**options, "model_conds": {}}]])
+    assert near(velocity_of(apply_token_interpolation(golden_model), X, SIGMA, longer), expected)
 
 
-def test_two_prompts_of_one_batch_keep_to_their_strengths(golden_model):
+def test_two_prompts_in_one_batch_keep_their_own_strengths(golden_model):
     model = apply_token_interpolation(golden_model)
     prompts = text(0.2), text(1.4, seed=5)
-    apart = torch.cat([velocity_of(model, X, SIGMA, prompt) for prompt in prompts])
-    assert near(velocity_of(model, X, SIGMA, *prompts), apart)
+    separate = torch.cat([velocity_of(model, X, SIGMA, prompt) for prompt in prompts])
+    assert near(velocity_of(model, X, SIGMA, *prompts), separate)
 
 
 def test_a_prompt_without_padding_is_refused(golden_model):
@@ -191,12 +191,12 @@ def test_a_prompt_without_padding_is_refused(golden_model):
     assert far(velocity_of(model, X, SIGMA, text(0.2, padding=1)), velocity_of(golden_model, X, SIGMA, text()))
 
 
-def test_interpolation_works_compiled(golden_model):
+def test_interpolation_with_torch_compile(golden_model):
     model = apply_token_interpolation(golden_model)
     assert near(velocity_of(compiled(model), X, SIGMA, text(0.2)), velocity_of(model, X, SIGMA, text(0.2)))
 
 
-def test_refused_rather_than_ignored(golden_model):
+def test_attention_reweighting_refuses_negative_strengths_and_compiled_models(golden_model):
     model = apply_attention_reweighting(golden_model)
     with pytest.raises(SliderError, match="below 0"):
         velocity_of(model, X, SIGMA, text(-0.2))
@@ -206,16 +206,16 @@ def test_refused_rather_than_ignored(golden_model):
     assert near(velocity_of(model, X, SIGMA, text()), velocity_of(golden_model, X, SIGMA, text()))
 
 
-def test_whole_graphs(server):
-    def part(method: str, strength: float) -> Callable[[Graph], Link]:
+def test_graphs(server):
+    def build(method: str, strength: float) -> Callable[[Graph], Link]:
         def graph(g: Graph) -> Link:
             model = g.add("EditSlidersApplyTrainingFree", model=g.model(), method=method)
             return g.sample(model, g.edited(g.strengths(g.instructions(PROMPT), strength)))
 
         return graph
 
-    parts = [part(method, strength) for method in METHODS for strength in (0.2, 1.0, 1.5)]
-    *outs, bare = latents(server, *parts, lambda g: g.sample(g.model(), g.edited(g.instructions(PROMPT))))
+    graphs = [build(method, strength) for method in METHODS for strength in (0.2, 1.0, 1.5)]
+    *outs, bare = latents(server, *graphs, lambda g: g.sample(g.model(), g.edited(g.instructions(PROMPT))))
     for weak, one, strong in (outs[:3], outs[3:6], outs[6:]):
         assert np.array_equal(one, bare)
         assert far(weak, bare)

@@ -1,4 +1,4 @@
-"""The strength of an edit by blending with the source: what is computed, and where it must not act."""
+"""Velocity blending: equality with its formula, mask, schedule range, threshold, refusals, and graphs."""
 
 from __future__ import annotations
 
@@ -27,31 +27,33 @@ def sampled(model, cfg: float = 1.0, images: int = 1) -> torch.Tensor:
     )
 
 
-def by_hand(model, strength, cfg: float = 1.0, threshold: float = 0.0, steps: range = range(STEPS)) -> torch.Tensor:
-    """VeloEdit's Euler steps, in velocities; `strength` a number or a map of (8, 8)."""
+def expected_latent(
+    model, strength, cfg: float = 1.0, threshold: float = 0.0, steps: range = range(STEPS)
+) -> torch.Tensor:
+    """The latent after VeloEdit's Euler steps. strength: a number or a map of shape (8, 8)."""
     z, sigmas = comfy.sample.prepare_noise(torch.zeros(LATENT), SEED), sigmas_of(model, STEPS)
     source = model.model.latent_format.process_in(photo(model))
     for k in range(STEPS):
         sigma = sigmas[k].item()
-        own = velocity_of(model, z, sigma, POSITIVE)
+        edit = velocity_of(model, z, sigma, POSITIVE)
         if cfg != 1:
             negative = velocity_of(model, z, sigma, NEGATIVE)
-            own = negative + cfg * (own - negative)
+            edit = negative + cfg * (edit - negative)
         keep = (z - source) / sigma
-        differs = sigma * abs(own - keep).mean(1, keepdim=True) >= threshold
-        blended = keep + strength * (own - keep) * differs
-        z = z + (sigmas[k + 1] - sigmas[k]) * (blended if k in steps else own)
+        differs = sigma * abs(edit - keep).mean(1, keepdim=True) >= threshold
+        blended = keep + strength * (edit - keep) * differs
+        z = z + (sigmas[k + 1] - sigmas[k]) * (blended if k in steps else edit)
     return model.model.latent_format.process_out(z)
 
 
 @pytest.mark.parametrize(("strength", "cfg"), [(0.0, 1.0), (0.3, 1.0), (1.6, 1.0), (-0.4, 1.0), (0.3, 2.5)])
-def test_it_equals_steps_written_out(golden_model, strength, cfg):
-    found = sampled(blend_velocity(golden_model, photo(golden_model), (strength,)), cfg)
-    assert near(found, by_hand(golden_model, strength, cfg))
-    assert near(found, photo(golden_model)) == (strength == 0)
+def test_sampling_equals_the_formula(golden_model, strength, cfg):
+    sampled_latent = sampled(blend_velocity(golden_model, photo(golden_model), (strength,)), cfg)
+    assert near(sampled_latent, expected_latent(golden_model, strength, cfg))
+    assert near(sampled_latent, photo(golden_model)) == (strength == 0)
 
 
-def test_strength_one_is_the_bare_model_and_nothing_leaks(golden_model):
+def test_strength_one_equals_the_bare_model_and_the_model_stays_unpatched(golden_model):
     bare = sampled(golden_model)
     half, one = (blend_velocity(golden_model, photo(golden_model), (s,)) for s in (0.5, 1.0))
     first = sampled(half)
@@ -69,40 +71,42 @@ def test_strengths_per_image_equal_single_runs(golden_model):
         assert near(together[k : k + 1], alone)
 
 
-def test_every_image_may_have_its_own_source(golden_model):
+def test_sources_per_image(golden_model):
     sources = torch.cat([photo(golden_model), -photo(golden_model)])
     assert near(sampled(blend_velocity(golden_model, sources, (0.0,)), images=2), sources)
 
 
-def test_outside_the_mask_the_source_stays(golden_model):
-    """The mask is as large as the picture, 8 pixels to one of the latent."""
+def test_the_source_is_kept_outside_the_mask(golden_model):
+    """The mask has the size of the image: 8 x 8 mask pixels per latent pixel."""
     mask = torch.zeros(1, 64, 64)
     mask[:, :, :32] = 1.0
     mask[:, 32:, :32] = 0.5
-    small = mask[0, 4::8, 4::8]
-    found = sampled(blend_velocity(golden_model, photo(golden_model), (0.8,), region=ActiveRegion(mask)))
-    assert near(found, by_hand(golden_model, 0.8 * small))
-    assert near(found[..., 4:], photo(golden_model)[..., 4:])
-    assert far(found[..., :4], photo(golden_model)[..., :4])
-    plain, everywhere = (
+    latent_mask = mask[0, 4::8, 4::8]
+    sampled_latent = sampled(blend_velocity(golden_model, photo(golden_model), (0.8,), region=ActiveRegion(mask)))
+    assert near(sampled_latent, expected_latent(golden_model, 0.8 * latent_mask))
+    assert near(sampled_latent[..., 4:], photo(golden_model)[..., 4:])
+    assert far(sampled_latent[..., :4], photo(golden_model)[..., :4])
+    unmasked, full_mask = (
         sampled(blend_velocity(golden_model, photo(golden_model), (0.8,), region=ActiveRegion(mask)))
         for mask in (None, torch.ones(64, 64))
     )
-    assert torch.equal(plain, everywhere)
+    assert torch.equal(unmasked, full_mask)
 
 
-def test_what_differs_little_stays_the_source(golden_model):
+def test_the_source_is_kept_below_the_difference_threshold(golden_model):
     source = golden_model.model.latent_format.process_in(photo(golden_model))
     differences = abs(golden_model.model.latent_format.process_in(sampled(golden_model)) - source).mean(1)
     threshold = differences.median().item()
     for strength in (1.0, 0.5):
-        found = sampled(blend_velocity(golden_model, photo(golden_model), (strength,), difference_threshold=threshold))
-        assert near(found, by_hand(golden_model, strength, threshold=threshold))
-        kept = abs(found - photo(golden_model)).amax(1) < 1e-4
+        sampled_latent = sampled(
+            blend_velocity(golden_model, photo(golden_model), (strength,), difference_threshold=threshold)
+        )
+        assert near(sampled_latent, expected_latent(golden_model, strength, threshold=threshold))
+        kept = abs(sampled_latent - photo(golden_model)).amax(1) < 1e-4
         assert 0 < kept.sum() < kept.numel()
 
 
-def test_it_acts_in_its_part_of_the_schedule(golden_model):
+def test_schedule_range(golden_model):
     sampling = golden_model.get_model_object("model_sampling")
     sigmas = sigmas_of(golden_model, STEPS).tolist()
     start, end = 0.2, 0.7
@@ -110,11 +114,13 @@ def test_it_acts_in_its_part_of_the_schedule(golden_model):
         k for k in range(STEPS) if sampling.percent_to_sigma(end) <= sigmas[k] <= sampling.percent_to_sigma(start)
     ]
     assert 0 < len(inside) < STEPS
-    found = sampled(blend_velocity(golden_model, photo(golden_model), (0.3,), region=ActiveRegion(None, start, end)))
-    assert near(found, by_hand(golden_model, 0.3, steps=range(inside[0], inside[-1] + 1)))
+    sampled_latent = sampled(
+        blend_velocity(golden_model, photo(golden_model), (0.3,), region=ActiveRegion(None, start, end))
+    )
+    assert near(sampled_latent, expected_latent(golden_model, 0.3, steps=range(inside[0], inside[-1] + 1)))
 
 
-def test_refused(golden_model):
+def test_invalid_arguments(golden_model):
     def error(source: torch.Tensor, strength=(0.5,), images: int = 1, **more) -> str:
         with pytest.raises(SliderError) as caught:
             sampled(blend_velocity(golden_model, source, strength, **more), images=images)
@@ -149,8 +155,8 @@ def masked_out(g: Graph) -> Link:
     return rendered(g, blended(g, 1.0, mask=g.add("SolidMask", value=0.0, width=64, height=64)))
 
 
-def test_whole_graphs(server):
-    bare, source, one, half, pictures, masked = latents(
+def test_graphs(server):
+    bare, source, one, half, images, masked = latents(
         server,
         lambda g: rendered(g, g.model()),
         lambda g: g.photo(),
@@ -162,6 +168,6 @@ def test_whole_graphs(server):
     assert np.array_equal(one, bare)
     assert far(half, bare)
     assert far(half, source)
-    assert near(pictures[:1], source)
-    assert near(pictures[1:], bare)
+    assert near(images[:1], source)
+    assert near(images[1:], bare)
     assert near(masked, source)
