@@ -12,7 +12,7 @@ from comfy.patcher_extension import WrappersMP
 from conftest import GOLDEN
 from support.model_calls import compiled, noise
 from support.outcomes import far, near
-from support.stable_flow import LATENT, TEXT_TOKENS, edit_text, euler, photo, sigmas_of, source_text, batched_text
+from support.stable_flow import LATENT, TEXT_TOKENS, batched_text, edit_text, euler, photo, sigmas_of, source_text
 
 from slider_core.adapters.adapter_file import read_adapter
 from slider_core.adapters.gstlora import apply_gstlora

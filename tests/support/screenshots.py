@@ -1,8 +1,4 @@
-<<<<<<<< HEAD:tests/support/screenshots.py
 """Screenshots of the page for README, help pages and templates, and their comparison."""
-========
-"""Images of nodes as the frontend draws them, for README, help pages and templates."""
->>>>>>>> 1ea2e37 (Tests: the field's names; README: the help of a node in both modes, troubleshooting quotes present messages and a test checks that):tests/support/doc_images.py
 
 from __future__ import annotations
 
@@ -19,7 +15,6 @@ from .comfy_server import ComfyServer
 
 REPO = Path(__file__).resolve().parents[2]
 WORKFLOWS = REPO / "workflows"
-<<<<<<<< HEAD:tests/support/screenshots.py
 DOCS = REPO / "web" / "docs" / "pictures"
 OVERVIEW = DOCS / "two_sliders.jpg"
 FILMSTRIP = DOCS / "filmstrip.jpg"
@@ -29,17 +24,6 @@ MARGIN = 24
 THUMBNAIL = 512
 OVERVIEW_WIDTH = 1800
 SHOWN_NODES = {  # node types shown on a template's thumbnail
-========
-FOLDER = REPO / "web" / "docs" / "pictures"
-OVERVIEW = FOLDER / "two_sliders.jpg"
-FILMSTRIP = FOLDER / "filmstrip.jpg"
-JPEG_QUALITY = 86
-CORNER = (120, 120)  # top left of an image in the page, in pixels: clear of the frontend's menus and sidebar
-MARGIN = 24  # around the nodes, in canvas units
-THUMBNAIL_SIZE = 512
-OVERVIEW_WIDTH = 1800
-THUMBNAIL_NODES = {  # template -> types of the nodes that its thumbnail shows
->>>>>>>> 1ea2e37 (Tests: the field's names; README: the help of a node in both modes, troubleshooting quotes present messages and a test checks that):tests/support/doc_images.py
     "calibrated_slider": ("EditSlidersCalibrate", "EditSlidersCalibratedStrength"),
     "consistent_style": ("EditSlidersStackPrompts",),
     "incremental_editing": ("EditSlidersInjectVitalLayers", "EditSlidersStackPrompts"),
@@ -55,7 +39,7 @@ THUMBNAIL_NODES = {  # template -> types of the nodes that its thumbnail shows
     "text_editing": ("EditSlidersStackPrompts",),
     "without_adapter": ("EditSlidersPromptDifference",),
 }
-BOUNDS_JS = """types => {
+BOUNDS = """types => {
     const nodes = app.graph.nodes.filter(node => !types.length || types.includes(node.type))
     return [
         Math.min(...nodes.map(node => node.pos[0])),
@@ -64,22 +48,16 @@ BOUNDS_JS = """types => {
         Math.max(...nodes.map(node => node.pos[1] + node.size[1])),
     ]
 }"""
-SET_VIEW_JS = """([x, y, scale, left, top]) => {
+LOOK_AT = """([x, y, scale, left, top]) => {
     app.canvas.ds.scale = scale
     app.canvas.ds.offset = [left / scale - x, top / scale - y]
     app.canvas.setDirty(true, true)
 }"""
 
 
-<<<<<<<< HEAD:tests/support/screenshots.py
 def take_screenshots(comfyui: Path, base: Path, chromium: Browser) -> Iterator[tuple[Path, Image.Image]]:
     """Each image file of the templates and the README with a new screenshot; `base` is the server's base directory."""
     workflows = {name: json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")) for name in SHOWN_NODES}
-========
-def render_doc_images(comfyui: Path, base: Path, chromium: Browser) -> Iterator[tuple[Path, Image.Image]]:
-    """The templates' thumbnails and the README's overview, each with its file. base: folder for ComfyUI's files."""
-    workflows = {name: json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")) for name in THUMBNAIL_NODES}
->>>>>>>> 1ea2e37 (Tests: the field's names; README: the help of a node in both modes, troubleshooting quotes present messages and a test checks that):tests/support/doc_images.py
     write_settings(base)
     for workflow in workflows.values():
         _create_model_files(workflow, base / "models")
@@ -89,7 +67,6 @@ def render_doc_images(comfyui: Path, base: Path, chromium: Browser) -> Iterator[
         view.page.set_viewport_size({"width": 2400, "height": 1400})
         for name, workflow in workflows.items():
             view.open(workflow)
-<<<<<<<< HEAD:tests/support/screenshots.py
             yield WORKFLOWS / f"{name}.jpg", screenshot_of(view, SHOWN_NODES[name], THUMBNAIL, square=True)
         view.open(workflows["slider_prompt"])
         yield OVERVIEW, screenshot_of(view, (), OVERVIEW_WIDTH)
@@ -107,47 +84,18 @@ def screenshot_of(view: ComfyPage, types: tuple[str, ...], width: int, square: b
     """A screenshot `width` pixels wide of the nodes of these types, or of all nodes; a square one on request."""
     left, top, right, bottom = view.page.evaluate(BOUNDS, types)
     across, down = right - left + 2 * MARGIN, bottom - top + 2 * MARGIN
-========
-            yield WORKFLOWS / f"{name}.jpg", image_of_nodes(view, THUMBNAIL_NODES[name], THUMBNAIL_SIZE, square=True)
-        view.open(workflows["slider_prompt"])
-        yield OVERVIEW, image_of_nodes(view, (), OVERVIEW_WIDTH)
-        view.close()
-
-
-def similar(one: Image.Image, other: Image.Image) -> bool:
-    """Whether two images are the same except for fonts: similar aspect ratio and mean gray level difference."""
-    thumbnails = [image.convert("L").resize((32, 32)) for image in (one, other)]
-    difference = sum(abs(a - b) for a, b in zip(*(image.tobytes() for image in thumbnails))) / 32**2
-    return abs(one.width / one.height - other.width / other.height) < 0.1 and difference < 10
-
-
-def image_of_nodes(view: ComfyPage, types: tuple[str, ...], width: int, square: bool = False) -> Image.Image:
-    """The section of the canvas with all nodes of these types, or all nodes if there are none, `width` pixels wide."""
-    left, top, right, bottom = view.page.evaluate(BOUNDS_JS, types)
-    canvas_width, canvas_height = right - left + 2 * MARGIN, bottom - top + 2 * MARGIN
->>>>>>>> 1ea2e37 (Tests: the field's names; README: the help of a node in both modes, troubleshooting quotes present messages and a test checks that):tests/support/doc_images.py
     if square:
-        side = max(canvas_width, canvas_height)
-        left, top = left - (side - canvas_width) / 2, top - (side - canvas_height) / 2
-        canvas_width = canvas_height = side
-    scale = width / canvas_width
-    view.page.evaluate(SET_VIEW_JS, [left - MARGIN, top - MARGIN, scale, *CORNER])
+        side = max(across, down)
+        left, top, across, down = left - (side - across) / 2, top - (side - down) / 2, side, side
+    scale = width / across
+    view.page.evaluate(LOOK_AT, [left - MARGIN, top - MARGIN, scale, *CORNER])
     view.page.wait_for_timeout(2000)
-<<<<<<<< HEAD:tests/support/screenshots.py
     png = view.page.screenshot(clip={"x": CORNER[0], "y": CORNER[1], "width": width, "height": down * scale})
-========
-    height = canvas_height * scale
-    png = view.page.screenshot(clip={"x": CORNER[0], "y": CORNER[1], "width": width, "height": height})
->>>>>>>> 1ea2e37 (Tests: the field's names; README: the help of a node in both modes, troubleshooting quotes present messages and a test checks that):tests/support/doc_images.py
     return Image.open(io.BytesIO(png)).convert("RGB")
 
 
 def _create_model_files(workflow: dict, models: Path) -> None:
-<<<<<<<< HEAD:tests/support/screenshots.py
     """Create an empty file for each model of the template; the frontend would report missing ones."""
-========
-    """Create the template's model files, empty, because the frontend marks nodes whose files are missing."""
->>>>>>>> 1ea2e37 (Tests: the field's names; README: the help of a node in both modes, troubleshooting quotes present messages and a test checks that):tests/support/doc_images.py
     for node in workflow["nodes"]:
         files = [(file["directory"], file["name"]) for file in node["properties"].get("models", ())]
         if node["type"] in ("EditSlidersLoadAdapter", "EditSlidersLoadProjector"):
