@@ -1,4 +1,4 @@
-"""Adapters in every format give the same numbers; what cannot work is refused with a reason."""
+"""Adapter files: every format gives the same weight deltas; unusable files are rejected with a clear error."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def peft() -> dict[str, torch.Tensor]:
     return load_file(GSTLORA)
 
 
-def deltas(path) -> dict[str, torch.Tensor]:
-    """Each target's whole weight change as the adapter's side paths compute it (strength 0)."""
-    out = {}
-    side = read_adapter(path).lora_branches
-    for name, path_module in zip(side.paths, side.branches):
-        width = path_module.down.weight.shape[1]
-        rows = max(r.stop for r in path_module.features)
-        out[name] = path_module(torch.zeros(width, rows), torch.eye(width), torch.tensor(1.0)).T
-    return out
+def weight_deltas(path) -> dict[str, torch.Tensor]:
+    """Target -> weight delta (out_features, in_features), computed by the adapter's LoRA branches at strength 0."""
+    deltas = {}
+    branches = read_adapter(path).lora_branches
+    for name, branch in zip(branches.paths, branches.branches):
+        in_features = branch.down.weight.shape[1]
+        out_features = max(r.stop for r in branch.features)
+        deltas[name] = branch(torch.zeros(in_features, out_features), torch.eye(in_features), torch.tensor(1.0)).T
+    return deltas
 
 
-def same(a: dict, b: dict, factor: float = 1.0) -> bool:
+def same_deltas(a: dict, b: dict, factor: float = 1.0) -> bool:
     return a.keys() == b.keys() and all(torch.allclose(a[k] * factor, b[k], atol=1e-5) for k in a)
 
 
-def saved(tmp_path, tensors: dict, metadata: dict | None = None):
+def save(tmp_path, tensors: dict, metadata: dict | None = None):
     path = tmp_path / "adapter.safetensors"
     save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata=metadata)
     return path
@@ -55,11 +55,11 @@ def peft_header(**declared) -> dict[str, str]:
     return {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in declared.items()})}
 
 
-def renamed(peft: dict, rename) -> dict:
+def rename_keys(peft: dict, rename) -> dict:
     return {rename(k): v for k, v in peft.items()}
 
 
-def underscored(prefix: str):
+def kohya_keys(prefix: str):
     def rename(key: str) -> str:
         module, _, kind = key.removeprefix("transformer.").rpartition(".lora_")
         return prefix + module.replace(".", "_") + (".lora_down.weight" if kind == "A.weight" else ".lora_up.weight")
@@ -67,30 +67,30 @@ def underscored(prefix: str):
     return rename
 
 
-NAMES = {
+KEY_FORMATS = {
     "no prefix": lambda k: k.removeprefix("transformer."),
     "diffusion_model": lambda k: k.replace("transformer.", "diffusion_model.", 1),
     "base_model": lambda k: k.replace("transformer.", "base_model.model.", 1),
     "default adapter": lambda k: k.replace(".weight", ".default.weight"),
     "old diffusers": lambda k: k.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."),
-    "kohya": underscored("lora_unet_"),
-    "onetrainer": underscored("lora_transformer_"),
-    "lycoris": underscored("lycoris_"),
+    "kohya": kohya_keys("lora_unet_"),
+    "onetrainer": kohya_keys("lora_transformer_"),
+    "lycoris": kohya_keys("lycoris_"),
 }
 
 
-@pytest.mark.parametrize("names", NAMES)
-def test_names(peft, tmp_path, names):
-    path = saved(tmp_path, renamed(peft, NAMES[names]))
-    assert same(deltas(GSTLORA), deltas(path))
+@pytest.mark.parametrize("key_format", KEY_FORMATS)
+def test_key_formats(peft, tmp_path, key_format):
+    path = save(tmp_path, rename_keys(peft, KEY_FORMATS[key_format]))
+    assert same_deltas(weight_deltas(GSTLORA), weight_deltas(path))
     assert read_adapter(path).adapter_type == "GSTLoRA"
 
 
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "lora_unet_"])
 def test_fused_comfyui_names(peft, tmp_path, prefix):
-    want = deltas(GSTLORA)
+    expected = weight_deltas(GSTLORA)
     fused = {}
-    for module, delta in want.items():
+    for module, delta in expected.items():
         u, s, v = torch.linalg.svd(delta, full_matrices=False)
         name = prefix + (module.replace(".", "_") if prefix.endswith("_") else module)
         if module.endswith("linear1"):
@@ -99,12 +99,12 @@ def test_fused_comfyui_names(peft, tmp_path, prefix):
         fused[f"{name}.lora_down.weight"] = v[:rank]
         fused[f"{name}.lora_up.weight"] = u[:, :rank] * s[:rank]
         fused[f"{name}.alpha"] = torch.tensor(float(rank))
-    assert same(want, deltas(saved(tmp_path, fused)))
+    assert same_deltas(expected, weight_deltas(save(tmp_path, fused)))
 
 
 def test_alpha_tensor(peft, tmp_path):
     alphas = {k.replace(".lora_A.weight", ".alpha"): torch.tensor(2.0) for k in peft if ".lora_A." in k}
-    assert same(deltas(GSTLORA), deltas(saved(tmp_path, peft | alphas)), 2.0 / RANK)
+    assert same_deltas(weight_deltas(GSTLORA), weight_deltas(save(tmp_path, peft | alphas)), 2.0 / RANK)
 
 
 @pytest.mark.parametrize(
@@ -119,30 +119,30 @@ def test_alpha_tensor(peft, tmp_path):
     ],
 )
 def test_header_alpha(peft, tmp_path, declared, factor):
-    found, want = deltas(saved(tmp_path, peft, peft_header(**declared))), deltas(GSTLORA)
+    loaded, expected = weight_deltas(save(tmp_path, peft, peft_header(**declared))), weight_deltas(GSTLORA)
     if factor is not None:
-        assert same(want, found, factor)
+        assert same_deltas(expected, loaded, factor)
         return
-    for module in want:
-        halved = want[module].clone()
+    for module in expected:
+        halved = expected[module].clone()
         if module.endswith(("img_attn.qkv", "linear1")):
             halved[: 2 * HIDDEN] /= 2
-        assert torch.allclose(found[module], halved, atol=1e-5), module
+        assert torch.allclose(loaded[module], halved, atol=1e-5), module
 
 
-def test_recognised(golden_model):
+def test_adapter_type_and_description(golden_model):
     st, gst = read_adapter(STLORA), read_adapter(GSTLORA)
     assert (st.adapter_type, st.ranks, st.family.name) == ("STLoRA", [4], "FLUX.1")
     assert (gst.adapter_type, gst.ranks, gst.family.name) == ("GSTLoRA", [4], "FLUX.1")
     text = st.describe()
-    for part in ("STLoRA", "FLUX.1", "rank: 4", "double_blocks 0-2", "txt_attn.qkv (q, k, v)", "txt_mlp.2"):
-        assert part in text
+    for detail in ("STLoRA", "FLUX.1", "rank: 4", "double_blocks 0-2", "txt_attn.qkv (q, k, v)", "txt_mlp.2"):
+        assert detail in text
     assert "single_blocks" not in text
     assert "linear1 (q, k, v)" in gst.describe()
     assert family_of(golden_model) is st.family
 
 
-def test_reading_twice_shares_nothing_writable(golden_model):
+def test_applying_adapters_does_not_modify_the_model(golden_model):
     before = {k: v.clone() for k, v in golden_model.model.state_dict().items()}
     apply_stlora(apply_gstlora(golden_model, read_adapter(GSTLORA), 0.0), read_adapter(STLORA))
     assert golden_model.wrappers == {}
@@ -158,7 +158,7 @@ class Hostile:
         return os.mkdir, (self.marker,)
 
 
-def test_hostile_pickle(tmp_path):
+def test_pickles_are_not_executed(tmp_path):
     marker, path = tmp_path / "ran", tmp_path / "hostile.pt"
     with path.open("wb") as file:
         pickle.dump(Hostile(marker), file)
@@ -212,27 +212,27 @@ def test_unreadable_files(tmp_path):
         ("transformer.proj_out.lora_A.weight", torch.ones(4, 256), "only one of the two LoRA weights"),
     ],
 )
-def test_refused_parts(peft, tmp_path, key, value, message):
+def test_unsupported_tensors_are_rejected(peft, tmp_path, key, value, message):
     with pytest.raises(SliderError, match=message):
-        read_adapter(saved(tmp_path, peft | {key: value}))
+        read_adapter(save(tmp_path, peft | {key: value}))
 
 
-def test_refused_factors(peft, tmp_path):
+def test_invalid_lora_weights_are_rejected(peft, tmp_path):
     key = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
     with pytest.raises(SliderError, match="shapes"):
-        read_adapter(saved(tmp_path, peft | {key: torch.ones(5, 256)}))
+        read_adapter(save(tmp_path, peft | {key: torch.ones(5, 256)}))
     with pytest.raises(SliderError, match="floating point"):
-        read_adapter(saved(tmp_path, peft | {key: torch.ones(4, 256, dtype=torch.int8)}))
-    for odd in (torch.tensor(torch.nan), torch.zeros(0), torch.ones(2), torch.tensor(1j)):
+        read_adapter(save(tmp_path, peft | {key: torch.ones(4, 256, dtype=torch.int8)}))
+    for bad_alpha in (torch.tensor(torch.nan), torch.zeros(0), torch.ones(2), torch.tensor(1j)):
         with pytest.raises(SliderError, match=r"alpha of .*expected one finite number"):
-            read_adapter(saved(tmp_path, peft | {key.replace("lora_A.weight", "alpha"): odd}))
+            read_adapter(save(tmp_path, peft | {key.replace("lora_A.weight", "alpha"): bad_alpha}))
     with pytest.raises(SliderError, match="not finite"):
-        read_adapter(saved(tmp_path, peft | {key: torch.full((4, 256), torch.inf)}))
+        read_adapter(save(tmp_path, peft | {key: torch.full((4, 256), torch.inf)}))
     up = key.replace("lora_A", "lora_B")
     with pytest.raises(SliderError, match="shapes"):
-        read_adapter(saved(tmp_path, peft | {key: torch.ones(0, 256), up: torch.ones(256, 0)}))
+        read_adapter(save(tmp_path, peft | {key: torch.ones(0, 256), up: torch.ones(256, 0)}))
     with pytest.raises(SliderError, match="twice"):
-        read_adapter(saved(tmp_path, peft | {key.replace("lora_A", "lora_down"): torch.ones(4, 256)}))
+        read_adapter(save(tmp_path, peft | {key.replace("lora_A", "lora_down"): torch.ones(4, 256)}))
     torch.save({key: torch.ones(4, 256).to_sparse()}, tmp_path / "sparse.pt")
     with pytest.raises(SliderError, match="sparse"):
         read_adapter(tmp_path / "sparse.pt")
@@ -251,49 +251,51 @@ def test_refused_factors(peft, tmp_path):
         ('{"transformer.alpha_pattern": {"(a+)+": 2}}', "expected names of layers"),
     ],
 )
-def test_refused_headers(peft, tmp_path, header, message):
+def test_invalid_headers_are_rejected(peft, tmp_path, header, message):
     with pytest.raises(SliderError, match=message):
-        read_adapter(saved(tmp_path, peft, {"lora_adapter_metadata": header}))
+        read_adapter(save(tmp_path, peft, {"lora_adapter_metadata": header}))
 
 
 @pytest.mark.parametrize("alpha", [4, 8])
-def test_eight_bit_factors(peft, tmp_path, alpha):
-    """Stored in 8 bits, alone or beside 16-bit ones: the same as their values."""
+def test_float8_weights(peft, tmp_path, alpha):
+    """float8 weights mixed with float16 ones give the same deltas as their float32 values."""
     stored = {k: v.to(torch.float8_e4m3fn) if "to_q" in k else v.half() for k, v in peft.items()}
     values = {k: v.float() for k, v in stored.items()}
     header = peft_header(r=4, lora_alpha=alpha)
-    found, want = deltas(saved(tmp_path, stored, header)), deltas(saved(tmp_path, values, header))
-    assert all(torch.allclose(found[m].float(), want[m], rtol=2e-2, atol=2e-2) for m in want)
+    loaded, expected = weight_deltas(save(tmp_path, stored, header)), weight_deltas(save(tmp_path, values, header))
+    assert all(torch.allclose(loaded[m].float(), expected[m], rtol=2e-2, atol=2e-2) for m in expected)
 
 
-@pytest.mark.parametrize("spelling", [".lora_A.default.weight", ".lora_A.my_adapter.weight", ".lora_down.weight"])
+@pytest.mark.parametrize("lora_a_suffix", [".lora_A.default.weight", ".lora_A.my_adapter.weight", ".lora_down.weight"])
 @pytest.mark.parametrize("prefix", ["transformer.", "unet.", "base_model.model.", "base_model.model.transformer."])
-def test_spellings(peft, tmp_path, spelling, prefix):
-    other = spelling.replace("_A", "_B").replace("_down", "_up")
-    renamed = {
-        k.replace("transformer.", prefix, 1).replace(".lora_A.weight", spelling).replace(".lora_B.weight", other): v
+def test_prefixes_and_suffixes(peft, tmp_path, lora_a_suffix, prefix):
+    lora_b_suffix = lora_a_suffix.replace("_A", "_B").replace("_down", "_up")
+    tensors = {
+        k.replace("transformer.", prefix, 1)
+        .replace(".lora_A.weight", lora_a_suffix)
+        .replace(".lora_B.weight", lora_b_suffix): v
         for k, v in peft.items()
     }
-    assert same(deltas(GSTLORA), deltas(saved(tmp_path, renamed)))
+    assert same_deltas(weight_deltas(GSTLORA), weight_deltas(save(tmp_path, tensors)))
 
 
-def test_models_that_do_not_fit(peft, tmp_path, golden_model):
+def test_adapter_for_another_model_is_rejected(peft, tmp_path, golden_model):
     wide = {k: torch.ones(v.shape[0] * (1 + ("_B" in k)), v.shape[1] * (1 + ("_A" in k))) for k, v in peft.items()}
     with pytest.raises(SliderError, match="hidden size 256"):
-        apply_gstlora(golden_model, read_adapter(saved(tmp_path, wide)), 0.5)
+        apply_gstlora(golden_model, read_adapter(save(tmp_path, wide)), 0.5)
     up = "transformer.transformer_blocks.0.attn.add_k_proj.lora_B.weight"
     with pytest.raises(SliderError, match="does not fit the model"):
-        apply_gstlora(golden_model, read_adapter(saved(tmp_path, peft | {up: torch.ones(64, 4)})), 0.5)
+        apply_gstlora(golden_model, read_adapter(save(tmp_path, peft | {up: torch.ones(64, 4)})), 0.5)
     deep = peft | {k.replace("blocks.0.", "blocks.7."): v.clone() for k, v in peft.items()}
     with pytest.raises(SliderError, match=r"layers that this FLUX\.1 model does not have, such as \w+_blocks\.7"):
-        apply_gstlora(golden_model, read_adapter(saved(tmp_path, deep)), 0.5)
+        apply_gstlora(golden_model, read_adapter(save(tmp_path, deep)), 0.5)
     with pytest.raises(SliderError, match=f"Use '{re.escape(names.APPLY_GSTLORA)}'"):
         apply_stlora(golden_model, read_adapter(GSTLORA))
     with pytest.raises(SliderError, match=f"Use '{re.escape(names.APPLY_STLORA)}'"):
         apply_gstlora(golden_model, read_adapter(STLORA), 0.5)
 
 
-def test_runtimes_that_ignore_patches(golden_model):
+def test_runtime_that_ignores_patches_is_rejected(golden_model):
     class Engine(torch.nn.Module):
         pass
 

@@ -1,4 +1,4 @@
-"""The demo finds the user's models, and its graph for them is one that ComfyUI accepts."""
+"""The demo: the search for the user's models, its graphs, images and page."""
 
 from __future__ import annotations
 
@@ -42,68 +42,70 @@ def models(tmp_path):
     return tmp_path
 
 
-def test_user_models(models):
-    found, missing = find_user_models(models)
+def test_find_user_models(models):
+    user_models, missing = find_user_models(models)
     assert missing == []
-    assert found is not None
-    assert not found.miniature
-    assert found.model.replace("\\", "/") == FILES["unet"]
-    assert (found.clip_l, found.t5xxl, found.vae, found.adapter) == tuple(list(FILES.values())[1:])
+    assert user_models is not None
+    assert not user_models.miniature
+    assert user_models.model.replace("\\", "/") == FILES["unet"]
+    assert (user_models.clip_l, user_models.t5xxl, user_models.vae, user_models.adapter) == tuple(
+        list(FILES.values())[1:]
+    )
     (models / "vae" / "ae.safetensors").unlink()
-    found, missing = find_user_models(models)
-    assert found is None
+    user_models, missing = find_user_models(models)
+    assert user_models is None
     assert missing == ["vae/ae.safetensors"]
 
 
 def test_graph_for_the_users_models(server, models):
-    """Accepted by the server's validation; it then stops at the empty model file."""
+    """The graph passes the server's validation; execution then fails at an empty model file."""
     for folder, name in FILES.items():
         target = server.base / "models" / folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             target.touch()
-    found, _ = find_user_models(models)
-    result = server.run(edit_graph(found, "photo.png", ["make it red"], [0.5]))
+    user_models, _ = find_user_models(models)
+    result = server.run(edit_graph(user_models, "photo.png", ["make it red"], [0.5]))
     assert result.error["node_type"] in ("UNETLoader", "DualCLIPLoader", "VAELoader")
 
 
-def test_its_pictures_and_its_page(tmp_path):
-    """All that `run.py demo` draws without models of the user's."""
+def test_images_and_page(tmp_path):
+    """What `run.py demo` renders without the user's models."""
     with server_with_miniature(COMFYUI, tmp_path) as running:
         running.put_input(SCENE.name, Image.open(SCENE))
-        shown = render_miniature(running, tmp_path)
-    page = write_page(tmp_path / "index.html", shown).read_text(encoding="utf-8")
-    for one in shown:
-        assert f'src="{one.file.name}"' in page
-        Image.open(one.file).load()
-    [moving] = [one.file for one in shown if one.file.suffix == ".webp"]
-    assert Image.open(moving).n_frames > len(ANIMATION_STRENGTHS) / 2  # equal neighbours are one frame
+        rendered = render_miniature(running, tmp_path)
+    page = write_page(tmp_path / "index.html", rendered).read_text(encoding="utf-8")
+    for item in rendered:
+        assert f'src="{item.file.name}"' in page
+        Image.open(item.file).load()
+    [animation] = [item.file for item in rendered if item.file.suffix == ".webp"]
+    assert Image.open(animation).n_frames > len(ANIMATION_STRENGTHS) / 2  # equal neighbors are merged into one frame
     with Image.open(tmp_path / "one-slider.png") as strip:
-        changes = [changed(strip, k) for k in range(len(STRENGTHS))]
+        changes = [change_from_scene(strip, k) for k in range(len(STRENGTHS))]
     assert tuple(sorted(STRENGTHS)) == STRENGTHS
     assert min(np.diff(changes)) > -0.002
     assert changes[0] < changes[-1] / 2
     with Image.open(tmp_path / "calibrated.png") as sheet:
-        uneven, even = ([changed(sheet, k, row) for k in range(len(FIVE))] for row in range(2))
-    assert off_the_line(even) < off_the_line(uneven) / 2
+        uneven, even = ([change_from_scene(sheet, k, row) for k in range(len(FIVE))] for row in range(2))
+    assert nonlinearity(even) < nonlinearity(uneven) / 2
 
 
-def off_the_line(changes: list[float]) -> float:
-    """Mean distance of changes at even strengths from the straight line between the first and the last."""
+def nonlinearity(changes: list[float]) -> float:
+    """Mean absolute deviation of changes at even strengths from the straight line between the first and the last."""
     line = np.linspace(changes[0], changes[-1], len(changes))
     return float(np.abs(changes - line).mean())
 
 
-def changed(sheet: Image.Image, k: int, row: int = 0) -> float:
-    """How far the k-th picture of a row is from the scene, mean over the pixels."""
+def change_from_scene(sheet: Image.Image, k: int, row: int = 0) -> float:
+    """Mean absolute difference (0 to 1) between the scene and the k-th image in a row of the sheet."""
     left, top = k * (MIN_SIZE + GAP), row * (MIN_SIZE + CAPTION_HEIGHT)
     panel = sheet.convert("RGB").crop((left, top, left + MIN_SIZE, top + MIN_SIZE))
     scene = Image.open(SCENE).convert("RGB").resize(panel.size, Image.Resampling.BICUBIC)
     return float(np.abs(np.asarray(panel, float) - np.asarray(scene, float)).mean() / 255)
 
 
-def test_the_workflow_of_the_browser_edits_too(tmp_path, chromium):
-    """What --open offers, listed and run by the page."""
+def test_browser_workflow(tmp_path, chromium):
+    """The workflow that --open offers is listed by the page, runs and edits."""
     source, edits = validation_tasks(1, 2)[0]
     with server_with_miniature(COMFYUI, tmp_path) as running:
         write_settings(tmp_path)
@@ -116,12 +118,12 @@ def test_the_workflow_of_the_browser_edits_too(tmp_path, chromium):
         page.set_widget("EditSlidersSliderPrompt", "strength_1", 0.0)
         page.set_widget("EditSlidersSliderPrompt", "strength_2", 1.0)
         queued = page.prompt()
-        [shown] = [key for key, node in queued.items() if node["class_type"] == "SaveImage"]
+        [save_node] = [key for key, node in queued.items() if node["class_type"] == "SaveImage"]
         result = running.run(queued)
         assert result.ok, result.error
         assert page.errors == []
         page.close()
-        [picture] = result.images(shown)
-    found = read_attributes(np.asarray(picture.convert("RGB"), np.float32) / 255, source)
-    assert abs(reached_strength(edits[0], source, found)) < 0.1
-    assert reached_strength(edits[1], source, found) > 0.9
+        [image] = result.images(save_node)
+    attributes = read_attributes(np.asarray(image.convert("RGB"), np.float32) / 255, source)
+    assert abs(reached_strength(edits[0], source, attributes)) < 0.1
+    assert reached_strength(edits[1], source, attributes) > 0.9

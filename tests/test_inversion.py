@@ -1,4 +1,4 @@
-"""Trajectories apart from the paper's cases: how exact they are, their files, and what does not fit them."""
+"""Inversion and trajectories: accuracy, source modes, files and errors; the paper's cases are in the golden tests."""
 
 from __future__ import annotations
 
@@ -23,118 +23,120 @@ from slider_core.stable_flow.vital_layers import inject_key_values
 PROMPT = "a “photo” of a cat 🐈"
 
 
-def inverted(model, steps: int = 4, prompt: str = PROMPT, **more) -> Trajectory:
+def invert_photo(model, steps: int = 4, prompt: str = PROMPT, **more) -> Trajectory:
     return invert(model, source_text(guidance=1.0), photo(model), sigmas_of(model, steps), prompt, **more)
 
 
 @pytest.fixture(scope="module")
 def trajectory(golden_model) -> Trajectory:
-    return inverted(golden_model)
+    return invert_photo(golden_model)
 
 
 def regeneration_error(model, **more) -> float:
-    """Of sampling forwards again, against the nudged picture: relative, in the model's own scaling."""
-    trajectory = inverted(model, **more)
+    """Relative error of sampling the trajectory back, against the nudged source latent in the model's scale."""
+    trajectory = invert_photo(model, **more)
     out = edit_from_trajectory(model, source_text(guidance=1.0), trajectory, SourceMode.CACHED)
-    picture = trajectory.latents[-1:]
-    return float((model.model.latent_format.process_in(out) - picture).norm() / picture.norm())
+    source = trajectory.latents[-1:]
+    return float((model.model.latent_format.process_in(out) - source).norm() / source.norm())
 
 
-def test_refinements_make_it_exact(golden_model):
+def test_refinements_reduce_the_error(golden_model):
     errors = [regeneration_error(golden_model, steps=15, refinements=n) for n in range(4)]
     for coarse, fine in itertools.pairwise(errors):
         assert fine < 0.4 * coarse
     assert errors[3] < 0.01 < 0.1 < errors[0]
 
 
-def test_a_refined_step_is_an_exact_inverse(golden_model):
-    """After enough refinements each latent is what one Euler step forwards comes back from."""
-    trajectory = inverted(golden_model, refinements=40)
+def test_refined_steps_are_exact_inverses(golden_model):
+    """After enough refinements an Euler step from each latent returns the previous one."""
+    trajectory = invert_photo(golden_model, refinements=40)
     for k in range(trajectory.steps):
         z, (sigma, following) = trajectory.latents[k : k + 1], trajectory.sigmas[k : k + 2].tolist()
         back = z + (following - sigma) * velocity_of(golden_model, z, sigma, source_text(guidance=1.0))
         assert near(back, trajectory.latents[k + 1 : k + 2])
 
 
-def test_a_batch_of_prompts_uses_the_first(golden_model, trajectory):
-    stacked = invert(golden_model, batched_text((1.0, 1.0, 1.0)), photo(golden_model), trajectory.sigmas, PROMPT)
-    assert near(stacked.latents, trajectory.latents)
-    assert torch.equal(stacked.text, trajectory.text)
-    assert torch.equal(stacked.pooled, trajectory.pooled)
-    assert len(stacked.text) == len(stacked.pooled) == 1
+def test_batch_of_prompts_uses_the_first(golden_model, trajectory):
+    batched = invert(golden_model, batched_text((1.0, 1.0, 1.0)), photo(golden_model), trajectory.sigmas, PROMPT)
+    assert near(batched.latents, trajectory.latents)
+    assert torch.equal(batched.text, trajectory.text)
+    assert torch.equal(batched.pooled, trajectory.pooled)
+    assert len(batched.text) == len(batched.pooled) == 1
 
 
-def test_the_source_follows(golden_model, trajectory):
+def test_source_modes(golden_model, trajectory):
     model, text = inject_key_values(golden_model, [0, 4]), batched_text((1.0, 3.0, 3.0))
     outs = {
         mode: edit_from_trajectory(model, text, trajectory, mode)
         for mode in (SourceMode.TRAJECTORY, SourceMode.PUBLISHED, SourceMode.CACHED)
     }
-    picture = golden_model.model.latent_format.process_out(trajectory.latents[-1:])
-    assert near(outs[SourceMode.TRAJECTORY][:1], picture)
-    assert far(outs[SourceMode.CACHED][:1], picture)
+    source = golden_model.model.latent_format.process_out(trajectory.latents[-1:])
+    assert near(outs[SourceMode.TRAJECTORY][:1], source)
+    assert far(outs[SourceMode.CACHED][:1], source)
     assert far(outs[SourceMode.TRAJECTORY][1:], outs[SourceMode.PUBLISHED][1:])
     assert far(outs[SourceMode.TRAJECTORY][1:], outs[SourceMode.CACHED][1:])
 
 
 def test_torch_compile(golden_model, trajectory):
     torch._dynamo.reset()
-    assert near(inverted(compiled(golden_model)).latents, trajectory.latents)
+    assert near(invert_photo(compiled(golden_model)).latents, trajectory.latents)
 
 
 def test_progress(golden_model):
-    seen = []
-    inverted(golden_model, steps=3, refinements=2, on_step=lambda k, x0, x, n: seen.append((k, n, tuple(x0.shape))))
-    assert seen == [(0, 3, LATENT), (1, 3, LATENT), (2, 3, LATENT)]
+    calls = []
+    invert_photo(
+        golden_model, steps=3, refinements=2, on_step=lambda k, x0, x, n: calls.append((k, n, tuple(x0.shape)))
+    )
+    assert calls == [(0, 3, LATENT), (1, 3, LATENT), (2, 3, LATENT)]
 
 
-def test_files(trajectory, golden_model, tmp_path):
+def test_file_round_trip(trajectory, golden_model, tmp_path):
     path = tmp_path / "cat.safetensors"
     save_trajectory(trajectory, path)
-    again = load_trajectory(path)
+    loaded = load_trajectory(path)
     for name in ("latents", "sigmas", "text", "pooled"):
-        assert torch.equal(getattr(again, name), getattr(trajectory, name))
+        assert torch.equal(getattr(loaded, name), getattr(trajectory, name))
     for name in ("prompt", "nudging", "refinements"):
-        assert getattr(again, name) == getattr(trajectory, name)
-    again.check_model(golden_model)
+        assert getattr(loaded, name) == getattr(trajectory, name)
+    loaded.check_model(golden_model)
     text = batched_text((1.0, 3.0, 3.0))
-    assert near(edit_from_trajectory(golden_model, text, again), edit_from_trajectory(golden_model, text, trajectory))
+    assert near(edit_from_trajectory(golden_model, text, loaded), edit_from_trajectory(golden_model, text, trajectory))
     assert os.listdir(tmp_path) == ["cat.safetensors"]
-    assert PROMPT in again.describe()
-    assert "4 steps, 64 x 64 pixels" in again.describe()
+    assert PROMPT in loaded.describe()
+    assert "4 steps, 64 x 64 pixels" in loaded.describe()
 
 
-def test_a_file_that_cannot_be_written(trajectory, tmp_path, monkeypatch):
+def test_write_errors_keep_the_old_file(trajectory, tmp_path, monkeypatch):
     path = tmp_path / "cat.safetensors"
     save_trajectory(trajectory, path)
-    whole = path.read_bytes()
+    content = path.read_bytes()
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(SliderError, match=r"cannot be written .*No space left on device.* Free some disk"):
-        save_trajectory(inverted_otherwise(trajectory), path)
-    assert path.read_bytes() == whole
+        save_trajectory(shifted(trajectory), path)
+    assert path.read_bytes() == content
     assert os.listdir(tmp_path) == ["cat.safetensors"]
     with pytest.raises(SliderError, match="cannot be written"):
-        save_trajectory(trajectory, tmp_path / "nowhere" / "cat.safetensors")
+        save_trajectory(trajectory, tmp_path / "missing" / "cat.safetensors")
 
 
-def inverted_otherwise(trajectory: Trajectory) -> Trajectory:
+def shifted(trajectory: Trajectory) -> Trajectory:
     return replace(trajectory, latents=trajectory.latents + 1)
 
 
-def changed(path, **changes) -> None:
+def rewrite(path, **changes) -> None:
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         header = dict(file.metadata())
     for key, value in changes.items():
-        place = tensors if isinstance(value, torch.Tensor) or key in tensors else header
+        target = tensors if isinstance(value, torch.Tensor) or key in tensors else header
         if value is None:
-            del place[key]
+            del target[key]
         else:
-            place[key] = value
+            target[key] = value
     save_file(tensors, path, header)
 
 
@@ -161,12 +163,12 @@ def changed(path, **changes) -> None:
 def test_damaged_files(trajectory, tmp_path, changes, message):
     path = tmp_path / "cat.safetensors"
     save_trajectory(trajectory, path)
-    changed(path, **changes)
+    rewrite(path, **changes)
     with pytest.raises(SliderError, match=message):
         load_trajectory(path)
 
 
-def test_cut_off_files(trajectory, tmp_path):
+def test_truncated_and_missing_files(trajectory, tmp_path):
     path = tmp_path / "cat.safetensors"
     save_trajectory(trajectory, path)
     path.write_bytes(path.read_bytes()[:1000])
@@ -177,54 +179,54 @@ def test_cut_off_files(trajectory, tmp_path):
         load_trajectory(path)
 
 
-def other_model(recipe, config):
+def load_flux(recipe, config):
     return comfy.sd.load_diffusion_model_state_dict(recipe.flux_weights(config), model_options={"dtype": torch.float32})
 
 
-def test_other_models(golden_model, recipe, manifest, trajectory):
+def test_other_models_are_rejected_and_other_dtypes_accepted(golden_model, recipe, manifest, trajectory):
     config = manifest["model"]
     for other in ({"seed": 99}, {"hidden": 128}):
-        with pytest.raises(SliderError, match=r"The trajectory was made with another"):
-            edit_from_trajectory(other_model(recipe, config | other), batched_text(), trajectory)
+        with pytest.raises(SliderError, match=r"The trajectory was made with a different"):
+            edit_from_trajectory(load_flux(recipe, config | other), batched_text(), trajectory)
     for dtype in (torch.bfloat16, torch.float8_e4m3fn):
         rounded = {key: value.to(dtype) for key, value in recipe.flux_weights(config).items()}
         trajectory.check_model(comfy.sd.load_diffusion_model_state_dict(rounded, model_options={"dtype": dtype}))
 
 
 @pytest.mark.usefixtures("unpatch_golden_model")
-def test_a_lora_does_not_make_another_model(golden_model):
-    """Not even one on the parameter by which models are told apart, whether it is loaded or not."""
+def test_loras_do_not_change_the_fingerprint(golden_model):
+    """Not even a LoRA on the fingerprinted parameter, loaded or not."""
     patched, key = golden_model.clone(), "diffusion_model.img_in.bias"
     patched.add_patches({key: ("diff", (noise(256, seed=3),))})
-    made = inverted(patched)
+    trajectory = invert_photo(patched)
     for model in (golden_model, patched, golden_model):
-        made.check_model(model)
-        inverted(model, steps=1)
-        made.check_model(patched)
+        trajectory.check_model(model)
+        invert_photo(model, steps=1)
+        trajectory.check_model(patched)
 
 
-def test_bad_input(golden_model, trajectory):
-    text, picture, sigmas = source_text(), photo(golden_model), sigmas_of(golden_model)
-    bad = [
-        (picture.repeat(2, 1, 1, 1), sigmas, "The latent has 2 images"),
+def test_errors(golden_model, trajectory):
+    text, source, sigmas = source_text(), photo(golden_model), sigmas_of(golden_model)
+    invalid = [
+        (source.repeat(2, 1, 1, 1), sigmas, "The latent has 2 images"),
         (
             torch.zeros(LATENT),
             sigmas,
             "is empty, contains values that are not finite, .* expected an image with 16 channels",
         ),
-        (picture[:, :4], sigmas, r"latent of shape \(1, 4, 8, 8\) .* an image with 16 channels"),
-        (picture[:, :, None], sigmas, "expected an image with 16 channels"),
-        (picture / 0, sigmas, "values that are not finite"),
-        (picture, torch.tensor([14.6, 7.0, 0.0]), r"begin with 14\.6, 7, 0; expected .* flow matching"),
-        (picture, sigmas[:-1], "expected at least two that fall from at most 1 to 0"),
-        (picture, sigmas.flip(0), "fall from at most 1 to 0"),
-        (picture, sigmas[:0], "expected at least two"),
+        (source[:, :4], sigmas, r"latent of shape \(1, 4, 8, 8\) .* an image with 16 channels"),
+        (source[:, :, None], sigmas, "expected an image with 16 channels"),
+        (source / 0, sigmas, "values that are not finite"),
+        (source, torch.tensor([14.6, 7.0, 0.0]), r"begin with 14\.6, 7, 0; expected .* flow matching"),
+        (source, sigmas[:-1], "expected at least two that fall from at most 1 to 0"),
+        (source, sigmas.flip(0), "fall from at most 1 to 0"),
+        (source, sigmas[:0], "expected at least two"),
     ]
-    for latent, levels, message in bad:
+    for latent, sigma_values, message in invalid:
         with pytest.raises(SliderError, match=message):
-            invert(golden_model, text, latent, levels, PROMPT)
+            invert(golden_model, text, latent, sigma_values, PROMPT)
     with pytest.raises(SliderError, match="no pooled vector"):
-        invert(golden_model, [[text[0][0], {}]], picture, sigmas, PROMPT)
+        invert(golden_model, [[text[0][0], {}]], source, sigmas, PROMPT)
     with pytest.raises(SliderError, match=r"There is one prompt, .* choose 'remembered by the model'"):
         edit_from_trajectory(golden_model, source_text(), trajectory)
     [[cond, options]] = batched_text()
@@ -234,7 +236,7 @@ def test_bad_input(golden_model, trajectory):
         edit_from_trajectory(golden_model, [[cond[:, :20], options]], trajectory)
 
 
-def test_a_model_that_is_not_flow_matching(golden_model, trajectory):
+def test_models_other_than_flow_matching_are_rejected(golden_model, trajectory):
     other = golden_model.clone()
     other.add_object_patch("model_sampling", comfy.model_sampling.EPS())
     with pytest.raises(SliderError, match="samples by EPS, which is not flow matching"):
@@ -243,9 +245,9 @@ def test_a_model_that_is_not_flow_matching(golden_model, trajectory):
         edit_from_trajectory(other, batched_text(), trajectory)
 
 
-def test_nothing_stays_on_the_model(golden_model):
+def test_model_is_unchanged(golden_model):
     x = noise(*LATENT, seed=4)
     before = velocity_of(golden_model, x, 0.5, source_text())
-    trajectory = inverted(golden_model)
+    trajectory = invert_photo(golden_model)
     edit_from_trajectory(inject_key_values(golden_model, [0]), batched_text(), trajectory)
     assert torch.equal(velocity_of(golden_model, x, 0.5, source_text()), before)

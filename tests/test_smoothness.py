@@ -1,4 +1,4 @@
-"""How evenly pictures change, and which stacks are learned from, against the numbers of Kontinuous Kontext's code."""
+"""Smoothness metrics and the filter for edit strips, against values from Kontinuous Kontext's code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training.edit_strips import MAX_KL, even_strengths, passes_category_thresho
 
 METRICS = json.loads((GOLDEN / "metrics.json").read_text())
 SEQUENCES = METRICS["sequences"]
-FILTERED = METRICS["kl_filter"]
+KL_CASES = METRICS["kl_filter"]
 EXACT, FLOAT32 = {"rel": 1e-12, "abs": 1e-12}, {"rel": 2e-5}
 
 
@@ -26,8 +26,8 @@ def adjacent_and_skip_one(matrix):
 
 
 @pytest.mark.parametrize("golden", SEQUENCES)
-def test_record_of_a_sequence(golden):
-    """Pictures are numbers here, and their distances those of the golden matrix."""
+def test_measure_strip(golden):
+    """Integers stand for images; their distances are those of the golden matrix."""
     matrix = golden["distance_matrix"]
     record = measure_strip(range(len(matrix)), lambda one, other: matrix[one][other])
     assert record["lpips_sequence"] == pytest.approx(golden["first_order"], **FLOAT32)
@@ -41,7 +41,7 @@ def test_record_of_a_sequence(golden):
 
 
 @pytest.mark.parametrize("golden", SEQUENCES)
-def test_deficits(golden):
+def test_triangle_deficits(golden):
     adjacent, skip_one = adjacent_and_skip_one(golden["distance_matrix"])
     deficits = triangle_deficits(adjacent, skip_one)
     assert deficits == pytest.approx(golden["triangle_second_order"], **FLOAT32)
@@ -50,29 +50,29 @@ def test_deficits(golden):
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "variant",
     [
         lambda one, two, direct: one + two - direct,
         lambda one, two, direct: (one + two - direct) / (one + two),
         lambda one, two, direct: (one + two) / direct,
     ],
 )
-def test_other_deficits_are_told_apart(wrong):
+def test_variants_of_the_deficit_differ(variant):
     for golden in SEQUENCES:
         adjacent, skip_one = adjacent_and_skip_one(golden["distance_matrix"])
-        others = [wrong(one, two, direct) for one, two, direct in zip(adjacent, adjacent[1:], skip_one)]
-        assert others != pytest.approx(golden["triangle_second_order"], rel=1e-2)
+        variant_deficits = [variant(one, two, direct) for one, two, direct in zip(adjacent, adjacent[1:], skip_one)]
+        assert variant_deficits != pytest.approx(golden["triangle_second_order"], rel=1e-2)
 
 
-def test_a_picture_that_comes_back():
+def test_sequence_that_returns_to_its_start():
     assert METRICS["triangle_with_zero_direct_distance"] == ["inf"]
     assert triangle_deficits([0.2, 0.2], [0.0]) == [math.inf]
     assert triangle_deficits([0.0, 0.0], [0.0]) == [0.0]
     assert measure_strip("aba", lambda one, other: float(one != other))["lpips_sequence_triangle"] == [None]
 
 
-@pytest.mark.parametrize("golden", FILTERED)
-def test_evenness(golden):
+@pytest.mark.parametrize("golden", KL_CASES)
+def test_kl_filter_and_strengths(golden):
     sequence = golden["sequence"]
     assert kl_to_uniform(sequence) == pytest.approx(golden["kl_to_uniform"], **EXACT)
     assert kl_to_uniform([7 * value for value in sequence]) == pytest.approx(golden["kl_to_uniform"], **EXACT)
@@ -88,40 +88,40 @@ def kl_in_bits(sequence):
     return kl_to_uniform(sequence) / math.log(2)
 
 
-def kl_unnormalised(sequence):
+def kl_unnormalized(sequence):
     return sum(value * math.log(value * len(sequence)) for value in sequence if value > 0)
 
 
-def kl_the_other_way(sequence):
+def kl_reversed(sequence):
     return sum(math.log(sum(sequence) / (len(sequence) * (value or 1e-8))) for value in sequence) / len(sequence)
 
 
-@pytest.mark.parametrize("wrong", [kl_in_bits, kl_unnormalised, kl_the_other_way])
-def test_other_divergences_are_told_apart(wrong):
-    uneven = [golden for golden in FILTERED if golden["kl_to_uniform"] > 1e-6]
-    assert all(wrong(g["sequence"]) != pytest.approx(g["kl_to_uniform"], rel=1e-2) for g in uneven)
+@pytest.mark.parametrize("variant", [kl_in_bits, kl_unnormalized, kl_reversed])
+def test_variants_of_the_divergence_differ(variant):
+    uneven = [golden for golden in KL_CASES if golden["kl_to_uniform"] > 1e-6]
+    assert all(variant(g["sequence"]) != pytest.approx(g["kl_to_uniform"], rel=1e-2) for g in uneven)
 
 
-def test_strengths_of_the_whole_sequence_would_be_others():
-    uneven = [golden["sequence"] for golden in FILTERED if golden["kl_to_uniform"] > 1e-6]
+def test_strengths_of_all_steps_differ():
+    uneven = [golden["sequence"] for golden in KL_CASES if golden["kl_to_uniform"] > 1e-6]
     for sequence in uneven:
         sums = list(accumulate(sequence))
         assert even_strengths(sequence[1:-1]) != pytest.approx([total / sums[-1] for total in sums[:-1]], rel=1e-2)
 
 
 @pytest.mark.parametrize("golden", METRICS["validity"], ids=lambda g: f"{g['category']} {g['kontext_edit']}")
-def test_thresholds(golden):
+def test_category_thresholds(golden):
     assert (
         passes_category_thresholds(golden["category"], golden["kontext_edit"], golden["edit_inversion"])
         == golden["valid_v2"]
     )
 
 
-def test_the_older_thresholds_are_told_apart():
+def test_older_thresholds_differ():
     assert any(golden["valid_v1"] != golden["valid_v2"] for golden in METRICS["validity"])
 
 
-def test_refusals():
+def test_rejection_reasons():
     even = {
         "lpips_sequence": [0.1] * 8,
         "category": "stylization",
@@ -138,19 +138,19 @@ def test_refusals():
 
 
 @pytest.mark.parametrize("bad", [[], [0.1, -0.1], [0.1, math.nan], [math.inf, 0.1]])
-def test_no_distances(bad):
+def test_invalid_distances(bad):
     for measure in (first_order, kl_to_uniform, even_strengths):
         with pytest.raises(SliderError, match="are not distances between images"):
             measure(bad)
 
 
-def test_nothing_changes():
+def test_equal_images():
     for measure in (first_order, kl_to_uniform, even_strengths):
         with pytest.raises(SliderError, match="All images are equal"):
             measure([0.0, 0.0])
 
 
-def test_distances_that_do_not_go_together():
+def test_inconsistent_numbers_of_distances():
     with pytest.raises(SliderError, match="2 distances between neighbors and 2 between images two apart; expected 1"):
         triangle_deficits([0.1, 0.1], [0.1, 0.1])
     with pytest.raises(SliderError, match="at least three"):

@@ -1,4 +1,4 @@
-"""What is measured of a sweep: numbers worked out by hand, honest refusals, and the node on a real server."""
+"""Metrics of a sweep: hand-computed values, errors, and the node on a real server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from support.comfy_server import PromptRejected
 from support.graphs import Graph, Link
 from support.tiny_models import recipe, tiny_clip_l, tiny_t5
-from test_layer_analysis import vision
+from test_layer_analysis import vision_model
 
 from slider_core.errors import SliderError
 from slider_core.metrics.clip_direction import clip_scores
@@ -32,8 +32,8 @@ CONFIG = {
 }
 
 
-def flat(*values: float) -> torch.Tensor:
-    """A picture of one gray per value."""
+def gray_images(*values: float) -> torch.Tensor:
+    """Uniformly gray images (len(values), 8, 8, 3)."""
     return torch.tensor(values)[:, None, None, None].expand(-1, 8, 8, 3).clone()
 
 
@@ -41,11 +41,11 @@ def flat(*values: float) -> torch.Tensor:
 
 
 def test_pixels():
-    found = pixel_distances(flat(0.0, 0.1, 0.4, 0.2), source_index=1)
-    assert found.adjacent == pytest.approx((0.1, 0.3, 0.2))
-    assert found.skip_one == pytest.approx((0.4, 0.1))
-    assert found.from_source == pytest.approx((0.1, 0, 0.3, 0.1))
-    half = flat(0.0, 0.0)
+    result = pixel_distances(gray_images(0.0, 0.1, 0.4, 0.2), source_index=1)
+    assert result.adjacent == pytest.approx((0.1, 0.3, 0.2))
+    assert result.skip_one == pytest.approx((0.4, 0.1))
+    assert result.from_source == pytest.approx((0.1, 0, 0.3, 0.1))
+    half = gray_images(0.0, 0.0)
     half[1, :4] = 0.6
     assert pixel_distances(half).adjacent == pytest.approx((0.6 * math.sqrt(0.5),))
 
@@ -54,65 +54,65 @@ def test_latents():
     latents = torch.zeros(3, 16, 4, 4)
     latents[1] += 0.5
     latents[2, :, :2] = 2.0
-    found = latent_distances(latents, source_index=1)
-    assert found.adjacent == pytest.approx((0.5, math.sqrt((1.5**2 + 0.5**2) / 2)))
-    assert found.from_source == pytest.approx((0.5, 0, math.sqrt((1.5**2 + 0.5**2) / 2)))
-    assert "latents" in found.metric_name
+    result = latent_distances(latents, source_index=1)
+    assert result.adjacent == pytest.approx((0.5, math.sqrt((1.5**2 + 0.5**2) / 2)))
+    assert result.from_source == pytest.approx((0.5, 0, math.sqrt((1.5**2 + 0.5**2) / 2)))
+    assert "latents" in result.metric_name
 
 
 def test_features():
-    """Directions at 0, 60 and 180 degrees, of different lengths."""
+    """Vectors at 0, 60 and 180 degrees, of different lengths."""
     features = torch.tensor([[2.0, 0], [0.5, 0.5 * math.sqrt(3)], [-3, 0]])
-    found = cosine_distances(features, "name")
-    assert found.adjacent == pytest.approx((0.5, 1.5))
-    assert found.skip_one == pytest.approx((2,))
-    assert found.from_source == pytest.approx((0, 0.5, 2))
-    assert found.path_lengths() == pytest.approx((1, math.sqrt(3)))
+    result = cosine_distances(features, "name")
+    assert result.adjacent == pytest.approx((0.5, 1.5))
+    assert result.skip_one == pytest.approx((2,))
+    assert result.from_source == pytest.approx((0, 0.5, 2))
+    assert result.path_lengths() == pytest.approx((1, math.sqrt(3)))
 
 
-def test_lengths_of_features_add_up_along_a_path():
-    """1 - cosine does not: two small steps are half of the one."""
+def test_path_lengths_of_features_are_additive():
+    """1 - cosine is quadratic for small angles: two half steps sum to half of the full step."""
     angles = torch.linspace(0, 0.2, 3).double()
-    whole = cosine_distances(torch.stack([angles.cos(), angles.sin()], 1), "name")
+    path = cosine_distances(torch.stack([angles.cos(), angles.sin()], 1), "name")
     ends = cosine_distances(torch.stack([angles.cos(), angles.sin()], 1)[::2], "name")
-    assert sum(whole.path_lengths()) == pytest.approx(sum(ends.path_lengths()), rel=0.01)
-    assert sum(whole.adjacent) == pytest.approx(sum(ends.adjacent) / 2, rel=0.01)
+    assert sum(path.path_lengths()) == pytest.approx(sum(ends.path_lengths()), rel=0.01)
+    assert sum(path.adjacent) == pytest.approx(sum(ends.adjacent) / 2, rel=0.01)
 
 
-def test_steady_squares_are_linear():
-    """What grows with the square of the change, as LPIPS does: pictures on a straight line, as far as they say."""
+def test_squared_distances_of_an_even_sweep_are_linear():
+    """Images on a straight line, compared by a distance that is quadratic in the change, such as LPIPS."""
     values = (0.0, 0.1, 0.3, 1.0)
-    adjacent, skipping = ([(values[k + by] - values[k]) ** 2 for k in range(4 - by)] for by in (1, 2))
-    squares = ImageDistances("squares", tuple(adjacent), tuple(skipping), tuple(v**2 for v in values), squared=True)
-    found = measure_sweep(values, squares)
-    assert (found.path_linearity.largest, found.source_linearity.largest) == pytest.approx((0, 0), abs=1e-9)
+    adjacent, skip_one = ([(values[k + step] - values[k]) ** 2 for k in range(4 - step)] for step in (1, 2))
+    squares = ImageDistances("squares", tuple(adjacent), tuple(skip_one), tuple(v**2 for v in values), squared=True)
+    result = measure_sweep(values, squares)
+    assert (result.path_linearity.largest, result.source_linearity.largest) == pytest.approx((0, 0), abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["clip_vision_model", "dinov2", "siglip_vision_model"])
 def test_vision_models(kind):
-    pictures = torch.rand(10, 40, 56, 3, generator=torch.Generator().manual_seed(1))
-    pictures[4] = pictures[3]
-    model = vision(kind)
-    found = feature_distances(pictures, model)
-    assert kind in found.metric_name
-    assert found.adjacent[3] == 0
-    assert all(0 < distance < 2 for k, distance in enumerate(found.adjacent) if k != 3)
-    one, other = (vision_features(picture[None], model)[0] for picture in pictures[8:])
-    assert found.adjacent[8] == pytest.approx(1 - torch.cosine_similarity(one, other, dim=0).item(), abs=1e-5)
+    images = torch.rand(10, 40, 56, 3, generator=torch.Generator().manual_seed(1))
+    images[4] = images[3]
+    model = vision_model(kind)
+    result = feature_distances(images, model)
+    assert kind in result.metric_name
+    assert result.adjacent[3] == 0
+    assert all(0 < distance < 2 for k, distance in enumerate(result.adjacent) if k != 3)
+    one, other = (vision_features(picture[None], model)[0] for picture in images[8:])
+    assert result.adjacent[8] == pytest.approx(1 - torch.cosine_similarity(one, other, dim=0).item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_too_few_pictures(count):
+def test_too_few_images(count):
     with pytest.raises(SliderError, match=f"The sweep has {count} image; expected at least two"):
-        pixel_distances(flat(*[0.5] * count) if count else torch.zeros(0, 8, 8, 3))
+        pixel_distances(gray_images(*[0.5] * count) if count else torch.zeros(0, 8, 8, 3))
 
 
-def test_pictures_that_are_not_finite():
+def test_images_that_are_not_finite():
     with pytest.raises(SliderError, match="not finite"):
-        pixel_distances(flat(0.0, math.nan))
+        pixel_distances(gray_images(0.0, math.nan))
 
 
-# --- measures
+# --- metrics
 
 
 def test_linearity():
@@ -123,94 +123,94 @@ def test_linearity():
         linearity([0, 1], [2, 2])
 
 
-def test_a_sweep():
-    found = measure_sweep([0, 0.5, 1], pixel_distances(flat(0.0, 0.1, 0.4)))
-    assert found.first_order == pytest.approx(0.75)
-    assert found.delta_smooth == pytest.approx(0, abs=1e-6)
-    assert found.kl_to_uniform == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
-    assert (found.path_linearity.mean, found.path_linearity.largest) == pytest.approx((0.25 / 3, 0.25))
-    assert (found.source_linearity.mean, found.source_linearity.largest) == pytest.approx((0.25 / 3, 0.25))
-    assert found.similarity == pytest.approx((1, 0.9, 0.6))
-    content = json.loads(found.as_json())
+def test_measure_sweep_by_hand():
+    result = measure_sweep([0, 0.5, 1], pixel_distances(gray_images(0.0, 0.1, 0.4)))
+    assert result.first_order == pytest.approx(0.75)
+    assert result.delta_smooth == pytest.approx(0, abs=1e-6)
+    assert result.kl_to_uniform == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    assert (result.path_linearity.mean, result.path_linearity.largest) == pytest.approx((0.25 / 3, 0.25))
+    assert (result.source_linearity.mean, result.source_linearity.largest) == pytest.approx((0.25 / 3, 0.25))
+    assert result.similarity == pytest.approx((1, 0.9, 0.6))
+    content = json.loads(result.as_json())
     assert content["distances"]["adjacent"] == pytest.approx([0.1, 0.3])
     assert content["path"]["largest"] == pytest.approx(0.25)
-    assert "first order 0.750" in found.report()
-    assert found.report().endswith("1.000 | 0.400 | 0.600")
+    assert "first order 0.750" in result.report()
+    assert result.report().endswith("1.000 | 0.400 | 0.600")
 
 
-def test_the_source_is_at_strength_0():
+def test_source_is_at_strength_0():
     strengths = [-1, 0, 1]
     assert source_index_of(strengths) == 1
-    found = measure_sweep(strengths, pixel_distances(flat(0.2, 0.4, 0.8), source_index_of(strengths)))
-    assert found.distances.from_source == pytest.approx((0.2, 0, 0.4))
-    assert found.source_linearity.largest == pytest.approx(1 / 2 - 1 / 3)  # -0.2, 0, 0.4 against -1, 0, 1
+    result = measure_sweep(strengths, pixel_distances(gray_images(0.2, 0.4, 0.8), source_index_of(strengths)))
+    assert result.distances.from_source == pytest.approx((0.2, 0, 0.4))
+    assert result.source_linearity.largest == pytest.approx(1 / 2 - 1 / 3)  # -0.2, 0, 0.4 against -1, 0, 1
 
 
-def test_a_detour_tells_path_and_direct_apart():
-    found = measure_sweep([0, 0.5, 1], pixel_distances(flat(0.0, 0.6, 0.4)))
-    assert found.path_linearity.largest == pytest.approx(0.25)  # 0, 0.6, 0.8
-    assert found.source_linearity.largest == pytest.approx(1.0)  # 0, 0.6, 0.4
+def test_path_and_source_linearity_of_a_detour():
+    result = measure_sweep([0, 0.5, 1], pixel_distances(gray_images(0.0, 0.6, 0.4)))
+    assert result.path_linearity.largest == pytest.approx(0.25)  # 0, 0.6, 0.8
+    assert result.source_linearity.largest == pytest.approx(1.0)  # 0, 0.6, 0.4
 
 
-def test_pictures_that_come_back_are_no_nan():
-    found = measure_sweep([0, 0.5, 1], pixel_distances(flat(0.0, 0.5, 0.0)))
-    assert found.delta_smooth == math.inf
-    assert found.source_linearity is None
-    assert "NaN" not in found.as_json()
-    assert "Infinity" not in found.as_json()
-    assert json.loads(found.as_json())["delta_smooth"] is None
-    assert "delta_smooth inf" in found.report()
+def test_sweep_back_to_the_source_has_no_nan():
+    result = measure_sweep([0, 0.5, 1], pixel_distances(gray_images(0.0, 0.5, 0.0)))
+    assert result.delta_smooth == math.inf
+    assert result.source_linearity is None
+    assert "NaN" not in result.as_json()
+    assert "Infinity" not in result.as_json()
+    assert json.loads(result.as_json())["delta_smooth"] is None
+    assert "delta_smooth inf" in result.report()
 
 
-def test_two_pictures():
-    found = measure_sweep([0, 1], pixel_distances(flat(0.0, 0.5)))
-    assert found.delta_smooth is None
-    assert found.first_order == 1
+def test_two_images():
+    result = measure_sweep([0, 1], pixel_distances(gray_images(0.0, 0.5)))
+    assert result.delta_smooth is None
+    assert result.first_order == 1
 
 
-def test_what_cannot_be_measured():
-    distances = pixel_distances(flat(0.0, 0.1, 0.4))
+def test_errors():
+    distances = pixel_distances(gray_images(0.0, 0.1, 0.4))
     with pytest.raises(SliderError, match="3 images and 2 strengths"):
         measure_sweep([0, 1], distances)
     with pytest.raises(SliderError, match=r"0, 1, 0\.5; expected ascending"):
         measure_sweep([0, 1, 0.5], distances)
     with pytest.raises(SliderError, match="All images are equal"):
-        measure_sweep([0, 0.5, 1], pixel_distances(flat(0.3, 0.3, 0.3)))
+        measure_sweep([0, 0.5, 1], pixel_distances(gray_images(0.3, 0.3, 0.3)))
 
 
-# --- change outside of a region
+# --- change outside the mask
 
 
 def test_fraction_outside_mask():
-    pictures = flat(0.0, 0.0, 0.0)
-    pictures[1, :, :4] = 0.3  # left half
-    pictures[2, :4] = 0.5  # upper half
+    images = gray_images(0.0, 0.0, 0.0)
+    images[1, :, :4] = 0.3  # left half
+    images[2, :4] = 0.5  # upper half
     left = torch.zeros(1, 8, 8)
     left[..., :4] = 1
-    assert fraction_outside_mask(pictures, left) == pytest.approx((None, 0, 0.5))
-    assert fraction_outside_mask(pictures, 1 - left) == pytest.approx((None, 1, 0.5))
-    pictures[2, :4, :4] = 0.1  # a quarter inside by 0.1, one outside by 0.5
-    assert fraction_outside_mask(pictures, left[0])[2] == pytest.approx(5 / 6)
+    assert fraction_outside_mask(images, left) == pytest.approx((None, 0, 0.5))
+    assert fraction_outside_mask(images, 1 - left) == pytest.approx((None, 1, 0.5))
+    images[2, :4, :4] = 0.1  # one quarter inside by 0.1, one quarter outside by 0.5
+    assert fraction_outside_mask(images, left[0])[2] == pytest.approx(5 / 6)
     large = left.repeat_interleave(4, 1).repeat_interleave(4, 2)
-    assert fraction_outside_mask(pictures, large)[2] == pytest.approx(5 / 6)
+    assert fraction_outside_mask(images, large)[2] == pytest.approx(5 / 6)
 
 
-def test_bad_regions():
-    pictures = flat(0.0, 0.1)
-    for region, words in ((torch.zeros(8, 8), "empty"), (torch.ones(8, 8), "the entire image")):
-        with pytest.raises(SliderError, match=f"The mask is {words}"):
-            fraction_outside_mask(pictures, region)
+def test_invalid_masks():
+    images = gray_images(0.0, 0.1)
+    for mask, extent in ((torch.zeros(8, 8), "empty"), (torch.ones(8, 8), "the entire image")):
+        with pytest.raises(SliderError, match=f"The mask is {extent}"):
+            fraction_outside_mask(images, mask)
     with pytest.raises(SliderError, match="There are 2 masks; expected one"):
-        fraction_outside_mask(pictures, torch.rand(2, 8, 8))
+        fraction_outside_mask(images, torch.rand(2, 8, 8))
 
 
-# --- pictures and words
+# --- CLIP
 
 
 def clip(projection: torch.Tensor | None = None, flux: bool = False, without_projection: bool = False):
-    """A tiny CLIP-L, alone as a checkpoint's or with a T5 as FLUX.1's; its own projection or another.
+    """A tiny CLIP-L, alone as in a checkpoint or with a T5 as for FLUX.1; optionally with another text projection.
 
-    Without a projection ComfyUI leaves in it what the memory held before, which can be anything.
+    Without a projection in the weights ComfyUI leaves its parameter uninitialized.
     """
     weights = [tiny_clip_l(), *([tiny_t5()] if flux else [])]
     if projection is not None:
@@ -222,102 +222,109 @@ def clip(projection: torch.Tensor | None = None, flux: bool = False, without_pro
 
 
 @pytest.fixture(scope="module")
-def one_space():
-    """Pictures, a vision model and a CLIP of one space: the source's words lie near the source."""
-    pictures = torch.rand(4, 28, 28, 3, generator=torch.Generator().manual_seed(1))
-    pictures[3] = pictures[0]
-    model = vision("clip_vision_model", projection_dim=768)
-    pooled = unprojected(clip(), "a photo")
-    towards = torch.nn.functional.normalize(vision_features(pictures[:1], model)[0], dim=0)
+def clip_space():
+    """Images, a vision model and a text projection for CLIP with which 'a photo' matches the source image."""
+    images = torch.rand(4, 28, 28, 3, generator=torch.Generator().manual_seed(1))
+    images[3] = images[0]
+    model = vision_model("clip_vision_model", projection_dim=768)
+    pooled = unprojected_embedding(clip(), "a photo")
+    source_direction = torch.nn.functional.normalize(vision_features(images[:1], model)[0], dim=0)
     random = recipe.draw("projection", (768, 768), 3, 0.02)
-    projection = random + 5 * towards[:, None] * torch.nn.functional.normalize(pooled, dim=0)
-    return pictures, model, projection
+    projection = random + 5 * source_direction[:, None] * torch.nn.functional.normalize(pooled, dim=0)
+    return images, model, projection
 
 
-def unprojected(it, words: str) -> torch.Tensor:
-    return it.encode_from_tokens(it.tokenize(words), return_pooled="unprojected")[1][0].float().cpu()
+def unprojected_embedding(clip_model, prompt: str) -> torch.Tensor:
+    return clip_model.encode_from_tokens(clip_model.tokenize(prompt), return_pooled="unprojected")[1][0].float().cpu()
 
 
-def test_clip_direction(one_space):
-    pictures, model, projection = one_space
-    it = clip(projection=projection)
-    found = clip_scores(pictures, model, it, "a photo", "a drawing")
-    seen = vision_features(pictures, model)
-    before, after = (projection @ unprojected(it, words) for words in ("a photo", "a drawing"))
+def test_clip_direction(clip_space):
+    images, model, projection = clip_space
+    clip_model = clip(projection=projection)
+    result = clip_scores(images, model, clip_model, "a photo", "a drawing")
+    features = vision_features(images, model)
+    before, after = (projection @ unprojected_embedding(clip_model, prompt) for prompt in ("a photo", "a drawing"))
     cosine = torch.nn.functional.cosine_similarity
     for k in (1, 2):
-        assert found.direction[k] == pytest.approx(cosine(seen[k] - seen[0], after - before, dim=0).item(), abs=1e-3)
-        assert found.to_edit[k] == pytest.approx(cosine(seen[k], after, dim=0).item(), abs=1e-3)
-        assert found.to_source[k] == pytest.approx(cosine(seen[k], before, dim=0).item(), abs=1e-3)
-    assert found.direction[0] is None
-    assert found.direction[3] is None
-    other = clip_scores(pictures, model, it, "a photo", "a drawing", source_index=1)
+        assert result.direction[k] == pytest.approx(
+            cosine(features[k] - features[0], after - before, dim=0).item(), abs=1e-3
+        )
+        assert result.to_edit[k] == pytest.approx(cosine(features[k], after, dim=0).item(), abs=1e-3)
+        assert result.to_source[k] == pytest.approx(cosine(features[k], before, dim=0).item(), abs=1e-3)
+    assert result.direction[0] is None
+    assert result.direction[3] is None
+    other = clip_scores(images, model, clip_model, "a photo", "a drawing", source_index=1)
     assert other.direction[1] is None
-    assert other.direction[2] != pytest.approx(found.direction[2], abs=1e-3)
+    assert other.direction[2] != pytest.approx(result.direction[2], abs=1e-3)
 
 
-def test_clip_of_flux_is_asked_without_t5(one_space):
-    """The same numbers as by CLIP-L alone; what its text encoders give afterwards is as before."""
-    pictures, model, projection = one_space
-    alone, it = clip(projection), clip(projection, flux=True)
-    tokens, words = it.tokenize("a photo"), ("a photo", "a drawing")
-    before, asked = it.encode_from_tokens(tokens, return_pooled=True), []
-    hook = it.cond_stage_model.t5xxl.transformer.register_forward_hook(lambda *_: asked.append(1))
-    found = clip_scores(pictures, model, it, *words)
-    assert found.direction == pytest.approx(clip_scores(pictures, model, alone, *words).direction, abs=1e-4)
-    assert asked == []
-    after = it.encode_from_tokens(tokens, return_pooled=True)
-    assert asked == [1]
+def test_clip_of_flux_runs_without_t5(clip_space):
+    """The scores equal those of CLIP-L alone; the output of the text encoders afterwards is unchanged."""
+    images, model, projection = clip_space
+    clip_l, clip_model = clip(projection), clip(projection, flux=True)
+    tokens, prompts = clip_model.tokenize("a photo"), ("a photo", "a drawing")
+    before, t5_calls = clip_model.encode_from_tokens(tokens, return_pooled=True), []
+    hook = clip_model.cond_stage_model.t5xxl.transformer.register_forward_hook(lambda *_: t5_calls.append(1))
+    result = clip_scores(images, model, clip_model, *prompts)
+    assert result.direction == pytest.approx(clip_scores(images, model, clip_l, *prompts).direction, abs=1e-4)
+    assert t5_calls == []
+    after = clip_model.encode_from_tokens(tokens, return_pooled=True)
+    assert t5_calls == [1]
     hook.remove()
     assert all(torch.equal(one, other) for one, other in zip(before, after))
 
 
-def test_words_that_have_no_space_in_common_with_pictures(one_space):
-    pictures, model, projection = one_space
-    words = ("a photo", "a drawing")
-    good = clip(projection=projection)
-    for bad in (torch.eye(768), torch.zeros(768, 768)):
+def test_text_and_images_of_different_embedding_spaces(clip_space):
+    images, model, projection = clip_space
+    prompts = ("a photo", "a drawing")
+    valid_clip = clip(projection=projection)
+    for invalid in (torch.eye(768), torch.zeros(768, 768)):
         with pytest.raises(SliderError, match="has no text_projection"):
-            clip_scores(pictures, model, clip(projection=bad), *words)
-    left_over = recipe.draw("left over", (768, 768), 5, 0.02)
-    for memory, why in ((torch.zeros(768, 768), "has no text_projection"), (left_over, "do not belong to one model")):
-        bare = clip(without_projection=True)
-        bare.cond_stage_model.clip_l.transformer.text_projection.weight.data.copy_(memory)
-        with pytest.raises(SliderError, match=why):
-            clip_scores(pictures, model, bare, *words)
+            clip_scores(images, model, clip(projection=invalid), *prompts)
+    random_projection = recipe.draw("left over", (768, 768), 5, 0.02)
+    for weight, message in (
+        (torch.zeros(768, 768), "has no text_projection"),
+        (random_projection, "do not belong to one model"),
+    ):
+        unprojecting = clip(without_projection=True)
+        unprojecting.cond_stage_model.clip_l.transformer.text_projection.weight.data.copy_(weight)
+        with pytest.raises(SliderError, match=message):
+            clip_scores(images, model, unprojecting, *prompts)
     with pytest.raises(SliderError, match="do not belong to one model"):
-        clip_scores(pictures, model, clip(projection=-projection), *words)
+        clip_scores(images, model, clip(projection=-projection), *prompts)
     with pytest.raises(SliderError, match="a width of 768, the image embeddings of 16"):
-        clip_scores(pictures, vision("clip_vision_model"), good, *words)
+        clip_scores(images, vision_model("clip_vision_model"), valid_clip, *prompts)
     for kind in ("dinov2", "siglip_vision_model"):
         with pytest.raises(SliderError, match=f"of type {kind}; only CLIP can compare text with images"):
-            clip_scores(pictures, vision(kind), good, *words)
+            clip_scores(images, vision_model(kind), valid_clip, *prompts)
     with pytest.raises(SliderError, match="source_prompt and edit_prompt are the same"):
-        clip_scores(pictures, model, good, "a photo", "a photo ")
+        clip_scores(images, model, valid_clip, "a photo", "a photo ")
 
 
-# --- the node
+# --- nodes
 
 
-def pictures(g: Graph, *colours: int) -> Link:
-    batch = g.add("EmptyImage", width=32, height=32, batch_size=1, color=colours[0])
-    for colour in colours[1:]:
-        one = g.add("EmptyImage", width=32, height=32, batch_size=1, color=colour)
-        batch = g.add("ImageBatch", image1=batch, image2=one)
+def image_batch(g: Graph, *colors: int) -> Link:
+    batch = g.add("EmptyImage", width=32, height=32, batch_size=1, color=colors[0])
+    for color in colors[1:]:
+        image = g.add("EmptyImage", width=32, height=32, batch_size=1, color=color)
+        batch = g.add("ImageBatch", image1=batch, image2=image)
     return batch
 
 
-def grays(*values: int) -> tuple[int, ...]:
+def gray_colors(*values: int) -> tuple[int, ...]:
     return tuple(value * 0x010101 for value in values)
 
 
-def strengths(g: Graph, values: str) -> Link:
+def strength_list(g: Graph, values: str) -> Link:
     return g.add("EditSlidersStrengthList", values=values)
 
 
-def test_measure_sweep(server):
+def test_measure_sweep_node(server):
     g = Graph()
-    node, _ = g.add("EditSlidersMeasureSweep", images=pictures(g, *grays(0, 51, 204)), strengths=strengths(g, "0 .5 1"))
+    node, _ = g.add(
+        "EditSlidersMeasureSweep", images=image_batch(g, *gray_colors(0, 51, 204)), strengths=strength_list(g, "0 .5 1")
+    )
     texts = [g.add("PreviewAny", source=[node, output])[0] for output in (0, 1)]
     plot = g.add("PreviewImage", images=[node, 2])[0]
     result = server.run(g)
@@ -328,22 +335,25 @@ def test_measure_sweep(server):
 
 
 def test_nodes_compare_latents(server):
-    """A latent and half of it: apart by half of its root mean square."""
+    """The distance between a latent and half of it is half of its root mean square."""
 
     def run(node: str, count: int, **more) -> tuple:
         g = Graph()
         half = g.add("LatentMultiply", samples=g.photo(), multiplier=0.5)
         latent = g.add("LatentBatch", samples1=g.photo(), samples2=half)
-        kept = g.save(g.photo())
+        saved_latent = g.save(g.photo())
         more = {"latent": latent, **more} if count else more
-        images, listed = pictures(g, *grays(*range(count or 2))), strengths(g, " ".join(map(str, range(count or 2))))
-        made, _ = g.add(node, images=images, strengths=listed, distance="latent", **more)
-        text = g.add("PreviewAny", source=[made, 2 if node == "EditSlidersCalibrate" else 1])[0]
-        return server.run(g), text, kept
+        images, strengths = (
+            image_batch(g, *gray_colors(*range(count or 2))),
+            strength_list(g, " ".join(map(str, range(count or 2)))),
+        )
+        output, _ = g.add(node, images=images, strengths=strengths, distance="latent", **more)
+        text = g.add("PreviewAny", source=[output, 2 if node == "EditSlidersCalibrate" else 1])[0]
+        return server.run(g), text, saved_latent
 
-    result, text, kept = run("EditSlidersMeasureSweep", 2)
+    result, text, saved_latent = run("EditSlidersMeasureSweep", 2)
     assert result.ok, result.error
-    photo = result.latent(kept)
+    photo = result.latent(saved_latent)
     distances = json.loads(result.text(text))["distances"]
     assert distances["adjacent"] == pytest.approx([0.5 * float((photo**2).mean()) ** 0.5], rel=1e-3)
     result, text, _ = run("EditSlidersCalibrate", 2)
@@ -352,11 +362,11 @@ def test_nodes_compare_latents(server):
     assert "no latent is linked" in run("EditSlidersCalibrate", 0)[0].error["exception_message"]
 
 
-def test_measure_sweep_with_a_mask(server):
+def test_measure_sweep_with_mask(server):
     g = Graph()
     half = g.add("SolidMask", value=0.25, width=32, height=32)
-    images, listed = pictures(g, *grays(0, 51, 204)), strengths(g, "0 .5 1")
-    node, _ = g.add("EditSlidersMeasureSweep", images=images, strengths=listed, mask=half)
+    images, strengths = image_batch(g, *gray_colors(0, 51, 204)), strength_list(g, "0 .5 1")
+    node, _ = g.add("EditSlidersMeasureSweep", images=images, strengths=strengths, mask=half)
     text = g.add("PreviewAny", source=[node, 1])[0]
     result = server.run(g)
     assert result.ok, result.error
@@ -364,33 +374,35 @@ def test_measure_sweep_with_a_mask(server):
 
 
 @pytest.mark.parametrize(
-    ("values", "colours", "more", "message"),
+    ("values", "colors", "more", "message"),
     [
-        ("0 .5 1", grays(9, 9, 9), {}, "All images are equal"),
-        ("0 1", grays(0, 9, 99), {}, "3 images and 2 strengths"),
-        ("0", grays(0), {}, "There is one image"),
+        ("0 .5 1", gray_colors(9, 9, 9), {}, "All images are equal"),
+        ("0 1", gray_colors(0, 9, 99), {}, "3 images and 2 strengths"),
+        ("0", gray_colors(0), {}, "There is one image"),
         (
             "0 1",
-            grays(0, 9),
+            gray_colors(0, 9),
             {"clip": True, "source_words": "a"},
             "expected clip_vision, source_prompt and edit_prompt",
         ),
     ],
 )
-def test_measure_sweep_says_what_is_wrong(server, values, colours, more, message):
+def test_measure_sweep_errors(server, values, colors, more, message):
     g = Graph()
     if "clip" in more:
         more = {**more, "clip": g.clip()}
-    node, _ = g.add("EditSlidersMeasureSweep", images=pictures(g, *colours), strengths=strengths(g, values), **more)
+    node, _ = g.add(
+        "EditSlidersMeasureSweep", images=image_batch(g, *colors), strengths=strength_list(g, values), **more
+    )
     g.add("PreviewAny", source=[node, 0])
     result = server.run(g)
     assert not result.ok
     assert message in result.error["exception_message"]
 
 
-def test_strengths_are_needed(server):
+def test_strengths_are_required(server):
     g = Graph()
-    node, _ = g.add("EditSlidersMeasureSweep", images=pictures(g, *grays(0, 9)))
+    node, _ = g.add("EditSlidersMeasureSweep", images=image_batch(g, *gray_colors(0, 9)))
     g.add("PreviewAny", source=[node, 0])
     with pytest.raises(PromptRejected, match="strengths"):
         server.run(g)
