@@ -1,4 +1,4 @@
-"""The papers' own numbers through the pack's patching on ComfyUI's model: golden cases A to E."""
+"""Golden cases A to E: outputs of the papers' code, reproduced by the pack's patches on ComfyUI's model."""
 
 from __future__ import annotations
 
@@ -47,21 +47,21 @@ def stored() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def velocity(golden_model, stored):
-    """Runs a case through ComfyUI's own cond machinery, one cond per batch element, and gives the velocity."""
+    """Runs a case through ComfyUI's own conditioning code, element by element; returns the velocities of the batch."""
 
     def run(case: dict, model=None, cond=lambda c, element: c) -> torch.Tensor:
         model = model or golden_model
         inputs = {name: stored[spec["key"]] for name, spec in case["inputs"].items()}
-        rows = []
+        velocities = []
         for k in range(inputs["x"].shape[0]):
-            one = {name: tensor[k : k + 1] for name, tensor in inputs.items()}
-            options = {"pooled_output": one["y"], "guidance": case["guidance"][k]}
-            if "ref0" in one:
-                raw = model.model.latent_format.process_out(one["ref0"])
+            element = {name: tensor[k : k + 1] for name, tensor in inputs.items()}
+            options = {"pooled_output": element["y"], "guidance": case["guidance"][k]}
+            if "ref0" in element:
+                raw = model.model.latent_format.process_out(element["ref0"])
                 options |= {"reference_latents": [raw], "reference_latents_method": "offset"}
-            conditioning = cond([[one["txt"], options]], k)
-            rows.append(velocity_of(model, one["x"], case["sigma"][k], conditioning))
-        return torch.cat(rows)
+            conditioning = cond([[element["txt"], options]], k)
+            velocities.append(velocity_of(model, element["x"], case["sigma"][k], conditioning))
+        return torch.cat(velocities)
 
     return run
 
@@ -71,7 +71,7 @@ def close(case: dict, stored: dict, out: torch.Tensor) -> bool:
 
 
 def with_spans(case: dict, alpha=lambda a: a, order=lambda spans: spans):
-    """Conditioning -> the same with the spans and strengths of the case's batch element."""
+    """A function (conditioning, element) that adds spans and strengths of the case's batch element."""
 
     def cond(conditioning: list, element: int) -> list:
         spans = order(case["spans"])[element]
@@ -89,9 +89,9 @@ def test_base(case, velocity, stored):
 
 @pytest.mark.parametrize("case", cases("stlora_forward"))
 def test_stlora(case, velocity, stored, golden_model):
-    rounded = (lambda a: torch.tensor(a).bfloat16().item()) if case["scale_dtype"] == "bfloat16" else (lambda a: a)
+    round_alpha = (lambda a: torch.tensor(a).bfloat16().item()) if case["scale_dtype"] == "bfloat16" else (lambda a: a)
     model = apply_stlora(golden_model, read_adapter(STLORA))
-    assert close(case, stored, velocity(case, model, with_spans(case, rounded)))
+    assert close(case, stored, velocity(case, model, with_spans(case, round_alpha)))
 
 
 @pytest.mark.parametrize("case", cases("gstlora_forward"))
@@ -100,7 +100,7 @@ def test_gstlora(case, velocity, stored, golden_model):
     assert close(case, stored, velocity(case, model))
 
 
-WRONG_STLORA = {
+STLORA_VARIANTS = {
     "negated_alpha": partial(with_spans, alpha=lambda a: -a),
     "alpha_ignored": partial(with_spans, alpha=lambda a: 1.0),
     "rows_swapped": partial(with_spans, order=lambda spans: spans[::-1]),
@@ -108,12 +108,12 @@ WRONG_STLORA = {
 
 
 @pytest.mark.parametrize("case", cases("stlora_forward"))
-def test_wrong_stloras_are_told_apart(case, velocity, stored, golden_model):
+def test_wrong_stloras_differ(case, velocity, stored, golden_model):
     model = apply_stlora(golden_model, read_adapter(STLORA))
-    wrong = {"lora_also_on_unspanned_tokens_at_scale_1": with_spans(case | {"spans": _on_all(case)})}
-    wrong |= {name: variant(case) for name, variant in WRONG_STLORA.items()}
+    variants = {"lora_also_on_unspanned_tokens_at_scale_1": with_spans(case | {"spans": _spans_on_all_tokens(case)})}
+    variants |= {name: variant(case) for name, variant in STLORA_VARIANTS.items()}
     for name in case["discrimination_max_abs"]:
-        out = velocity(case, model, wrong[name])
+        out = velocity(case, model, variants[name])
         assert not close(case, stored, out), name
         negated_twice = name == "negated_alpha" and case["id"] == "B5"
         if case["scale_dtype"] == "float32" and not negated_twice:
@@ -121,16 +121,16 @@ def test_wrong_stloras_are_told_apart(case, velocity, stored, golden_model):
             assert distance == pytest.approx(case["discrimination_max_abs"][name], abs=1e-3), name
 
 
-def _on_all(case: dict) -> list:
+def _spans_on_all_tokens(case: dict) -> list:
     out = []
     for spans in case["spans"]:
-        covered = {t for span in spans for t in span["token_indices"]}
-        rest = [t for t in range(case["text_length"]) if t not in covered]
-        out.append([*spans, {"token_indices": rest, "alpha": 1.0}])
+        spanned = {t for span in spans for t in span["token_indices"]}
+        unspanned = [t for t in range(case["text_length"]) if t not in spanned]
+        out.append([*spans, {"token_indices": unspanned, "alpha": 1.0}])
     return out
 
 
-DROPPED = {
+DROPPED_TARGETS = {
     "single_block_part_dropped": lambda module: module.startswith("single_blocks"),
     "image_stream_part_dropped": lambda module: ".img_" in module,
     "text_stream_part_dropped": lambda module: ".txt_" in module,
@@ -138,27 +138,27 @@ DROPPED = {
 
 
 @pytest.mark.parametrize("case", cases("gstlora_forward"))
-def test_wrong_gstloras_are_told_apart(case, velocity, stored, golden_model):
+def test_wrong_gstloras_differ(case, velocity, stored, golden_model):
     adapter = read_adapter(GSTLORA)
     for name, distance in case["discrimination_max_abs"].items():
         if name == "negated_alpha":
             model = apply_gstlora(golden_model, adapter, 1.0 + case["alpha"])
         else:
-            kept = {m: f for m, f in adapter.lora_weights.items() if not DROPPED[name](m)}
-            model = apply_gstlora(golden_model, replace(adapter, lora_weights=kept), 1.0 - case["alpha"])
+            lora_weights = {m: f for m, f in adapter.lora_weights.items() if not DROPPED_TARGETS[name](m)}
+            model = apply_gstlora(golden_model, replace(adapter, lora_weights=lora_weights), 1.0 - case["alpha"])
         out = velocity(case, model)
         assert not close(case, stored, out), name
         measured = (out - stored[case["outputs"]["out"]]).abs().max().item()
         assert measured == pytest.approx(distance, abs=1e-3), name
 
 
-def test_qkv_rows_matter(velocity, stored, golden_model):
-    """The thirds of a fused qkv, rotated: must not pass as right."""
+def test_wrong_order_of_q_k_v_differs(velocity, stored, golden_model):
+    """LoRA weights of q, k and v applied to the wrong thirds of the fused qkv must not match the golden output."""
     case = next(c for c in CASES if c["id"] == "B1")
     adapter = read_adapter(STLORA)
     rotated = {
-        m: [f._replace(offset=(f.offset + 1) % 3) if f.size else f for f in parts]
-        for m, parts in adapter.lora_weights.items()
+        m: [f._replace(offset=(f.offset + 1) % 3) if f.size else f for f in factors]
+        for m, factors in adapter.lora_weights.items()
     }
     model = apply_stlora(golden_model, replace(adapter, lora_weights=rotated))
     assert not close(case, stored, velocity(case, model, with_spans(case)))
@@ -169,7 +169,7 @@ def test_qkv_rows_matter(velocity, stored, golden_model):
 
 @pytest.fixture(scope="session")
 def projector(recipe, manifest, tmp_path_factory) -> ProjectorBundle:
-    """The golden projector with its LoRA, from files as the authors save them."""
+    """The golden projector with its LoRA, loaded from files in the authors' format."""
     folder = tmp_path_factory.mktemp("projector")
     torch.save(
         recipe.projector_weights(manifest["model"], manifest["adapters"]["projector"]), folder / "slider_projector.pth"
@@ -183,7 +183,7 @@ def strengths_of(case: dict) -> list:
 
 
 def with_slider(case: dict, bundle: ProjectorBundle, sliders: list | None = None):
-    """Conditioning -> the same at the slider value of the case's batch element."""
+    """A function (conditioning, element) that sets the slider value of the case's batch element."""
     sliders = sliders or strengths_of(case)
 
     def cond(conditioning: list, element: int) -> list:
@@ -194,12 +194,12 @@ def with_slider(case: dict, bundle: ProjectorBundle, sliders: list | None = None
     return cond
 
 
-def with_the_others_offsets(case: dict, bundle: ProjectorBundle, pooled: torch.Tensor):
+def with_swapped_offsets(case: dict, bundle: ProjectorBundle, pooled: torch.Tensor):
     def cond(conditioning: list, element: int) -> list:
         ((text, options),) = conditioning
         other = [[text, {**options, "pooled_output": pooled[1 - element : 2 - element]}]]
-        ((_, moved),) = set_projector_strength(other, bundle, strengths_of(case)[1 - element])
-        return [[text, {**moved, "pooled_output": options["pooled_output"]}]]
+        ((_, other_options),) = set_projector_strength(other, bundle, strengths_of(case)[1 - element])
+        return [[text, {**other_options, "pooled_output": options["pooled_output"]}]]
 
     return cond
 
@@ -211,8 +211,8 @@ def for_case(case: dict, bundle: ProjectorBundle) -> ProjectorBundle:
 def test_projector_output(projector, stored, manifest):
     (case,) = (c for c in CASES if c["kind"] == "kk_projector")
     out = projector.projector.offsets(tuple(case["slider_values"]), stored[case["inputs"]["y"]["key"]])
-    wanted = stored[case["outputs"]["out"]].reshape(out.shape)
-    assert torch.allclose(out, wanted, **case["suggested"])
+    expected = stored[case["outputs"]["out"]].reshape(out.shape)
+    assert torch.allclose(out, expected, **case["suggested"])
 
 
 @pytest.mark.parametrize("case", cases("kk_forward"))
@@ -223,13 +223,13 @@ def test_projector_forward(case, velocity, stored, golden_model, projector):
 
 
 def halves_swapped(p: StrengthProjector) -> StrengthProjector:
-    *inner, (weight, bias) = p.layers
-    return replace(p, layers=(*inner, (weight.roll(p.hidden_size, 0), bias.roll(p.hidden_size, 0))))
+    *first_layers, (weight, bias) = p.layers
+    return replace(p, layers=(*first_layers, (weight.roll(p.hidden_size, 0), bias.roll(p.hidden_size, 0))))
 
 
 def sign_flipped(p: StrengthProjector) -> StrengthProjector:
-    *inner, (weight, bias) = p.layers
-    return replace(p, layers=(*inner, (-weight, -bias)))
+    *first_layers, (weight, bias) = p.layers
+    return replace(p, layers=(*first_layers, (-weight, -bias)))
 
 
 def cosine_first(p: StrengthProjector) -> StrengthProjector:
@@ -237,11 +237,11 @@ def cosine_first(p: StrengthProjector) -> StrengthProjector:
 
 
 def pooled_first(p: StrengthProjector) -> StrengthProjector:
-    (weight, bias), *rest = p.layers
-    return replace(p, layers=((weight.roll(p.extender[0].shape[0], 1), bias), *rest))
+    (weight, bias), *unspanned = p.layers
+    return replace(p, layers=((weight.roll(p.extender[0].shape[0], 1), bias), *unspanned))
 
 
-WRONG_PROJECTORS = {
+PROJECTOR_VARIANTS = {
     "halves_swapped": halves_swapped,
     "scale_shift_halves_swapped": halves_swapped,
     "sign_flipped": sign_flipped,
@@ -250,17 +250,17 @@ WRONG_PROJECTORS = {
 }
 
 
-def test_wrong_projectors_are_told_apart(projector, stored):
+def test_wrong_projectors_differ(projector, stored):
     (case,) = (c for c in CASES if c["kind"] == "kk_projector")
     pooled = stored[case["inputs"]["y"]["key"]]
     for name, distance in case["discrimination_max_abs"].items():
-        out = WRONG_PROJECTORS[name](projector.projector).offsets(tuple(case["slider_values"]), pooled)
+        out = PROJECTOR_VARIANTS[name](projector.projector).offsets(tuple(case["slider_values"]), pooled)
         measured = (out - stored[case["outputs"]["out"]].reshape(out.shape)).abs().max().item()
         assert measured == pytest.approx(distance, abs=1e-3), name
 
 
 @pytest.mark.parametrize("case", [c for c in cases("kk_forward") if c.values[0].get("discrimination_max_abs")])
-def test_wrong_projector_forwards_are_told_apart(case, velocity, stored, golden_model, projector):
+def test_forwards_of_wrong_projectors_differ(case, velocity, stored, golden_model, projector):
     for name, distance in case["discrimination_max_abs"].items():
         bundle, sliders = for_case(case, projector), strengths_of(case)
         if name == "lora_only":
@@ -270,25 +270,25 @@ def test_wrong_projector_forwards_are_told_apart(case, velocity, stored, golden_
         elif name == "s0_for_s":
             sliders = [1.0 if s == 0 else 0.0 for s in sliders]
         elif name != "rows_swapped":
-            bundle = replace(bundle, projector=WRONG_PROJECTORS[name](bundle.projector))
+            bundle = replace(bundle, projector=PROJECTOR_VARIANTS[name](bundle.projector))
         cond = with_slider(case, bundle, sliders)
         if name == "rows_swapped":
-            cond = with_the_others_offsets(case, bundle, stored[case["inputs"]["y"]["key"]])
+            cond = with_swapped_offsets(case, bundle, stored[case["inputs"]["y"]["key"]])
         out = velocity(case, apply_projector(golden_model, bundle), cond)
         assert not close(case, stored, out), name
         measured = (out - stored[case["outputs"]["out"]]).abs().max().item()
         assert measured == pytest.approx(distance, abs=1e-3), name
 
 
-@pytest.mark.parametrize("where", ["attention modulation", "image stream", "one block"])
-def test_a_projector_acting_elsewhere_is_told_apart(where, velocity, stored, golden_model, projector, monkeypatch):
+@pytest.mark.parametrize("target", ["attention modulation", "image stream", "one block"])
+def test_projector_on_other_modules_differs(target, velocity, stored, golden_model, projector, monkeypatch):
     case = next(c for c in CASES if c["id"] == "D_mod_s1.00")
     bundle = replace(projector, lora=None)
     right = apply_projector(golden_model, bundle)
     paths = list(patches_of(right)[0].paths)
-    if where == "attention modulation":
+    if target == "attention modulation":
         monkeypatch.setattr(strength_projector, "_add_offsets", offset_of_attention)
-    elif where == "image stream":
+    elif target == "image stream":
         paths = [path.replace("txt_mod", "img_mod") for path in paths]
     else:
         paths = paths[:1]
@@ -321,7 +321,7 @@ def stable_flow() -> dict[str, torch.Tensor]:
 
 
 def batch_velocity(case: dict, data: dict[str, torch.Tensor], model) -> torch.Tensor:
-    """One cond that holds a prompt for each image."""
+    """Velocities of a batch with one prompt per image, from one cond."""
     txt, y, x = (data[case["inputs"][name]["key"]] for name in ("txt", "y", "x"))
     return velocity_of(model, x, case["sigma"][0], [[txt, {"pooled_output": y, "guidance": case["guidance"][0]}]])
 
@@ -334,9 +334,9 @@ def layers_of(model, double: list[int], single: list[int]) -> list[int]:
 @pytest.mark.parametrize("case", cases("stableflow_forward"))
 def test_injection(case, stable_flow, golden_model):
     layers = layers_of(golden_model, case["double_blocks"], case["single_blocks"])
-    want = stable_flow[case["outputs"]["out"]]
+    expected = stable_flow[case["outputs"]["out"]]
     out = batch_velocity(case, stable_flow, inject_key_values(golden_model, layers))
-    assert torch.allclose(out, want, **case["suggested"])
+    assert torch.allclose(out, expected, **case["suggested"])
     wrong = {
         "single_ignored": layers_of(golden_model, case["double_blocks"], []),
         "double_ignored": layers_of(golden_model, [], case["single_blocks"]),
@@ -344,36 +344,36 @@ def test_injection(case, stable_flow, golden_model):
     for name in wrong.keys() & case["discrimination_max_abs"].keys():
         out = batch_velocity(case, stable_flow, inject_key_values(golden_model, wrong[name]))
         distance = case["discrimination_max_abs"][name]
-        assert (out - want).abs().max().item() == pytest.approx(distance, abs=1e-3), name
+        assert (out - expected).abs().max().item() == pytest.approx(distance, abs=1e-3), name
 
 
-def test_wrong_injections_are_told_apart(stable_flow, golden_model):
-    """Image tokens of single blocks from a fixed 512 on, and another reference: must not pass as right."""
+def test_wrong_injections_differ(stable_flow, golden_model):
+    """A fixed text length of 512 in single blocks and another source image must not match the golden output."""
     case = next(c for c in CASES if c["id"] == "E1g")
     layers = layers_of(golden_model, case["double_blocks"], case["single_blocks"])
-    want = stable_flow[case["outputs"]["out"]]
+    expected = stable_flow[case["outputs"]["out"]]
     fixed = inject_key_values(golden_model, layers)
     [patch] = patches_of(fixed)
     patch.forward_wrappers = lambda context: type(patch).forward_wrappers(patch, replace(context, num_text_tokens=512))
-    assert not torch.allclose(batch_velocity(case, stable_flow, fixed), want, **case["suggested"])
+    assert not torch.allclose(batch_velocity(case, stable_flow, fixed), expected, **case["suggested"])
     other = inject_key_values(golden_model, layers, source_index=1)
-    assert not torch.allclose(batch_velocity(case, stable_flow, other), want, **case["suggested"])
+    assert not torch.allclose(batch_velocity(case, stable_flow, other), expected, **case["suggested"])
 
 
 def test_bypass(stable_flow, golden_model):
     case = next(c for c in CASES if c["kind"] == "layer_bypass")
-    wanted = stable_flow[case["outputs"]["out"]]
+    outputs = stable_flow[case["outputs"]["out"]]
     none = stable_flow[case["none_key"]]
     assert torch.allclose(batch_velocity(case, stable_flow, golden_model), none, **case["suggested"])
-    for k, want in enumerate(wanted):
+    for k, expected in enumerate(outputs):
         out = batch_velocity(case, stable_flow, bypass_blocks(golden_model, [k]))
-        assert torch.allclose(out, want.reshape(out.shape), **case["suggested"]), k
+        assert torch.allclose(out, expected.reshape(out.shape), **case["suggested"]), k
     assert not torch.allclose(
-        batch_velocity(case, stable_flow, bypass_blocks(golden_model, [0])), wanted[-1].reshape(out.shape)
+        batch_velocity(case, stable_flow, bypass_blocks(golden_model, [0])), outputs[-1].reshape(out.shape)
     )
 
 
-def test_bypass_of_several(stable_flow, golden_model):
+def test_bypass_of_several_blocks(stable_flow, golden_model):
     case = next(c for c in CASES if c["kind"] == "layer_bypass_multi")
     layers = layers_of(golden_model, case["skip_double"], case["skip_single"])
     out = batch_velocity(case, stable_flow, bypass_blocks(golden_model, layers))
@@ -382,27 +382,27 @@ def test_bypass_of_several(stable_flow, golden_model):
 
 @pytest.mark.parametrize("case", cases("stableflow_sampling"))
 def test_sampling_with_injection(case, stable_flow, golden_model):
-    """Euler steps written out, the same noise for all elements, injection at every step."""
+    """Euler sampling written out, with the same noise for all images and injection at every step."""
     txt, y, noise = (stable_flow[case["inputs"][name]["key"]] for name in ("txt", "y", "noise"))
     text = [[txt, {"pooled_output": y, "guidance": case["guidance"][0]}]]
     layers = layers_of(golden_model, case["double_blocks"], case["single_blocks"])
     model, z, sigmas = inject_key_values(golden_model, layers), noise.repeat(len(txt), 1, 1, 1), case["sigmas"]
-    for k, want in enumerate(stable_flow[case["outputs"]["steps"]]):
+    for k, expected in enumerate(stable_flow[case["outputs"]["steps"]]):
         z = z + (sigmas[k + 1] - sigmas[k]) * velocity_of(model, z, sigmas[k], text)
-        assert torch.allclose(z, want, **case["suggested"]), k
+        assert torch.allclose(z, expected, **case["suggested"]), k
 
 
-# --- E4, E5: inversion, and editing what was inverted
+# --- E4, E5: inversion, and edits of the inverted image
 
 
-def text_of(case: dict, data: dict[str, torch.Tensor], rows: int, guidance: list[float]) -> list:
-    txt, y = (data[case["inputs"][name]["key"]][:rows] for name in ("txt", "y"))
-    per_picture = {"guidance": None, "model_conds": {"guidance": CONDRegular(torch.tensor(guidance))}}
-    return [[txt, {"pooled_output": y, **per_picture}]]
+def text_of(case: dict, data: dict[str, torch.Tensor], num_prompts: int, guidance: list[float]) -> list:
+    txt, y = (data[case["inputs"][name]["key"]][:num_prompts] for name in ("txt", "y"))
+    per_image = {"guidance": None, "model_conds": {"guidance": CONDRegular(torch.tensor(guidance))}}
+    return [[txt, {"pooled_output": y, **per_image}]]
 
 
 @pytest.fixture(scope="session")
-def inverted(stable_flow, golden_model):
+def run_inversion(stable_flow, golden_model):
     case = next(c for c in CASES if c["id"] == "E4")
     sigmas, clean = torch.tensor(case["sigmas"]), stable_flow[case["inputs"]["clean"]["key"]]
 
@@ -414,52 +414,54 @@ def inverted(stable_flow, golden_model):
     return run
 
 
-def test_inversion(stable_flow, inverted, golden_model):
+def test_inversion(stable_flow, run_inversion, golden_model):
     case = next(c for c in CASES if c["id"] == "E4")
-    want = stable_flow[case["outputs"]["inverted"]].reshape(-1, 16, 12, 8)
-    trajectory = inverted()
-    assert torch.allclose(trajectory.latents[:-1].flip(0), want, **case["suggested"])
+    expected = stable_flow[case["outputs"]["inverted"]].reshape(-1, 16, 12, 8)
+    trajectory = run_inversion()
+    assert torch.allclose(trajectory.latents[:-1].flip(0), expected, **case["suggested"])
     nudged = case["nudging"] * stable_flow[case["inputs"]["clean"]["key"]]
     assert torch.allclose(trajectory.latents[-1:], nudged, **case["suggested"])
     assert trajectory.sigmas.tolist() == pytest.approx(case["sigmas"], rel=1e-6)
-    not_nudged = inverted(nudging=1.0).latents[:-1].flip(0)
+    not_nudged = run_inversion(nudging=1.0).latents[:-1].flip(0)
     distance = case["discrimination_max_abs"]["no_nudging"]
-    assert (not_nudged - want).abs().max().item() == pytest.approx(distance, abs=1e-3)
-    assert not torch.allclose(inverted(refinements=1).latents[:-1].flip(0), want, **case["suggested"])
+    assert (not_nudged - expected).abs().max().item() == pytest.approx(distance, abs=1e-3)
+    assert not torch.allclose(run_inversion(refinements=1).latents[:-1].flip(0), expected, **case["suggested"])
 
 
-def test_the_velocity_at_the_source_sigma_is_told_apart(stable_flow, inverted, monkeypatch):
-    """Inversion with the velocity of the noise level that a step starts from: must not pass as right."""
+def test_inversion_with_the_velocity_of_the_start_sigma_differs(stable_flow, run_inversion, monkeypatch):
+    """Inversion steps that use the velocity at their first sigma must not match the golden output."""
 
-    def from_the_start(self, denoise, sigmas, latent, on_step):
+    def start_sigma_loop(self, denoise, sigmas, latent, on_step):
         x = latent * self.nudging
         self.latents = [x]
         for sigma, following in itertools.pairwise(sigmas):
-            at = sigma.clamp(min=1e-3)
-            x = x + (following - sigma) * (x - denoise(x, at)) / at
+            start = sigma.clamp(min=1e-3)
+            x = x + (following - sigma) * (x - denoise(x, start)) / start
             self.latents.append(x)
         return x
 
     case = next(c for c in CASES if c["id"] == "E4")
-    want = stable_flow[case["outputs"]["inverted"]].reshape(-1, 16, 12, 8)
-    monkeypatch.setattr(InverseEuler, "sample_loop", from_the_start)
-    assert not torch.allclose(inverted().latents[:-1].flip(0), want, **case["suggested"])
+    expected = stable_flow[case["outputs"]["inverted"]].reshape(-1, 16, 12, 8)
+    monkeypatch.setattr(InverseEuler, "sample_loop", start_sigma_loop)
+    assert not torch.allclose(run_inversion().latents[:-1].flip(0), expected, **case["suggested"])
 
 
 @pytest.mark.parametrize(
     ("kind", "source"), [("stableflow_edit", SourceMode.PUBLISHED), ("stableflow_edit_aligned", SourceMode.TRAJECTORY)]
 )
-def test_edit_from_a_trajectory(kind, source, stable_flow, inverted, golden_model):
+def test_edit_from_a_trajectory(kind, source, stable_flow, run_inversion, golden_model):
     [case] = [c for c in CASES if c["kind"] == kind]
     layers = layers_of(golden_model, case["double_blocks"], case["single_blocks"])
     model, steps = inject_key_values(golden_model, layers), []
     text = text_of(case, stable_flow, 3, [float(g) for g in case["guidance"]])
-    trajectory = inverted()
+    trajectory = run_inversion()
     edit_from_trajectory(model, text, trajectory, source, lambda k, denoised, x, n: steps.append(x.clone()))
-    wanted = stable_flow[case["outputs"]["steps"]]
-    for k, (out, want) in enumerate(zip(steps, wanted, strict=True)):
-        assert torch.allclose(out, want, **case["suggested"]), k
+    expected_steps = stable_flow[case["outputs"]["steps"]]
+    for k, (out, expected) in enumerate(zip(steps, expected_steps, strict=True)):
+        assert torch.allclose(out, expected, **case["suggested"]), k
     other = SourceMode.TRAJECTORY if source == SourceMode.PUBLISHED else SourceMode.PUBLISHED
     for wrong in (other, SourceMode.CACHED):
         out = edit_from_trajectory(model, text, trajectory, wrong)
-        assert not torch.allclose(golden_model.model.latent_format.process_in(out), wanted[-1], **case["suggested"])
+        assert not torch.allclose(
+            golden_model.model.latent_format.process_in(out), expected_steps[-1], **case["suggested"]
+        )

@@ -17,7 +17,7 @@ MODEL = "golden.safetensors"
 
 @pytest.fixture(scope="module")
 def data(server, recipe, manifest) -> dict[str, np.ndarray]:
-    """The stored tensors; the golden model lies where UNETLoader finds it."""
+    """The golden tensors; also saves the golden model in the folder of diffusion models."""
     save_file(recipe.flux_weights(manifest["model"]), server.base / "models" / "diffusion_models" / MODEL)
     files = (GOLDEN / "stableflow.safetensors", GOLDEN / "stableflow_general.safetensors")
     return {key: tensor.numpy() for file in files for key, tensor in load_file(file).items()}
@@ -32,7 +32,7 @@ def text(g: Graph, case: dict) -> Link:
     return g.add("TinyTestGoldenText", clip=g.clip(), text=txt, pooled=y)
 
 
-def levels(g: Graph, sigmas: list[float]) -> Link:
+def manual_sigmas(g: Graph, sigmas: list[float]) -> Link:
     return g.add("ManualSigmas", sigmas=", ".join(map(repr, sigmas)))
 
 
@@ -49,9 +49,9 @@ def injected(g: Graph, case: dict, **more) -> Link:
 
 
 def sampled(g: Graph, case: dict, noise: str, sigmas: list[float], **more) -> Link:
-    """Source and edits in one batch, Euler over these noise levels."""
+    """Source and edits in one batch, sampled by Euler with these sigmas."""
     guidance = case["guidance"]
-    stack = g.add(
+    prompts = g.add(
         "EditSlidersStackPrompts",
         clip=text(g, case),
         source="0",
@@ -63,10 +63,10 @@ def sampled(g: Graph, case: dict, noise: str, sigmas: list[float], **more) -> Li
     return g.add(
         "SamplerCustomAdvanced",
         noise=g.add("TinyTestGoldenNoise", key=noise, sigma=sigmas[0]),
-        guider=g.add("BasicGuider", model=injected(g, case, **more), conditioning=stack),
+        guider=g.add("BasicGuider", model=injected(g, case, **more), conditioning=prompts),
         sampler=g.add("KSamplerSelect", sampler_name="euler"),
-        sigmas=levels(g, sigmas),
-        latent_image=g.add("EditSlidersSameNoise", latent=empty, images=[stack[0], 1]),
+        sigmas=manual_sigmas(g, sigmas),
+        latent_image=g.add("EditSlidersSameNoise", latent=empty, images=[prompts[0], 1]),
     )
 
 
@@ -78,49 +78,51 @@ def trajectory(g: Graph, **more) -> Link:
         model=model(g),
         clip=text(g, case),
         latent=g.add("TinyTestGoldenLatent", key=case["inputs"]["clean"]["key"]),
-        sigmas=levels(g, case["sigmas"]),
+        sigmas=manual_sigmas(g, case["sigmas"]),
         **inputs,
     )
 
 
-def latent(server, part) -> np.ndarray:
-    """What a graph gives, scaled as the model sees it."""
+def latent(server, build) -> np.ndarray:
+    """The latent of a graph in the scale of the model's input."""
     graph = Graph()
-    node = graph.save(part(graph))
+    node = graph.save(build(graph))
     result = server.run(graph)
     assert result.ok, result.error
     return (result.latent(node) - SHIFT) * SCALE
 
 
-def close(case: dict, out: np.ndarray, want: np.ndarray) -> bool:
-    return np.allclose(out, want, **case["suggested"])
+def close(case: dict, out: np.ndarray, expected: np.ndarray) -> bool:
+    return np.allclose(out, expected, **case["suggested"])
 
 
 @pytest.mark.parametrize("name", ["E1", "E1_double_only", "E1_single_only", "E1g"])
 def test_injection(server, data, name):
-    """One Euler step to 0 gives x - sigma * velocity."""
+    """The velocity follows from one Euler step to sigma 0, which returns x - sigma * velocity."""
     case = CASES[name]
     [sigma, *_], x = case["sigma"], case["inputs"]["x"]["key"]
 
     def velocity(**more) -> np.ndarray:
         return (data[x] - latent(server, lambda g: sampled(g, case, x, [sigma, 0.0], **more))) / sigma
 
-    want = data[case["outputs"]["out"]]
-    assert close(case, velocity(), want)
-    assert not close(case, velocity(reference=1), want)
-    assert not close(case, velocity(preservation=0.9), want)
+    expected = data[case["outputs"]["out"]]
+    assert close(case, velocity(), expected)
+    assert not close(case, velocity(reference=1), expected)
+    assert not close(case, velocity(preservation=0.9), expected)
 
 
 @pytest.mark.parametrize("name", ["E3", "E3g"])
 def test_sampling(server, data, name):
     case = CASES[name]
-    noise, want = case["inputs"]["noise"]["key"], data[case["outputs"]["final"]]
-    assert close(case, latent(server, lambda g: sampled(g, case, noise, case["sigmas"])), want)
-    assert not close(case, latent(server, lambda g: sampled(g, case, noise, case["sigmas"], preservation=0.0)), want)
+    noise, expected = case["inputs"]["noise"]["key"], data[case["outputs"]["final"]]
+    assert close(case, latent(server, lambda g: sampled(g, case, noise, case["sigmas"])), expected)
+    assert not close(
+        case, latent(server, lambda g: sampled(g, case, noise, case["sigmas"], preservation=0.0)), expected
+    )
 
 
 def test_inversion(server, data):
-    """What Save Trajectory writes."""
+    """The latents that Save Trajectory writes."""
     case, graph = CASES["E4"], Graph()
     saves = [
         graph.add("EditSlidersSaveTrajectory", trajectory=trajectory(graph, **more), filename_prefix=f"golden/{k}")
@@ -130,9 +132,9 @@ def test_inversion(server, data):
     outs = [
         load_file(server.base / "output" / "golden" / f"{k}_00001_.trajectory.safetensors") for k in range(len(saves))
     ]
-    want = data[case["outputs"]["inverted"]].reshape(-1, 16, 12, 8)
-    found = [out["latents"].numpy()[:-1][::-1] for out in outs]
-    assert [close(case, latents, want) for latents in found] == [True, False, False]
+    expected = data[case["outputs"]["inverted"]].reshape(-1, 16, 12, 8)
+    inverted = [out["latents"].numpy()[:-1][::-1] for out in outs]
+    assert [close(case, latents, expected) for latents in inverted] == [True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -159,6 +161,6 @@ def test_edit_from_a_trajectory(server, data, name, source, other):
             ),
         )
 
-    want = data[case["outputs"]["final"]]
-    assert close(case, edited(source), want)
-    assert not close(case, edited(other), want)
+    expected = data[case["outputs"]["final"]]
+    assert close(case, edited(source), expected)
+    assert not close(case, edited(other), expected)

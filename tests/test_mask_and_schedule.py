@@ -1,4 +1,4 @@
-"""Where and when sliders act: single model calls, whole runs, whole graphs."""
+"""Mask and schedule of sliders: single model calls, sampling runs, and graphs on a server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from slider_core.training_free.prompt_difference import PromptDifferences
 from slider_core.training_free.text_modulation import apply_text_modulation
 
 EXAMPLES = GOLDEN / "examples"
-SIGMA, ROWS = 0.7, 24
+SIGMA, TEXT_TOKENS = 0.7, 24
 SPANS = [Span("first", (2, 3, 4)), Span("second", (4, 5, 6, 7))]
 X = noise(1, 16, 8, 8, seed=9)
 LEFT = torch.zeros(1, 8, 8)
@@ -49,26 +49,26 @@ def gst():
 
 @pytest.fixture(scope="module")
 def bundle(recipe, manifest, tmp_path_factory):
-    place = tmp_path_factory.mktemp("projector") / "slider_projector.pth"
-    torch.save(recipe.projector_weights(manifest["model"], manifest["adapters"]["projector"]), place)
-    return read_projector(place, EXAMPLES / "kk_pytorch_lora_weights.safetensors")
+    file = tmp_path_factory.mktemp("projector") / "slider_projector.pth"
+    torch.save(recipe.projector_weights(manifest["model"], manifest["adapters"]["projector"]), file)
+    return read_projector(file, EXAMPLES / "kk_pytorch_lora_weights.safetensors")
 
 
 def plain(seed: int = 1, **options) -> list:
     pooled = noise(1, 768, seed=seed + 1)
-    return [[noise(1, ROWS, 64, seed=seed), {"pooled_output": pooled, "guidance": 3.5, **options}]]
+    return [[noise(1, TEXT_TOKENS, 64, seed=seed), {"pooled_output": pooled, "guidance": 3.5, **options}]]
 
 
 def at(*strengths: object, channel: str = "default", **options) -> list:
-    spanned = attach_spans(plain(**options), ROWS, SPANS[: len(strengths)])
+    spanned = attach_spans(plain(**options), TEXT_TOKENS, SPANS[: len(strengths)])
     return set_strengths(spanned, {f"strength_{k}": s for k, s in enumerate(strengths, 1)}, channel)
 
 
 Method = tuple[Callable, Callable]
-"""model -> the model with sliders; strength (one, or one per image) -> their conditioning."""
+"""Two functions: model -> model with sliders; strength (one, or one per image) -> conditioning."""
 
 
-@pytest.fixture(params=["STLoRA", "two STLoRAs", "text modulation", "projector", "all at once"])
+@pytest.fixture(params=["STLoRA", "two STLoRAs", "text modulation", "projector", "all combined"])
 def method(request, golden_model, st, gst, bundle) -> Method:
     def channels(strength: object, **options) -> list:
         spanned = at(strength, strength, **options)
@@ -82,7 +82,7 @@ def method(request, golden_model, st, gst, bundle) -> Method:
             lambda m: apply_projector(m, bundle),
             lambda s, **o: set_projector_strength(plain(**o), bundle, s),
         ),
-        "all at once": (
+        "all combined": (
             lambda m: apply_projector(apply_text_modulation(apply_stlora(m, st), "other"), bundle),
             lambda s, **o: set_projector_strength(channels(s, **o), bundle, s),
         ),
@@ -90,106 +90,106 @@ def method(request, golden_model, st, gst, bundle) -> Method:
     return apply(golden_model), cond
 
 
-def test_everywhere_and_always_is_the_conditioning_itself(method):
+def test_full_mask_and_schedule_return_the_conditioning_itself(method):
     _, cond = method
-    given = cond(1.3)
+    conditioning = cond(1.3)
     for mask in (None, torch.ones(1, 8, 8), torch.ones(64, 64)):
-        found = apply_mask_and_schedule(given, mask, outside_strength=OUTSIDE)
-        assert len(found) == 1
-        assert found[0] is given[0]
-    assert len(apply_mask_and_schedule(given, torch.full((8, 8), 0.5), outside_strength=OUTSIDE)) == 2
+        result = apply_mask_and_schedule(conditioning, mask, outside_strength=OUTSIDE)
+        assert len(result) == 1
+        assert result[0] is conditioning[0]
+    assert len(apply_mask_and_schedule(conditioning, torch.full((8, 8), 0.5), outside_strength=OUTSIDE)) == 2
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
-def test_nowhere_is_the_strength_elsewhere_bit_for_bit(method, strength):
+def test_empty_mask_is_the_outside_strength_bit_for_bit(method, strength):
     model, cond = method
-    found = apply_mask_and_schedule(cond(strength), torch.zeros(1, 8, 8), outside_strength=OUTSIDE)
-    assert len(found) == 1
-    assert "mask" not in found[0][1]
-    want = velocity_of(model, X, SIGMA, cond(OUTSIDE))
-    assert torch.equal(velocity_of(model, X, SIGMA, found), want)
-    assert far(want, velocity_of(model, X, SIGMA, cond(strength)))
+    result = apply_mask_and_schedule(cond(strength), torch.zeros(1, 8, 8), outside_strength=OUTSIDE)
+    assert len(result) == 1
+    assert "mask" not in result[0][1]
+    expected = velocity_of(model, X, SIGMA, cond(OUTSIDE))
+    assert torch.equal(velocity_of(model, X, SIGMA, result), expected)
+    assert far(expected, velocity_of(model, X, SIGMA, cond(strength)))
     suppressed = apply_mask_and_schedule(cond(0.0), torch.zeros(1, 8, 8), outside_strength=1.0)
     assert torch.equal(velocity_of(model, X, SIGMA, suppressed), velocity_of(model, X, SIGMA, cond(1.0)))
 
 
 @pytest.mark.parametrize("strength", [1.0, (0.3, 1.0, 1.6)])
 @pytest.mark.parametrize("references", [0, 1])
-def test_each_side_of_a_mask_has_its_own_strength(method, strength, references):
-    """Pixel by pixel the one prediction or the other, and their mixture where the mask is between."""
+def test_strengths_inside_and_outside_the_mask(method, strength, references):
+    """Each latent pixel has the prediction of its side; fractional mask values mix the two."""
     model, cond = method
     options = {"reference_latents": [noise(1, 16, 4, 4)] * references} if references else {}
     x = X.repeat(len(strength) if isinstance(strength, tuple) else 1, 1, 1, 1)
     soft = LEFT.clone()
     soft[..., 4] = 0.25
-    own, rest = (velocity_of(model, x, SIGMA, cond(s, **options)) for s in (strength, OUTSIDE))
-    found = velocity_of(
+    inside, outside = (velocity_of(model, x, SIGMA, cond(s, **options)) for s in (strength, OUTSIDE))
+    result = velocity_of(
         model, x, SIGMA, apply_mask_and_schedule(cond(strength, **options), soft, outside_strength=OUTSIDE)
     )
-    assert far(own, rest)
-    assert near(found[..., :4], own[..., :4])
-    assert near(found[..., 5:], rest[..., 5:])
-    assert near(found[..., 4], 0.25 * own[..., 4] + 0.75 * rest[..., 4])
+    assert far(inside, outside)
+    assert near(result[..., :4], inside[..., :4])
+    assert near(result[..., 5:], outside[..., 5:])
+    assert near(result[..., 4], 0.25 * inside[..., 4] + 0.75 * outside[..., 4])
 
 
-def test_gstloras_on_the_model_obey_too(golden_model, gst, st):
+def test_gstloras_of_the_model_follow_the_mask(golden_model, gst, st):
     def model(*strengths: object):
         patched = apply_stlora(golden_model, st)
         for strength in strengths:
             patched = apply_gstlora(patched, gst, strength)
         return patched
 
-    own = velocity_of(model(0.9, 1.2), X, SIGMA, at(1.0))
-    rest = velocity_of(model(OUTSIDE, OUTSIDE), X, SIGMA, at(OUTSIDE))
+    inside = velocity_of(model(0.9, 1.2), X, SIGMA, at(1.0))
+    outside = velocity_of(model(OUTSIDE, OUTSIDE), X, SIGMA, at(OUTSIDE))
     split = apply_mask_and_schedule(at(1.0), LEFT, outside_strength=OUTSIDE)
-    found = velocity_of(model(0.9, 1.2), X, SIGMA, split)
-    assert far(own, rest)
-    assert near(found[..., :4], own[..., :4])
-    assert near(found[..., 4:], rest[..., 4:])
+    result = velocity_of(model(0.9, 1.2), X, SIGMA, split)
+    assert far(inside, outside)
+    assert near(result[..., :4], inside[..., :4])
+    assert near(result[..., 4:], outside[..., 4:])
     sweep, x = model((0.2, 1.0, 1.5)), X.repeat(3, 1, 1, 1)
     other = plain(seed=5)
     together = velocity_of(sweep, x, SIGMA, apply_mask_and_schedule(plain(), LEFT, outside_strength=OUTSIDE), other)
-    own = velocity_of(sweep, x, SIGMA, plain())
-    assert near(together[:3, ..., :4], own[..., :4])
-    rest = velocity_of(model(OUTSIDE), x, SIGMA, plain())
-    assert near(together[:3, ..., 4:], rest[..., 4:])
+    inside = velocity_of(sweep, x, SIGMA, plain())
+    assert near(together[:3, ..., :4], inside[..., :4])
+    outside = velocity_of(model(OUTSIDE), x, SIGMA, plain())
+    assert near(together[:3, ..., 4:], outside[..., 4:])
     assert near(together[3:], velocity_of(sweep, x, SIGMA, other))
 
 
-def test_a_sole_prompt_with_spans_or_none(golden_model, st):
-    """Strengths that were never set are 1; a channel that nobody named is a channel too."""
-    model = apply_stlora(golden_model, st, "nobody named it")
-    spanned = attach_spans(plain(), ROWS, SPANS)
-    found = velocity_of(model, X, SIGMA, apply_mask_and_schedule(spanned, torch.zeros(8, 8)))
-    assert torch.equal(found, velocity_of(apply_stlora(golden_model, st), X, SIGMA, at(0.0, 0.0)))
+def test_prompt_without_strengths(golden_model, st):
+    """Unset strengths are 1; the outside strength also acts on a channel that has no strengths."""
+    model = apply_stlora(golden_model, st, "unset channel")
+    spanned = attach_spans(plain(), TEXT_TOKENS, SPANS)
+    result = velocity_of(model, X, SIGMA, apply_mask_and_schedule(spanned, torch.zeros(8, 8)))
+    assert torch.equal(result, velocity_of(apply_stlora(golden_model, st), X, SIGMA, at(0.0, 0.0)))
     assert near(
         velocity_of(model, X, SIGMA, apply_mask_and_schedule(plain(), LEFT)),
         velocity_of(golden_model, X, SIGMA, plain()),
     )
 
 
-def test_several_entries_and_masks_of_their_own(golden_model, st):
+def test_several_entries_with_their_own_masks(golden_model, st):
     model = apply_stlora(golden_model, st)
     top = torch.zeros(1, 16, 16)
     top[:, :8] = 1
     entries = [*at(1.4, mask=top, mask_strength=2.0), *at(0.7, seed=5)]
-    own, rest = (
+    inside, outside = (
         velocity_of(model, X, SIGMA, [*at(a, mask=top, mask_strength=2.0), *at(b, seed=5)])
         for a, b in ((1.4, 0.7), (0.0, 0.0))
     )
     split = apply_mask_and_schedule(entries, LEFT)
     assert len(split) == 4
-    found = velocity_of(model, X, SIGMA, split)
-    assert far(own, rest)
-    assert near(found[..., :4], own[..., :4])
-    assert near(found[..., 4:], rest[..., 4:])
+    result = velocity_of(model, X, SIGMA, split)
+    assert far(inside, outside)
+    assert near(result[..., :4], inside[..., :4])
+    assert near(result[..., 4:], outside[..., 4:])
     right = apply_mask_and_schedule(at(1.4, mask=1 - LEFT), LEFT)
     assert len(right) == 1
     assert torch.equal(right[0][1]["mask"], 1 - LEFT)
 
 
-def test_one_after_the_other(golden_model, st):
-    """Two masks: their common part; two schedules: likewise. Order of strengths and place does not matter."""
+def test_chained_masks_and_schedules(golden_model, st):
+    """Chained masks multiply, chained schedules intersect; strengths may be set before or after."""
     model = apply_stlora(golden_model, st)
     top = torch.zeros(1, 8, 8)
     top[:, :4] = 1
@@ -199,7 +199,7 @@ def test_one_after_the_other(golden_model, st):
         velocity_of(model, X, SIGMA, chained),
         velocity_of(model, X, SIGMA, apply_mask_and_schedule(at(1.5), LEFT * top)),
     )
-    spanned = attach_spans(plain(), ROWS, SPANS[:1])
+    spanned = attach_spans(plain(), TEXT_TOKENS, SPANS[:1])
     later = set_strengths(apply_mask_and_schedule(spanned, LEFT), {"strength_1": 1.5})
     assert torch.equal(
         velocity_of(model, X, SIGMA, later), velocity_of(model, X, SIGMA, apply_mask_and_schedule(at(1.5), LEFT))
@@ -216,8 +216,8 @@ def in_schedule(model, percent: float) -> float:
     return model.model.model_sampling.percent_to_sigma(percent)
 
 
-def test_all_steps_have_one_strength_borders_included(golden_model, st):
-    """Noise levels around and exactly at the borders: what ComfyUI does for an entry's own range."""
+def test_each_sigma_has_one_strength_at_the_borders_too(golden_model, st):
+    """At and next to the borders the range is that of ComfyUI's start_percent and end_percent."""
     model = apply_stlora(golden_model, st)
     start, end = 0.3, 0.55
     split = apply_mask_and_schedule(at(1.5), start=start, end=end, outside_strength=OUTSIDE)
@@ -228,11 +228,11 @@ def test_all_steps_have_one_strength_borders_included(golden_model, st):
         border = torch.tensor(in_schedule(model, percent), dtype=torch.float32)
         beyond = [torch.nextafter(border, torch.tensor(to)) for to in (0.0, 1.0)]
         for sigma in (border, *beyond):
-            inside = velocity_of(model, X, sigma.item(), own_range)
-            acts = far(X, inside * sigma)  # ComfyUI left the entry out: it predicted 0
-            want = velocity_of(model, X, sigma.item(), at(1.5 if acts else OUTSIDE))
-            assert torch.equal(velocity_of(model, X, sigma.item(), split), want), (percent, sigma)
-            outcomes.append(acts)
+            velocity = velocity_of(model, X, sigma.item(), own_range)
+            active = far(X, velocity * sigma)  # if ComfyUI skips the entry, its prediction is 0
+            expected = velocity_of(model, X, sigma.item(), at(1.5 if active else OUTSIDE))
+            assert torch.equal(velocity_of(model, X, sigma.item(), split), expected), (percent, sigma)
+            outcomes.append(active)
     assert outcomes == [True, True, False, True, False, True]
 
 
@@ -242,99 +242,103 @@ TOP[:, :4] = 1
 
 
 @pytest.mark.parametrize("strengths", [(FIRST, SECOND), (1.0, 1.0), ((0.3, 1.4), SECOND)])
-def test_a_place_for_one_sub_instruction(golden_model, st, gst, strengths):
-    """The other keeps its strength everywhere, and so does a GSTLoRA; on a channel of its own too."""
+def test_mask_for_one_instruction(golden_model, st, gst, strengths):
+    """The other instruction and a GSTLoRA keep their strengths everywhere."""
     model = apply_gstlora(apply_stlora(golden_model, st), gst, 0.7)
     x = X.repeat(2, 1, 1, 1) if isinstance(strengths[0], tuple) else X
-    given = at(*strengths)
-    split = apply_mask_and_schedule(given, LEFT, outside_strength=OUTSIDE, instructions=[2])
-    own, rest = (velocity_of(model, x, SIGMA, at(strengths[0], second)) for second in (strengths[1], OUTSIDE))
-    found = velocity_of(model, x, SIGMA, split)
-    assert far(own, rest)
-    assert near(found[..., :4], own[..., :4])
-    assert near(found[..., 4:], rest[..., 4:])
-    assert torch.equal(velocity_of(model, x, SIGMA, given), own)
+    conditioning = at(*strengths)
+    split = apply_mask_and_schedule(conditioning, LEFT, outside_strength=OUTSIDE, instructions=[2])
+    inside, outside = (velocity_of(model, x, SIGMA, at(strengths[0], second)) for second in (strengths[1], OUTSIDE))
+    result = velocity_of(model, x, SIGMA, split)
+    assert far(inside, outside)
+    assert near(result[..., :4], inside[..., :4])
+    assert near(result[..., 4:], outside[..., 4:])
+    assert torch.equal(velocity_of(model, x, SIGMA, conditioning), inside)
 
 
-def test_each_sub_instruction_has_its_own_mask(golden_model, st):
-    """Four quarters, four mixtures; the channels are the default one, another, and one without strengths."""
-    for channel, set_on, rest in (("default", "default", None), ("other", "other", None), ("third", "other", 1.0)):
+def test_each_instruction_has_its_own_mask(golden_model, st):
+    """Two masks give four quarters; on the default channel, another one, and one without strengths."""
+    for channel, set_on, unset_strength in (
+        ("default", "default", None),
+        ("other", "other", None),
+        ("third", "other", 1.0),
+    ):
         model = apply_stlora(golden_model, st, channel)
-        own = (FIRST, SECOND) if rest is None else (rest, rest)
+        strengths = (FIRST, SECOND) if unset_strength is None else (unset_strength, unset_strength)
         split = apply_mask_and_schedule(
             at(FIRST, SECOND, channel=set_on), LEFT, instructions=[1], outside_strength=OUTSIDE
         )
         split = apply_mask_and_schedule(split, TOP, instructions=[2], outside_strength=0.0)
         assert len(split) == 4
-        found = velocity_of(model, X, SIGMA, split)
-        for rows, second in ((slice(0, 4), own[1]), (slice(4, 8), 0.0)):
-            for columns, first in ((slice(0, 4), own[0]), (slice(4, 8), OUTSIDE)):
-                want = velocity_of(model, X, SIGMA, at(first, second, channel=channel))
-                assert near(found[..., rows, columns], want[..., rows, columns])
+        result = velocity_of(model, X, SIGMA, split)
+        for rows, second in ((slice(0, 4), strengths[1]), (slice(4, 8), 0.0)):
+            for columns, first in ((slice(0, 4), strengths[0]), (slice(4, 8), OUTSIDE)):
+                expected = velocity_of(model, X, SIGMA, at(first, second, channel=channel))
+                assert near(result[..., rows, columns], expected[..., rows, columns])
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.0, 0.5), (0.25, 0.75), (0.5, 1.0)])
-def test_each_sub_instruction_has_its_own_time(golden_model, st, start, end):
-    """The other one acts in the first half only; no step has two of the entries, noise levels on borders included."""
+def test_each_instruction_has_its_own_schedule(golden_model, st, start, end):
+    """The second instruction acts in the first half only; each sigma, borders included, has exactly one entry."""
     model = apply_stlora(golden_model, st)
     split = apply_mask_and_schedule(at(FIRST, SECOND), None, start, end, OUTSIDE, instructions=[1])
     split = apply_mask_and_schedule(split, None, 0.0, 0.5, 0.0, instructions=[2])
-    seen = set()
+    combinations = set()
     for percent in (0.05, 0.25, 0.3, 0.5, 0.6, 0.75, 0.9):
         sigma = torch.tensor(in_schedule(model, percent), dtype=torch.float32)
         sampling = model.model.model_sampling.percent_to_sigma
-        first, second = (in_schedule_range(sigma, sampling, *part) for part in ((start, end), (0.0, 0.5)))
-        want = velocity_of(model, X, sigma.item(), at(FIRST if first else OUTSIDE, SECOND if second else 0.0))
-        assert torch.equal(velocity_of(model, X, sigma.item(), split), want)
-        seen.add((first, second))
-    assert len(seen) > 1
+        first, second = (in_schedule_range(sigma, sampling, *limits) for limits in ((start, end), (0.0, 0.5)))
+        expected = velocity_of(model, X, sigma.item(), at(FIRST if first else OUTSIDE, SECOND if second else 0.0))
+        assert torch.equal(velocity_of(model, X, sigma.item(), split), expected)
+        combinations.add((first, second))
+    assert len(combinations) > 1
     both = apply_mask_and_schedule(at(FIRST, SECOND), LEFT, start, end, OUTSIDE, instructions=[1])
     for percent in (0.05, 0.6, 0.9):
         sigma = torch.tensor(in_schedule(model, percent), dtype=torch.float32)
-        acts = in_schedule_range(sigma, model.model.model_sampling.percent_to_sigma, start, end)
-        mask = LEFT if acts else torch.zeros(8, 8)
-        want = apply_mask_and_schedule(at(FIRST, SECOND), mask, outside_strength=OUTSIDE, instructions=[1])
-        assert near(velocity_of(model, X, sigma.item(), both), velocity_of(model, X, sigma.item(), want))
+        active = in_schedule_range(sigma, model.model.model_sampling.percent_to_sigma, start, end)
+        mask = LEFT if active else torch.zeros(8, 8)
+        expected = apply_mask_and_schedule(at(FIRST, SECOND), mask, outside_strength=OUTSIDE, instructions=[1])
+        assert near(velocity_of(model, X, sigma.item(), both), velocity_of(model, X, sigma.item(), expected))
 
 
-def test_places_for_some_beside_others(golden_model, st, gst):
-    """After a place for all, and before one; and beside a range that the conditioning already has."""
+def test_masks_for_all_and_for_one_instruction(golden_model, st, gst):
+    """In both orders, and with a schedule range that the conditioning already has."""
     model = apply_gstlora(apply_stlora(golden_model, st), gst, 0.7)
     off = apply_gstlora(apply_stlora(golden_model, st), gst, 0.0)
     after = apply_mask_and_schedule(apply_mask_and_schedule(at(FIRST, SECOND), LEFT), TOP, instructions=[2])
     before = apply_mask_and_schedule(apply_mask_and_schedule(at(FIRST, SECOND), TOP, instructions=[2]), LEFT)
     for split in (after, before):
-        found = velocity_of(model, X, SIGMA, split)
-        rest = velocity_of(off, X, SIGMA, at(0.0, 0.0))
-        assert near(found[..., 4:], rest[..., 4:])
+        result = velocity_of(model, X, SIGMA, split)
+        outside = velocity_of(off, X, SIGMA, at(0.0, 0.0))
+        assert near(result[..., 4:], outside[..., 4:])
         for rows, second in ((slice(0, 4), SECOND), (slice(4, 8), 0.0)):
-            want = velocity_of(model, X, SIGMA, at(FIRST, second))
-            assert near(found[..., rows, :4], want[..., rows, :4])
+            expected = velocity_of(model, X, SIGMA, at(FIRST, second))
+            assert near(result[..., rows, :4], expected[..., rows, :4])
     early = [[cond, {**options, "start_percent": 0.0, "end_percent": 0.4}] for cond, options in at(FIRST, SECOND)]
-    parts = apply_mask_and_schedule(early, None, 0.2, 1.0, instructions=[1])
-    ranges = [(options["start_percent"], options["end_percent"]) for _, options in parts]
+    split = apply_mask_and_schedule(early, None, 0.2, 1.0, instructions=[1])
+    ranges = [(options["start_percent"], options["end_percent"]) for _, options in split]
     assert ranges == [(0.0, pytest.approx(0.2, abs=1e-4)), (pytest.approx(0.2, abs=1e-4), 0.4)]
 
 
-def test_phrases_that_come_later_leave_the_others_alone(golden_model, st):
-    """An overlapping phrase, selected after strengths were set: they hold as before, on their channel and in parts."""
+def test_phrases_selected_later_keep_the_strengths(golden_model, st):
+    """An overlapping phrase selected afterwards changes no strengths, on their channel and with a mask."""
     model = apply_stlora(golden_model, st)
-    first = set_strengths(attach_spans(plain(), ROWS, SPANS[:1]), {"strength_1": FIRST, "strength_2": 1.0})
-    both = attach_spans(first, ROWS, [Span("inside", (3, 4))])
-    want = velocity_of(model, X, SIGMA, first)
-    assert far(want, velocity_of(model, X, SIGMA, plain()))
-    assert torch.equal(velocity_of(model, X, SIGMA, both), want)
+    first = set_strengths(attach_spans(plain(), TEXT_TOKENS, SPANS[:1]), {"strength_1": FIRST, "strength_2": 1.0})
+    both = attach_spans(first, TEXT_TOKENS, [Span("inside", (3, 4))])
+    expected = velocity_of(model, X, SIGMA, first)
+    assert far(expected, velocity_of(model, X, SIGMA, plain()))
+    assert torch.equal(velocity_of(model, X, SIGMA, both), expected)
     other = set_strengths(both, {"strength_1": 1.0, "strength_2": 0.2}, "other")
-    assert torch.equal(velocity_of(model, X, SIGMA, other), want)
+    assert torch.equal(velocity_of(model, X, SIGMA, other), expected)
     nothing = apply_mask_and_schedule(both, LEFT, outside_strength=1.0, instructions=[2])
-    assert near(velocity_of(model, X, SIGMA, nothing), want)
+    assert near(velocity_of(model, X, SIGMA, nothing), expected)
     off = apply_mask_and_schedule(both, torch.zeros(8, 8), outside_strength=0.0, instructions=[2])
     overlapping = set_strengths(both, {"strength_1": FIRST, "strength_2": 0.0})
     assert torch.equal(velocity_of(model, X, SIGMA, off), velocity_of(model, X, SIGMA, overlapping))
 
 
-def test_a_range_behind_a_part_is_refused(golden_model, st):
-    """It would let both entries act at once."""
+def test_schedule_range_set_afterwards_is_rejected(golden_model, st):
+    """It would activate both entries at once."""
     model = apply_stlora(golden_model, st)
     split = apply_mask_and_schedule(at(FIRST, SECOND), None, 0.0, 0.5, instructions=[1])
     ranged = conditioning_set_values(split, {"start_percent": 0.0, "end_percent": 0.9})
@@ -342,18 +346,18 @@ def test_a_range_behind_a_part_is_refused(golden_model, st):
         velocity_of(model, X, in_schedule(model, 0.3), ranged)
 
 
-def test_refused_places_for_some(golden_model):
+def test_errors_with_instructions(golden_model):
     with pytest.raises(SliderError, match="no instruction 3; expected numbers from 1 to 2: 1 = 'first'; 2 = 'seco"):
         apply_mask_and_schedule(at(FIRST, SECOND), LEFT, instructions=[1, 3])
     with pytest.raises(SliderError, match="no instruction 0"):
         apply_mask_and_schedule(at(FIRST, SECOND), LEFT, instructions=[0])
     with pytest.raises(SliderError, match="has no instructions"):
         apply_mask_and_schedule(plain(), LEFT, instructions=[1])
-    placed = apply_mask_and_schedule(at(FIRST, SECOND), LEFT, instructions=[1])
+    masked = apply_mask_and_schedule(at(FIRST, SECOND), LEFT, instructions=[1])
     with pytest.raises(SliderError, match="expected strengths before it"):
-        set_strengths(placed, {"strength_1": 0.5, "strength_2": 0.5})
+        set_strengths(masked, {"strength_1": 0.5, "strength_2": 0.5})
     with pytest.raises(SliderError, match="expected 'Select Phrase' before it"):
-        attach_spans(placed, ROWS, SPANS)
+        attach_spans(masked, TEXT_TOKENS, SPANS)
     with pytest.raises(SliderError, match=r"0\.0 for all sliders, a later one 0\.5 for some"):
         apply_mask_and_schedule(
             apply_mask_and_schedule(at(FIRST, SECOND), LEFT), TOP, outside_strength=0.5, instructions=[2]
@@ -367,26 +371,26 @@ def sampled(model, positive: list, steps: int, x: torch.Tensor = X) -> torch.Ten
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.0, 0.5), (0.25, 0.75), (0.5, 1.0)])
-def test_a_run_equals_switching_by_hand(golden_model, st, gst, start, end):
+def test_sampling_equals_switching_strengths_by_hand(golden_model, st, gst, start, end):
     model = apply_gstlora(apply_stlora(golden_model, st), gst, 0.9)
     suppressed = apply_gstlora(apply_stlora(golden_model, st), gst, OUTSIDE)
-    found = sampled(model, apply_mask_and_schedule(at(1.4), start=start, end=end, outside_strength=OUTSIDE), 8)
+    result = sampled(model, apply_mask_and_schedule(at(1.4), start=start, end=end, outside_strength=OUTSIDE), 8)
     sampling = golden_model.model.model_sampling
     sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", 8)
     first, last = (torch.tensor(sampling.percent_to_sigma(p), dtype=torch.float32) for p in (start, end))
-    x, acted = X * sigmas[0], []
-    for now, then in pairwise(sigmas):
-        acts = bool(last <= now <= first)
-        acted.append(acts)
-        patched, cond = (model, at(1.4)) if acts else (suppressed, at(OUTSIDE))
-        x = x + (then - now) * velocity_of(patched, x, now.item(), cond)
-    assert 0 < sum(acted) < 8
-    want = golden_model.model.process_latent_out(x)
-    assert near(found, want)
-    assert far(found, sampled(model, at(1.4), 8))
+    x, active_steps = X * sigmas[0], []
+    for sigma, following in pairwise(sigmas):
+        active = bool(last <= sigma <= first)
+        active_steps.append(active)
+        patched, cond = (model, at(1.4)) if active else (suppressed, at(OUTSIDE))
+        x = x + (following - sigma) * velocity_of(patched, x, sigma.item(), cond)
+    assert 0 < sum(active_steps) < 8
+    expected = golden_model.model.process_latent_out(x)
+    assert near(result, expected)
+    assert far(result, sampled(model, at(1.4), 8))
 
 
-def test_nothing_leaks(golden_model, method, gst):
+def test_model_and_other_conds_are_unchanged(golden_model, method, gst):
     model, cond = method
     model = apply_gstlora(model, gst, 0.7)
     before = [velocity_of(m, X, SIGMA, cond(1.4)) for m in (model, golden_model)]
@@ -404,82 +408,82 @@ def test_torch_compile(golden_model, st, gst):
     assert near(velocity_of(compiled(model), X, SIGMA, split), velocity_of(model, X, SIGMA, split))
 
 
-def test_masks_that_no_image_has(golden_model, st):
+def test_number_of_masks_must_match_the_batch(golden_model, st):
     model = apply_stlora(golden_model, st)
     for masks, images in ((3, 7), (2, 4), (5, 2)):
-        placed = apply_mask_and_schedule(at(0.5), torch.rand(masks, 8, 8))
+        masked = apply_mask_and_schedule(at(0.5), torch.rand(masks, 8, 8))
         with pytest.raises(SliderError, match=f"{masks} strengths for a batch of {images} image"):
-            velocity_of(model, noise(images, 16, 8, 8, seed=9), SIGMA, placed)
+            velocity_of(model, noise(images, 16, 8, 8, seed=9), SIGMA, masked)
 
 
-def test_weights_of_prompts_are_refused():
-    whole = at(1.0)
-    differences = PromptDifferences("first", [Span("first", (2, 3, 4))], whole, [whole])
+def test_prompt_differences_are_rejected():
+    cond = at(1.0)
+    differences = PromptDifferences("first", [Span("first", (2, 3, 4))], cond, [cond])
     with pytest.raises(SliderError, match="Prompt Difference"):
         apply_mask_and_schedule(differences.with_strengths({"strength_1": 0.5}), torch.zeros(8, 8))
 
 
-def test_what_is_refused(golden_model, bundle):
+def test_errors(golden_model, bundle):
     for start, end in ((0.5, 0.5), (0.6, 0.4), (-0.1, 1.0), (0.0, 1.1)):
         with pytest.raises(SliderError, match=r"expected 0 <= start < end <= 1"):
             apply_mask_and_schedule(at(0.5), start=start, end=end)
     with pytest.raises(SliderError, match=r"shape \(1, 1, 8, 8\)"):
         apply_mask_and_schedule(at(0.5), LEFT[None])
-    for wrong in (LEFT * 2, LEFT - 1, LEFT * torch.nan):
+    for invalid in (LEFT * 2, LEFT - 1, LEFT * torch.nan):
         with pytest.raises(SliderError, match="expected 0"):
-            apply_mask_and_schedule(at(0.5), wrong)
+            apply_mask_and_schedule(at(0.5), invalid)
     with pytest.raises(SliderError, match="outside_strength"):
         apply_mask_and_schedule(at(0.5), outside_strength=1000.0)
     with pytest.raises(SliderError, match="mask bounds"):
         apply_mask_and_schedule(at(0.5, mask=LEFT, set_area_to_bounds=True), LEFT)
     with pytest.raises(SliderError, match="default"):
         apply_mask_and_schedule(at(0.5, default=True), LEFT)
-    placed = apply_mask_and_schedule(at(0.5), LEFT)
+    masked = apply_mask_and_schedule(at(0.5), LEFT)
     with pytest.raises(SliderError, match="expected 'Select Phrase' before it"):
-        attach_spans(placed, ROWS, SPANS)
+        attach_spans(masked, TEXT_TOKENS, SPANS)
     with pytest.raises(SliderError, match="expected 'Projector Strength' before it"):
-        set_projector_strength(placed, bundle, 0.5)
+        set_projector_strength(masked, bundle, 0.5)
     with pytest.raises(SliderError, match=r"outside strength 0\.0, a later one with a schedule has 0\.5"):
-        apply_mask_and_schedule(placed, end=0.5, outside_strength=0.5)
+        apply_mask_and_schedule(masked, end=0.5, outside_strength=0.5)
 
 
-# --- whole graphs
+# --- graphs on a server
 
 PROMPT = "make the cat older\nmake the wall golden"
 
 
 def mask(g: Graph, value: float, half: bool = False) -> Link:
-    whole = g.add("SolidMask", value=0.0 if half else value, width=64, height=64)
+    full = g.add("SolidMask", value=0.0 if half else value, width=64, height=64)
     if not half:
-        return whole
-    part = g.add("SolidMask", value=value, width=32, height=64)
-    return g.add("MaskComposite", destination=whole, source=part, x=0, y=0, operation="add")
+        return full
+    left = g.add("SolidMask", value=value, width=32, height=64)
+    return g.add("MaskComposite", destination=full, source=left, x=0, y=0, operation="add")
 
 
-def placed(g: Graph, conditioning: Link, **more) -> Link:
+def masked(g: Graph, conditioning: Link, **more) -> Link:
     inputs = {"start": 0.0, "end": 1.0, "elsewhere": 0.0, "sub_instructions": "", **more}
     return g.add("EditSlidersWhereAndWhen", conditioning=conditioning, **inputs)
 
 
-def run(strength: float, gstlora: float, place: Callable[[Graph], dict] | None = None, late: bool = False, **more):
-    def part(g: Graph) -> Link:
+def run(strength: float, gstlora: float, inputs: Callable[[Graph], dict] | None = None, late: bool = False, **more):
+    def build(g: Graph) -> Link:
         cond = g.strengths(g.instructions(PROMPT), strength)
-        if place and not late:
-            cond = placed(g, cond, **place(g))
+        if inputs and not late:
+            cond = masked(g, cond, **inputs(g))
         cond = g.edited(cond)
-        if place and late:
-            cond = placed(g, cond, **place(g))
+        if inputs and late:
+            cond = masked(g, cond, **inputs(g))
         return g.sample(g.gstlora(g.stlora(g.model()), gstlora), cond, **more)
 
-    return part
+    return build
 
 
 def off(**more) -> Callable[[Graph], Link]:
-    def part(g: Graph) -> Link:
+    def build(g: Graph) -> Link:
         cond = g.edited(g.strengths(g.instructions(PROMPT), 0.0, 0.0))
         return g.sample(g.gstlora(g.stlora(g.model()), 0.0), cond, **more)
 
-    return part
+    return build
 
 
 def test_graphs(server):
@@ -514,17 +518,21 @@ def test_graphs(server):
     assert far(one[..., :4], two[..., :4])
 
 
-def test_branches_second_and_interrupted_runs(server):
-    place = {"place": lambda g: {"mask": mask(g, 1.0, half=True), "end": 0.7}}
-    parts = [run(1.4, 0.8, **place), run(1.4, 0.8), lambda g: g.sample(g.model(), g.edited(g.instructions(PROMPT)))]
-    first = latents(server, *parts)
+def test_branches_repeated_and_interrupted_runs(server):
+    masked_inputs = {"inputs": lambda g: {"mask": mask(g, 1.0, half=True), "end": 0.7}}
+    builders = [
+        run(1.4, 0.8, **masked_inputs),
+        run(1.4, 0.8),
+        lambda g: g.sample(g.model(), g.edited(g.instructions(PROMPT))),
+    ]
+    first = latents(server, *builders)
     assert far(first[0], first[1])
     graph = Graph()
-    graph.save(run(1.4, 0.8, **place, steps=2000)(graph))
+    graph.save(run(1.4, 0.8, **masked_inputs, steps=2000)(graph))
     prompt = server.submit(graph)
     time.sleep(2)
     server.interrupt()
     assert server.wait(prompt).interrupted
     server.free()
-    for part, want in zip(parts, first):
-        assert np.array_equal(latents(server, part)[0], want)
+    for build, expected in zip(builders, first):
+        assert np.array_equal(latents(server, build)[0], expected)

@@ -1,4 +1,4 @@
-"""What the model computes with slider adapters on it, apart from the papers' cases: nothing leaks, all combinations."""
+"""Slider adapters on the model: combinations, batches, dtypes, torch.compile, and a model that stays unchanged."""
 
 from __future__ import annotations
 
@@ -36,11 +36,14 @@ def gst():
     return read_adapter(GSTLORA)
 
 
-def text(*strengths: object, rows: int = 24, seed: int = 1, **options) -> list:
+def text(*strengths: object, num_tokens: int = 24, seed: int = 1, **options) -> list:
     cond = [
-        [noise(1, rows, 64, seed=seed), {"pooled_output": noise(1, 768, seed=seed + 1), "guidance": 3.5, **options}]
+        [
+            noise(1, num_tokens, 64, seed=seed),
+            {"pooled_output": noise(1, 768, seed=seed + 1), "guidance": 3.5, **options},
+        ]
     ]
-    spanned = attach_spans(cond, rows, SPANS[: len(strengths)])
+    spanned = attach_spans(cond, num_tokens, SPANS[: len(strengths)])
     return set_strengths(spanned, {f"strength_{k}": s for k, s in enumerate(strengths, 1)}) if strengths else cond
 
 
@@ -61,7 +64,7 @@ def test_strength_one_is_the_bare_model_bit_for_bit(golden_model, st, gst):
     assert far(bare, velocity_of(apply_gstlora(golden_model, gst, 0.0), X, SIGMA, text()))
 
 
-def test_nothing_stays_on_the_model(golden_model, st, gst):
+def test_model_is_unchanged_after_calls(golden_model, st, gst):
     bare = velocity_of(golden_model, X, SIGMA, text())
     patched = apply_gstlora(apply_stlora(golden_model, st), gst, 0.3)
     velocity_of(patched, X, SIGMA, text(0.0))
@@ -73,7 +76,7 @@ def test_nothing_stays_on_the_model(golden_model, st, gst):
     assert torch.equal(a, velocity_of(first, X, SIGMA, text()))
 
 
-def test_a_failing_block_leaves_nothing_behind(golden_model, st, gst):
+def test_model_is_unchanged_after_a_failing_block(golden_model, st, gst):
     patched = apply_gstlora(apply_stlora(golden_model, st), gst, 0.3)
     broken = patched.clone()
 
@@ -86,38 +89,38 @@ def test_a_failing_block_leaves_nothing_behind(golden_model, st, gst):
     assert not any("forward" in vars(m) for m in golden_model.model.modules())
 
 
-def test_anothers_forward_is_kept(golden_model, st):
+def test_foreign_forward_is_kept(golden_model, st):
     linear = golden_model.model.diffusion_model.double_blocks[0].txt_attn.qkv
     calls = []
-    own = linear.forward
-    linear.forward = lambda x: (calls.append(1), own(x))[1]
-    foreign = linear.forward
+    original_forward = linear.forward
+    linear.forward = lambda x: (calls.append(1), original_forward(x))[1]
+    foreign_forward = linear.forward
     try:
         velocity_of(apply_stlora(golden_model, st), X, SIGMA, text(0.0))
-        assert linear.forward is foreign
+        assert linear.forward is foreign_forward
         assert calls
     finally:
         del linear.forward
 
 
-def test_side_path_equals_merging(golden_model, gst):
+def test_lora_branch_equals_merging(golden_model, gst):
     merged = merge(golden_model, GSTLORA, 0.7)
     with loaded(merged):
-        want = velocity_of(merged, X, SIGMA, text())
-    assert near(want, velocity_of(apply_gstlora(golden_model, gst, 0.3), X, SIGMA, text()))
+        expected = velocity_of(merged, X, SIGMA, text())
+    assert near(expected, velocity_of(apply_gstlora(golden_model, gst, 0.3), X, SIGMA, text()))
 
 
 def merge(model, path, strength: float):
-    """What the stock LoRA loader does."""
+    """The model with a LoRA as the stock loader applies it, as weight patches."""
     merged, _ = comfy.sd.load_lora_for_models(model, None, load_file(path), strength, 0)
     return merged
 
 
 class loaded:
-    """ComfyUI's loading of a model's weight patches, and their removal."""
+    """Context manager in which ComfyUI has loaded a model and its weight patches."""
 
-    def __init__(self, model, **how):
-        self.model, self.how = model, how
+    def __init__(self, model, **options):
+        self.model, self.how = model, options
 
     def __enter__(self):
         comfy.model_management.unload_all_models()
@@ -128,7 +131,7 @@ class loaded:
 
 
 @pytest.mark.parametrize("order", ["lora first", "lora last"])
-def test_with_an_ordinary_lora(golden_model, st, gst, order):
+def test_with_merged_lora(golden_model, st, gst, order):
     def sliders(model):
         return apply_stlora(apply_gstlora(model, gst, 0.4), st)
 
@@ -137,14 +140,14 @@ def test_with_an_ordinary_lora(golden_model, st, gst, order):
 
     both = sliders(lora(golden_model)) if order == "lora first" else lora(sliders(golden_model))
     with loaded(both):
-        found = velocity_of(both, X, SIGMA, text(0.2))
+        result = velocity_of(both, X, SIGMA, text(0.2))
         only_lora = velocity_of(lora(golden_model), X, SIGMA, text())
     reference = apply_gstlora(apply_gstlora(apply_stlora(golden_model, st), gst, 0.4), read_adapter(OTHER), 0.2)
-    assert near(found, velocity_of(reference, X, SIGMA, text(0.2)))
-    assert far(found, only_lora)
+    assert near(result, velocity_of(reference, X, SIGMA, text(0.2)))
+    assert far(result, only_lora)
 
 
-def test_several_at_once_in_any_order(golden_model, st, gst):
+def test_adapters_in_any_order(golden_model, st, gst):
     other = read_adapter(OTHER)
     steps = [
         lambda m: apply_stlora(m, st),
@@ -165,22 +168,22 @@ def test_several_at_once_in_any_order(golden_model, st, gst):
     )
 
 
-def test_a_copy_for_a_further_gpu_uses_side_paths_of_its_own(recipe, manifest, tmp_path, st, gst):
+def test_copy_for_another_gpu_has_its_own_lora_branches(recipe, manifest, tmp_path, st, gst):
     save_file(recipe.flux_weights(manifest["model"]), tmp_path / "model.safetensors")
     model = comfy.sd.load_diffusion_model(str(tmp_path / "model.safetensors"), {"dtype": torch.float32})
     patched = apply_gstlora(apply_stlora(model, st), gst, 0.5)
     copied = patched.deepclone_multigpu(new_load_device=torch.device("cpu"))
-    want = velocity_of(patched, X, SIGMA, text(0.2))
-    assert near(want, velocity_of(copied, X, SIGMA, text(0.2)))
-    for side in copied.get_additional_models():
-        for parameter in side.model.parameters():
+    expected = velocity_of(patched, X, SIGMA, text(0.2))
+    assert near(expected, velocity_of(copied, X, SIGMA, text(0.2)))
+    for branches in copied.get_additional_models():
+        for parameter in branches.model.parameters():
             parameter.data = torch.full_like(parameter, torch.nan)
     assert velocity_of(copied, X, SIGMA, text(0.2)).isnan().any()
-    assert torch.equal(want, velocity_of(patched, X, SIGMA, text(0.2)))
+    assert torch.equal(expected, velocity_of(patched, X, SIGMA, text(0.2)))
 
 
-def test_a_moved_slider_leaves_no_orphans_to_collect(golden_model, gst, caplog):
-    """ComfyUI falls back from a clone that has gone to a patcher that is still there."""
+def test_changed_strength_causes_no_memory_leak_warning(golden_model, gst, caplog):
+    """ComfyUI replaces a deleted clone by a patcher that still exists."""
     first = apply_gstlora(golden_model, gst, 0.2)
     load_models_gpu([first, *first.get_nested_additional_models()])
     del first
@@ -195,9 +198,9 @@ def test_channels(golden_model, st):
     model = apply_stlora(golden_model, st, "faces")
     bare = velocity_of(golden_model, X, SIGMA, text())
     assert torch.equal(bare, velocity_of(model, X, SIGMA, text(0.0)))
-    named = set_strengths(attach_spans(text(), 24, SPANS[:1]), {"strength_1": 0.0}, "faces")
+    cond = set_strengths(attach_spans(text(), 24, SPANS[:1]), {"strength_1": 0.0}, "faces")
     assert torch.equal(
-        velocity_of(model, X, SIGMA, named), velocity_of(apply_stlora(golden_model, st), X, SIGMA, text(0.0))
+        velocity_of(model, X, SIGMA, cond), velocity_of(apply_stlora(golden_model, st), X, SIGMA, text(0.0))
     )
 
 
@@ -211,7 +214,7 @@ def test_strengths_act_on_their_own_cond(golden_model, st):
     assert near(both[:1], together[:1])
     assert far(both[1:], together[1:])
     assert near(both[1:], velocity_of(model, X, SIGMA, text(1.2, 0.3, seed=5)))
-    assert near(velocity_of(model, X, SIGMA, positive, text(0.3, rows=40, seed=5))[:1], together[:1])
+    assert near(velocity_of(model, X, SIGMA, positive, text(0.3, num_tokens=40, seed=5))[:1], together[:1])
 
 
 @pytest.mark.parametrize("references", [0, 1])
@@ -234,14 +237,14 @@ def test_batch_of_strengths_equals_single_runs(golden_model, st, gst, references
         assert near(swept[3 + k : 4 + k], velocity_of(one, X, SIGMA, text(seed=3, **options)))
 
 
-def test_batches_that_do_not_fit(golden_model, st, gst):
+def test_number_of_strengths_must_match_the_batch(golden_model, st, gst):
     with pytest.raises(SliderError, match="3 strengths for a batch of 2"):
         velocity_of(apply_stlora(golden_model, st), X.repeat(2, 1, 1, 1), SIGMA, text((0.0, 0.5, 1.0)))
     with pytest.raises(SliderError, match="3 strengths for a batch of 2"):
         velocity_of(apply_gstlora(golden_model, gst, (0.0, 0.5, 1.0)), X.repeat(2, 1, 1, 1), SIGMA, text())
 
 
-def test_longer_text_after_concat_and_shorter_text(golden_model, st):
+def test_concatenated_and_truncated_text(golden_model, st):
     model = apply_stlora(golden_model, st)
     [[cond, options]] = text(0.0)
     longer = [[torch.cat([cond, noise(1, 8, 64)], 1), options]]
@@ -250,17 +253,17 @@ def test_longer_text_after_concat_and_shorter_text(golden_model, st):
         velocity_of(model, X, SIGMA, [[cond[:, :16], options]])
 
 
-def test_only_the_spans_tokens_are_touched(golden_model, st):
-    """The first text linear's output changes in the rows of the span and nowhere else."""
-    seen = []
+def test_only_the_tokens_of_the_span_change(golden_model, st):
+    """The queries of the first block's text stream change at the tokens of the span only."""
+    queries = []
     linear = golden_model.model.diffusion_model.double_blocks[0].txt_attn.norm.query_norm
-    handle = linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    handle = linear.register_forward_pre_hook(lambda module, args: queries.append(args[0].clone()))
     try:
         velocity_of(golden_model, X, SIGMA, text())
         velocity_of(apply_stlora(golden_model, st), X, SIGMA, text(0.0))
     finally:
         handle.remove()
-    changed = (seen[0] != seen[1]).any(dim=(0, 1, 3)).nonzero().flatten().tolist()
+    changed = (queries[0] != queries[1]).any(dim=(0, 1, 3)).nonzero().flatten().tolist()
     assert changed == list(SPANS[0].tokens)
 
 
@@ -274,13 +277,13 @@ def test_torch_compile(golden_model, st, gst, when):
     base = compiled(golden_model)
     for strength in (0.3, 0.6):
         model = sliders(base, strength) if when == "compiled first" else compiled(sliders(golden_model, strength))
-        want = velocity_of(sliders(golden_model, strength), X, SIGMA, text(strength, 0.5))
-        assert near(velocity_of(model, X, SIGMA, text(strength, 0.5)), want)
+        expected = velocity_of(sliders(golden_model, strength), X, SIGMA, text(strength, 0.5))
+        assert near(velocity_of(model, X, SIGMA, text(strength, 0.5)), expected)
         bare = velocity_of(golden_model, X, SIGMA, text())
         assert near(velocity_of(base, X, SIGMA, text()), bare)
 
 
-def test_a_moved_slider_does_not_recompile(golden_model, st, gst):
+def test_changed_strength_does_not_recompile(golden_model, st, gst):
     torch._dynamo.reset()
     base = compiled(golden_model)
     counts = []
@@ -300,41 +303,41 @@ def test_stored_dtypes(recipe, manifest, st, gst, dtype):
     assert stored.dtype == dtype
     same_values = {k: v.to(dtype).float() for k, v in recipe.flux_weights(manifest["model"]).items()}
     full = comfy.sd.load_diffusion_model_state_dict(same_values, model_options={"dtype": torch.float32})
-    found = velocity_of(apply_gstlora(apply_stlora(model, st), gst, 0.4), X, SIGMA, text(0.0))
-    want = velocity_of(apply_gstlora(apply_stlora(full, st), gst, 0.4), X, SIGMA, text(0.0))
+    result = velocity_of(apply_gstlora(apply_stlora(model, st), gst, 0.4), X, SIGMA, text(0.0))
+    expected = velocity_of(apply_gstlora(apply_stlora(full, st), gst, 0.4), X, SIGMA, text(0.0))
     bare = velocity_of(full, X, SIGMA, text())
-    assert (found - want).abs().mean() < 0.1 * (want - bare).abs().mean()
+    assert (result - expected).abs().mean() < 0.1 * (expected - bare).abs().mean()
     assert stored.dtype == dtype
 
 
-def test_partly_loaded_model(golden_model, st, gst):
-    want = velocity_of(apply_gstlora(apply_stlora(golden_model, st), gst, 0.4), X, SIGMA, text(0.0))
+def test_partially_loaded_model(golden_model, st, gst):
+    expected = velocity_of(apply_gstlora(apply_stlora(golden_model, st), gst, 0.4), X, SIGMA, text(0.0))
     model = apply_gstlora(apply_stlora(golden_model.clone(), st), gst, 0.4)
     with loaded(model, lowvram_model_memory=10_000):
-        casting = [m for m in model.model.modules() if getattr(m, "comfy_cast_weights", False)]
-        assert len(casting) > 10
-        assert near(velocity_of(model, X, SIGMA, text(0.0)), want)
+        casting_modules = [m for m in model.model.modules() if getattr(m, "comfy_cast_weights", False)]
+        assert len(casting_modules) > 10
+        assert near(velocity_of(model, X, SIGMA, text(0.0)), expected)
 
 
 def test_opaque_linears(golden_model, st, gst):
-    """Weights that are no plain tensors to us, as GGUF's are: only input and output of the linear are used."""
+    """Adapters work on linears without accessible weights, as GGUF's: they use only input and output."""
 
     class Opaque(torch.nn.Module):
         def __init__(self, linear):
             super().__init__()
             self.in_features, self.out_features = linear.in_features, linear.out_features
-            self.hidden = [linear]
+            self.wrapped = [linear]
 
         def forward(self, x):
-            return self.hidden[0](x)
+            return self.wrapped[0](x)
 
     model = golden_model.clone()
     block = model.model.diffusion_model.double_blocks[0]
     linear = block.txt_attn.qkv
-    want = velocity_of(apply_gstlora(apply_stlora(model, st), gst, 0.4), X, SIGMA, text(0.0))
+    expected = velocity_of(apply_gstlora(apply_stlora(model, st), gst, 0.4), X, SIGMA, text(0.0))
     block.txt_attn.qkv = Opaque(linear)
     try:
-        found = velocity_of(apply_gstlora(apply_stlora(model, st), gst, 0.4), X, SIGMA, text(0.0))
+        result = velocity_of(apply_gstlora(apply_stlora(model, st), gst, 0.4), X, SIGMA, text(0.0))
     finally:
         block.txt_attn.qkv = linear
-    assert near(found, want)
+    assert near(result, expected)

@@ -175,7 +175,7 @@ def test_pickled_code_is_not_executed(home):
     assert not (home / "it ran").exists()
 
 
-@pytest.mark.parametrize("what", ["missing tensor", "wrong shape"])
+@pytest.mark.parametrize("defect", ["missing tensor", "wrong shape"])
 def test_weights_of_another_network(home, random_weights, defect):
     weights = dict(random_weights)
     if defect == "missing tensor":
@@ -293,7 +293,7 @@ def test_missing_dreamsim_package(checkpoint, monkeypatch):
         dreamsim_distances(sweep(2), checkpoint)
 
 
-@pytest.mark.parametrize("what", ["missing layers", "another network"])
+@pytest.mark.parametrize("defect", ["missing layers", "another network"])
 def test_wrong_dreamsim_adapter(checkpoint, tmp_path, defect):
     link_checkpoint(checkpoint, tmp_path, FILES[2])
     adapter = load_file(checkpoint / FILES[2])
