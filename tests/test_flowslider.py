@@ -117,9 +117,9 @@ def test_prompts_with_references_masks_and_different_lengths(golden_model):
 
 def test_patched_models(golden_model):
     """A patch that changes the prediction takes effect; at strength 1 it has none. torch.compile works."""
-    one, half = (blend_velocity(golden_model, -photo(golden_model), (s,)) for s in (1.0, 0.5))
+    full, half = (blend_velocity(golden_model, -photo(golden_model), (s,)) for s in (1.0, 0.5))
     unpatched = edit_source(golden_model)
-    assert near(edit_source(one), unpatched)
+    assert near(edit_source(full), unpatched)
     assert far(edit_source(half), unpatched)
     torch._dynamo.reset()
     assert near(edit_source(compiled(golden_model)), unpatched)
@@ -147,10 +147,10 @@ def test_source_batch_with_noise_and_strength_per_image(golden_model):
     for strengths in ((0.6,), (0.6, 1.7)):
         result = edit_source(golden_model, strengths, latent=sources, noise=noise_batch)
         for k in range(2):
-            one = reference_edit(
+            expected = reference_edit(
                 golden_model, strengths[-1 if k else 0], latent=sources[k : k + 1], from_noise=noise_batch[k : k + 1]
             )
-            assert near(result[k : k + 1], one)
+            assert near(result[k : k + 1], expected)
 
 
 def test_model_is_unchanged_after_runs_and_interruptions(golden_model):

@@ -237,8 +237,8 @@ def cosine_first(p: StrengthProjector) -> StrengthProjector:
 
 
 def pooled_first(p: StrengthProjector) -> StrengthProjector:
-    (weight, bias), *unspanned = p.layers
-    return replace(p, layers=((weight.roll(p.extender[0].shape[0], 1), bias), *unspanned))
+    (weight, bias), *remaining_layers = p.layers
+    return replace(p, layers=((weight.roll(p.extender[0].shape[0], 1), bias), *remaining_layers))
 
 
 PROJECTOR_VARIANTS = {

@@ -280,8 +280,8 @@ def test_text_and_image_fractions_sum_to_one(golden_model):
 
 def test_image_of_a_batch(golden_model):
     batch, samples = view_attention(golden_model, batched_text(), EMPTY.repeat(3, 1, 1, 1), batch_index=2)
-    alone, one = view_attention(golden_model, edit_text(2))
-    assert near(samples[2:], one)
+    alone, alone_samples = view_attention(golden_model, edit_text(2))
+    assert near(samples[2:], alone_samples)
     for layer in range(7):
         assert torch.allclose(batch.image[layer], alone.image[layer], atol=1e-4)
 

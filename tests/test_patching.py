@@ -120,11 +120,11 @@ class loaded:
     """Context manager in which ComfyUI has loaded a model and its weight patches."""
 
     def __init__(self, model, **options):
-        self.model, self.how = model, options
+        self.model, self.options = model, options
 
     def __enter__(self):
         comfy.model_management.unload_all_models()
-        self.model.patch_model(self.model.load_device, **self.how)
+        self.model.patch_model(self.model.load_device, **self.options)
 
     def __exit__(self, *exc):
         self.model.unpatch_model(self.model.offload_device)

@@ -97,8 +97,8 @@ def test_vision_models(kind):
     assert kind in result.metric_name
     assert result.adjacent[3] == 0
     assert all(0 < distance < 2 for k, distance in enumerate(result.adjacent) if k != 3)
-    one, other = (vision_features(picture[None], model)[0] for picture in images[8:])
-    assert result.adjacent[8] == pytest.approx(1 - torch.cosine_similarity(one, other, dim=0).item(), abs=1e-5)
+    first, second = (vision_features(image[None], model)[0] for image in images[8:])
+    assert result.adjacent[8] == pytest.approx(1 - torch.cosine_similarity(first, second, dim=0).item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("count", [0, 1])
