@@ -185,9 +185,9 @@ def load_flux(recipe, config):
 
 def test_other_models_are_rejected_and_other_dtypes_accepted(golden_model, recipe, manifest, trajectory):
     config = manifest["model"]
-    for other in ({"seed": 99}, {"hidden": 128}):
-        with pytest.raises(SliderError, match=r"The trajectory was made with a different"):
-            edit_from_trajectory(load_flux(recipe, config | other), batched_text(), trajectory)
+    for change, message in (({"seed": 99}, "a different FLUX.1 model"), ({"hidden": 128}, "another model")):
+        with pytest.raises(SliderError, match=f"The trajectory was made with {message}"):
+            edit_from_trajectory(load_flux(recipe, config | change), batched_text(), trajectory)
     for dtype in (torch.bfloat16, torch.float8_e4m3fn):
         rounded = {key: value.to(dtype) for key, value in recipe.flux_weights(config).items()}
         trajectory.check_model(comfy.sd.load_diffusion_model_state_dict(rounded, model_options={"dtype": dtype}))
