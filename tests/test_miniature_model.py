@@ -30,9 +30,9 @@ def test_it_follows_instructions(edits_at_once, least):
 def test_its_loss_is_that_of_its_training():
     frozen = FrozenModel.load(MODELS / model.TRANSFORMER, "float32", gradient_checkpointing=False)
     encoders = TextEncoders(load_file(MODELS / model.T5), load_file(MODELS / model.CLIP_L))
-    lessons = transformer.TransformerTraining(frozen, encoders, encode_tasks(Autoencoder(), validation_tasks(20, 2)))
+    training = transformer.TransformerTraining(frozen, encoders, encode_tasks(Autoencoder(), validation_tasks(20, 2)))
     with torch.no_grad(), frozen.patched({}):
-        losses = [lessons.loss(step).item() for step in range(8)]
+        losses = [training.loss(step).item() for step in range(8)]
     points = [json.loads(line) for line in CURVE.read_text().splitlines()]
     assert sum(losses) / len(losses) < 3 * points[-1]["loss"]
 

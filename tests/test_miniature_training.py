@@ -154,13 +154,13 @@ def test_the_random_transformer_predicts_its_input(autoencoder, encoders):
 def test_its_loss_falls(autoencoder, encoders):
     """A few steps on few samples; the same step gives the same loss."""
     frozen = random_model()
-    lessons = TransformerTraining(frozen, encoders, encode_tasks(autoencoder, tasks(4)))
+    training = TransformerTraining(frozen, encoders, encode_tasks(autoencoder, tasks(4)))
     optimizer = torch.optim.AdamW(frozen.network.parameters(), lr=2e-3)
     losses = []
     with frozen.patched({}):
-        assert lessons.loss(0).item() == lessons.loss(0).item()
+        assert training.loss(0).item() == training.loss(0).item()
         for step in range(16):
-            losses.append(lessons.loss(step))
+            losses.append(training.loss(step))
             losses[-1].backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -512,7 +512,7 @@ def tensors_of(file) -> dict[str, torch.Tensor]:
 
 def test_trained_files_change_the_image(files, server):
     for method, file in files.items():
-        shutil.copy(file, server.model / "models" / "loras" / f"trained_{method}.safetensors")
+        shutil.copy(file, server.base / "models" / "loras" / f"trained_{method}.safetensors")
 
     def latent(graph, model, conditioning):
         node = graph.save(graph.sample(model, graph.edited(conditioning)))
