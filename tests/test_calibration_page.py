@@ -9,8 +9,8 @@ from playwright.sync_api import Locator, expect
 from support.browser import ComfyPage
 from support.graphs import Graph
 from support.slider_page import scroll_into_view
-from test_calibration import BAD, CURVE
-from test_sweep_metrics import grays, pictures, strengths
+from test_calibration import CURVE, INVALID_CURVES
+from test_sweep_metrics import gray_colors, image_batch, strength_list
 
 from slider_core.metrics.calibration import parse_calibration
 
@@ -86,7 +86,7 @@ def test_the_curve_of_the_text(view):
     view.set_widget(NODE, "on", False)
     expect_description(view, NO_CURVE)
     view.set_widget(NODE, "on", True)
-    for text, _ in BAD:
+    for text, _ in INVALID_CURVES:
         view.set_widget(NODE, "curve", text)
         assert view.page.locator(".es-curve-error").is_visible(), text
         assert points(view).count() == 0, text
@@ -123,8 +123,8 @@ def test_the_curve_of_the_text(view):
 @pytest.mark.newer_frontend_too
 def test_a_linked_curve_is_drawn_after_a_run_and_kept(view):
     g = Graph()
-    images, listed = pictures(g, *grays(0, 0, 10, 110, 210)), strengths(g, "0 .25 .5 .75 1")
-    open_graph(view, graph(g, g.add("EditSlidersCalibrate", images=images, strengths=listed), 0.3))
+    images, strengths = image_batch(g, *gray_colors(0, 0, 10, 110, 210)), strength_list(g, "0 .25 .5 .75 1")
+    open_graph(view, graph(g, g.add("EditSlidersCalibrate", images=images, strengths=strengths), 0.3))
     assert "comes from another node" in view.page.locator(".es-plot").inner_text()
     expect(keep_button(view)).to_be_hidden()
 

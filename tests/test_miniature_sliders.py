@@ -24,7 +24,7 @@ sys.path.append(str(REPO / "demo"))
 
 from models import MINIATURE, MINIATURE_FOLDER
 from show import server_with_miniature
-from test_templates import template, the, without_upscaling
+from test_templates import only, template, without_upscaling
 
 SCENES = 6
 UP = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -156,7 +156,7 @@ def test_the_templates_slide_over_the_api(view, server, miniature_server, name):
     node, strength = STRENGTH_OF[name]
     found = []
     for value in (0.0, 1.0):
-        inputs = graph[the(graph, node)]["inputs"]
+        inputs = graph[only(graph, node)]["inputs"]
         inputs |= {strength: value, **({"strength_2": 1.0} if several else {})}
         looks = looks_of(miniature_server, graph, source)
         found.append([reached_strength(edit, source, looks[0]) for edit in edits])
@@ -184,7 +184,7 @@ def looks_of(server: ComfyServer, graph: Graph, source: Scene) -> list[SceneAttr
     """The attributes measured in the images of a graph."""
     result = server.run(graph)
     assert result.ok, result.error
-    return [read_attributes(as_floats(picture), source) for picture in result.images(the(graph, "SaveImage"))]
+    return [read_attributes(as_floats(picture), source) for picture in result.images(only(graph, "SaveImage"))]
 
 
 def as_floats(picture: Image.Image) -> np.ndarray:
