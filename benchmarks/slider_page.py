@@ -1,4 +1,4 @@
-"""Smoothness of the Slider Prompt in the page, in a headless browser on this machine.
+"""Smoothness of Edit Strength Sliders in the page, in a headless browser on this machine.
 
     python run.py benchmark [--repeats N]
 

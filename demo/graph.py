@@ -113,7 +113,7 @@ def _prompt(models: Models, instructions: Sequence[str]) -> Node:
 
 
 def _strength(graph: Graph, name: str, strength: Strengths) -> float | list[str | int]:
-    """The value of a strength input: the number, or a link to a Strength List node called `name`."""
+    """The value of a strength input: the number, or a link to a Sweep Strengths (List) node called `name`."""
     if isinstance(strength, float):
         return strength
     graph[name] = _node("EditSlidersStrengthList", values=", ".join(map(str, strength)))

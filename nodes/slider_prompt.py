@@ -96,7 +96,7 @@ class SliderPrompt(io.ComfyNode):
 
 
 def last_clip() -> CLIP | None:
-    """The CLIP that a Slider Prompt used last, as long as a node still holds it."""
+    """The CLIP that an Edit Strength Sliders node used last, as long as a node still holds it."""
     return _last_clip[0]() if _last_clip else None
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-SLIDER_PROMPT = "Slider Prompt"
+SLIDER_PROMPT = "Edit Strength Sliders (Live)"
 ENCODE_INSTRUCTIONS = "Encode Instructions"
-INSTRUCTION_STRENGTHS = "Instruction Strengths"
+INSTRUCTION_STRENGTHS = "Strength per Instruction"
 SELECT_PHRASE = "Select Phrase"
-MASK_AND_SCHEDULE = "Slider Mask and Schedule"
+MASK_AND_SCHEDULE = "Limit Sliders (Mask and Schedule)"
 
-LOAD_ADAPTER = "Load Slider Adapter"
+LOAD_ADAPTER = "Load Slider Adapter (SliderEdit)"
 APPLY_STLORA = "Apply Slider Adapter (Per Instruction)"
 APPLY_GSTLORA = "Apply Slider Adapter (Whole Prompt)"
 LOAD_PROJECTOR = "Load Strength Projector"
@@ -17,7 +17,7 @@ PROJECTOR_STRENGTH = "Projector Strength"
 
 PROMPT_DIFFERENCE = "Prompt Difference (Per-Instruction Guidance)"
 VELOCITY_BLENDING = "Velocity Blending (VeloEdit)"
-FLOWSLIDER = "FlowSlider Sampler"
+FLOWSLIDER = "FlowSlider Sampler (FlowEdit)"
 APPLY_TRAINING_FREE = "Apply Training-Free Sliders"
 
 BATCH_PROMPTS = "Batch Prompts (Stable Flow)"
@@ -33,9 +33,9 @@ KEEP_CACHED_SOURCE = "Keep Cached Source (Stable Flow)"
 FIND_VITAL_LAYERS = "Find Vital Layers"
 ATTENTION_MAP = "Attention Map"
 
-STRENGTH_RANGE = "Strength Range"
-STRENGTH_LIST = "Strength List"
-STRENGTH_GRID = "Strength Grid"
+STRENGTH_RANGE = "Sweep Strengths (Range)"
+STRENGTH_LIST = "Sweep Strengths (List)"
+STRENGTH_GRID = "Sweep Strengths (Grid)"
 REPEAT_LATENT_FOR_SWEEP = "Repeat Latent for Sweep"
 SAVE_SWEEP_GRID = "Save Sweep Grid"
 MEASURE_SWEEP = "Measure Sweep"

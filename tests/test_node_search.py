@@ -12,12 +12,13 @@ from playwright.sync_api import expect
 from slider_core import node_names as names
 
 FIRST = {  # of all nodes
-    "strength": names.STRENGTH_LIST,  # the shortest name that starts with it
-    "edit strength": names.STRENGTH_LIST,  # the shortest node id with both words
+    "strength": names.INSTRUCTION_STRENGTHS,
+    "edit strength": names.SLIDER_PROMPT,
     "intensity": names.SLIDER_PROMPT,
     "how strong": names.SLIDER_PROMPT,
     "slider": names.SLIDER_PROMPT,
     "lora strength": names.SLIDER_PROMPT,
+    "live": names.SLIDER_PROMPT,
     "stlora": names.APPLY_STLORA,
     "gstlora": names.APPLY_GSTLORA,
     "veloedit": names.VELOCITY_BLENDING,
@@ -27,7 +28,6 @@ FIRST = {  # of all nodes
 }
 FIRST_OF_THE_PACK = {  # after stock nodes with similar names
     "kontext": names.SLIDER_PROMPT,
-    "live": names.SLIDER_PROMPT,
 }
 
 

@@ -1,4 +1,4 @@
-"""The Slider Prompt node over the API and in the page, on the canvas and in Nodes 2.0."""
+"""The Edit Strength Sliders node over the API and in the page, on the canvas and in Nodes 2.0."""
 
 from __future__ import annotations
 

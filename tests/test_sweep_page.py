@@ -1,4 +1,4 @@
-"""Sweeps of the Slider Prompt node in the page: the filmstrip, selecting an image, saving."""
+"""Sweeps of the Edit Strength Sliders node in the page: the filmstrip, selecting an image, saving."""
 
 from __future__ import annotations
 

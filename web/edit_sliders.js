@@ -63,7 +63,7 @@ function reattachAll() {
 }
 
 /**
- * A command for the selected Slider Prompts, or for all of the current graph if none is selected.
+ * A command for the selected Edit Strength Sliders nodes, or for all of the current graph if none is selected.
  * @param {string} name
  * @param {string} label
  * @param {string} icon

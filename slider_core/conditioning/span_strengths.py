@@ -68,7 +68,7 @@ def attach_spans(conditioning: Conditioning, length: int, spans: Sequence[Span],
 
     length: number of text tokens of the prompt that the spans were found in; padding: how many of them, at the end,
     are padding. Raises SliderError when the conditioning has another number of tokens, or has already been through
-    'Slider Mask and Schedule'.
+    'Limit Sliders (Mask and Schedule)'.
     """
     out = []
     for cond, options in conditioning:

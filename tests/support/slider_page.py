@@ -1,4 +1,4 @@
-"""Graphs with a Slider Prompt node, and locators of its elements in the page."""
+"""Graphs with an Edit Strength Sliders node, and locators of its elements in the page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TWO_INSTRUCTIONS = "make the cat older\nmake the wall (golden:1.2)"
 
 
 def prompt_graph(text: str = TWO_INSTRUCTIONS, **strengths: object) -> Graph:
-    """A Slider Prompt node and a sampler, in API format."""
+    """An Edit Strength Sliders node and a sampler, in API format."""
     g = Graph()
     defaults = {f"strength_{k}": 1.0 for k in range(1, 51)}  # otherwise the page keeps the values of the graph before
     inputs: dict[str, Any] = {
@@ -131,7 +131,7 @@ def queued_job_ids(server: ComfyServer, status: str) -> list[str]:
 
 
 def move_into_subgraph(view: ComfyPage) -> None:
-    """Convert the Slider Prompt node into a subgraph and open the subgraph."""
+    """Convert the Edit Strength Sliders node into a subgraph and open the subgraph."""
     view.page.evaluate(
         """type => {
             const outer = app.graph.convertToSubgraph(new Set(app.graph.findNodesByType(type)))

@@ -13,13 +13,13 @@ const settingId = (key) => `EditSliders.${key[0].toUpperCase()}${key.slice(1)}`
 export const SETTINGS = [
   numeric('lowest', {
     name: 'Slider minimum of new nodes',
-    category: [CATEGORY, 'Slider Prompt', 'lowest'],
+    category: [CATEGORY, 'Edit Strength Sliders', 'lowest'],
     defaultValue: -0.5,
     attrs: { min: -5, max: 0, step: 0.1, maxFractionDigits: 2 }
   }),
   numeric('highest', {
     name: 'Slider maximum of new nodes',
-    category: [CATEGORY, 'Slider Prompt', 'highest'],
+    category: [CATEGORY, 'Edit Strength Sliders', 'highest'],
     defaultValue: 2,
     attrs: { min: 0, max: 5, step: 0.1, maxFractionDigits: 2 }
   }),
