@@ -14,7 +14,7 @@ from comfy.patcher_extension import WrappersMP
 from conftest import GOLDEN
 from support.graphs import Graph, Link
 from support.model_calls import noise, velocity_of
-from support.outcomes import far, latents, near
+from support.outcomes import differ, latents, near
 
 from slider_core.adapters.adapter_file import read_adapter
 from slider_core.adapters.gstlora import apply_gstlora
@@ -187,7 +187,7 @@ def test_split_grid_equals_the_full_batch_and_single_runs(server):
     single_runs = latents(server, *(single(*strengths) for strengths in combinations))
     for k, single_latents in enumerate(single_runs):
         assert near(full_batch[k], single_latents[0])
-        assert all(far(single_latents, other) for other in single_runs[:k])
+        assert all(differ(single_latents, other) for other in single_runs[:k])
     guided = latents(server, swept(None, cfg=2.0), swept(4, cfg=2.0))
     assert near(*guided)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.comfy_server import PromptRejected
 from support.graphs import Graph
-from support.outcomes import far, latents, near
+from support.outcomes import differ, latents, near
 from test_miniature_sliders import ADAPTERS, it  # noqa: F401
 from test_sweep_metrics import gray_colors, gray_images, image_batch, strength_list
 
@@ -230,8 +230,8 @@ def test_calibrated_sliders_are_even(it, name):  # noqa: F811
 def test_calibrate_and_calibrated_strength(server):
     """The curve maps positions to strengths; switched off, the node returns the position itself."""
     g = Graph()
-    images, listed = image_batch(g, *gray_colors(0, 0, 10, 110, 210)), strength_list(g, "0 .25 .5 .75 1")
-    node, _ = g.add("EditSlidersCalibrate", images=images, strengths=listed)
+    images, strengths = image_batch(g, *gray_colors(0, 0, 10, 110, 210)), strength_list(g, "0 .25 .5 .75 1")
+    node, _ = g.add("EditSlidersCalibrate", images=images, strengths=strengths)
     previews = {name: g.add("PreviewAny", source=[node, output])[0] for name, output in (("curve", 0), ("report", 2))}
     plot = g.add("PreviewImage", images=[node, 1])[0]
     for name, inputs in {"on": {"on": True}, "off": {"on": False}, "empty": {"on": True, "curve": ""}}.items():
@@ -301,7 +301,7 @@ def test_every_slider_node_accepts_calibrated_strengths(server, output):
     builders = [build(calibrates) for build in (gst, st, projected) for calibrates in (True, False)]
     outs = latents(server, *builders, lambda g: g.sample(g.gstlora(g.model(), 0.5), g.edited(g.stock_text("a cat"))))
     assert all(near(outs[k], outs[k + 1]) for k in (0, 2, 4))
-    assert far(outs[0], outs[-1])
+    assert differ(outs[0], outs[-1])
 
 
 def test_invalid_curve_is_rejected(server):

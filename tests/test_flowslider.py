@@ -9,7 +9,7 @@ import torch
 from support.comfy_server import PromptRejected
 from support.graphs import Graph, Link
 from support.model_calls import compiled, noise, velocity_of
-from support.outcomes import far, latents, near
+from support.outcomes import differ, latents, near
 from support.stable_flow import LATENT, edit_text, photo, sigmas_of, source_text
 
 from slider_core.errors import SliderError
@@ -70,7 +70,7 @@ def test_equal_prompts_keep_the_source(golden_model):
 def test_start(golden_model):
     result = edit_source(golden_model, start=0.3)
     assert near(result, reference_edit(golden_model, 0.6, first=1))
-    assert far(result, edit_source(golden_model))
+    assert differ(result, edit_source(golden_model))
 
 
 @pytest.mark.parametrize(("end", "num_steered"), [(0.1, 1), (0.5, 2), (1.0, 3)])
@@ -85,7 +85,7 @@ def test_end(golden_model, end, num_steered):
     edit_source(counted, end=end)
     assert sum(calls) == 2 * STEPS + num_steered
     if num_steered < STEPS:
-        assert far(edit_source(golden_model, end=end), edit_source(golden_model))
+        assert differ(edit_source(golden_model, end=end), edit_source(golden_model))
 
 
 def test_empty_schedule_range_is_rejected(golden_model):
@@ -99,7 +99,7 @@ def test_noise_mask_keeps_the_source_outside(golden_model):
     result = edit_source(golden_model, mask=mask)
     assert near(result, reference_edit(golden_model, 0.6, mask=mask[:, 4::8, 4::8]))
     assert near(result[..., 4:], photo(golden_model)[..., 4:])
-    assert far(result[..., :4], photo(golden_model)[..., :4])
+    assert differ(result[..., :4], photo(golden_model)[..., :4])
 
 
 def test_prompts_with_references_masks_and_different_lengths(golden_model):
@@ -111,8 +111,8 @@ def test_prompts_with_references_masks_and_different_lengths(golden_model):
     target = [*edit_text(1, **reference, mask=left), *edit_text(2, num_tokens=17, **reference, mask=1 - left)]
     result = edit_source(golden_model, source=source, target=target)
     assert near(result, reference_edit(golden_model, 0.6, source, target))
-    assert far(result, edit_source(golden_model))
-    assert far(result, edit_source(golden_model, source=source, target=target[:1]))
+    assert differ(result, edit_source(golden_model))
+    assert differ(result, edit_source(golden_model, source=source, target=target[:1]))
 
 
 def test_patched_models(golden_model):
@@ -120,7 +120,7 @@ def test_patched_models(golden_model):
     full, half = (blend_velocity(golden_model, -photo(golden_model), (s,)) for s in (1.0, 0.5))
     unpatched = edit_source(golden_model)
     assert near(edit_source(full), unpatched)
-    assert far(edit_source(half), unpatched)
+    assert differ(edit_source(half), unpatched)
     torch._dynamo.reset()
     assert near(edit_source(compiled(golden_model)), unpatched)
 
@@ -180,7 +180,7 @@ def test_progress(golden_model):
     expected, latent = (golden_model.model.latent_format.process_out(x) for x in calls[-1][1:3])
     assert near(expected, result)
     assert near(latent, result)
-    assert far(calls[0][1], calls[0][2])
+    assert differ(calls[0][1], calls[0][2])
 
 
 def test_errors(golden_model):
@@ -244,7 +244,7 @@ def test_graphs(server):
     assert near(swept_latents[:1], source)
     assert near(swept_latents[1:2], half)
     for different in (source, other_seed, lora, later, shorter):
-        assert far(half, different)
+        assert differ(half, different)
     server.free()
     after, again = latents(server, rendered, lambda g: flowslider(g, seed=7, steps=2))
     assert np.array_equal(after, before)

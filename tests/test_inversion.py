@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.model_calls import compiled, noise, velocity_of
-from support.outcomes import far, near
+from support.outcomes import differ, near
 from support.stable_flow import LATENT, batched_text, photo, sigmas_of, source_text
 
 from slider_core.errors import SliderError
@@ -72,9 +72,9 @@ def test_source_modes(golden_model, trajectory):
     }
     source = golden_model.model.latent_format.process_out(trajectory.latents[-1:])
     assert near(outs[SourceMode.TRAJECTORY][:1], source)
-    assert far(outs[SourceMode.CACHED][:1], source)
-    assert far(outs[SourceMode.TRAJECTORY][1:], outs[SourceMode.PUBLISHED][1:])
-    assert far(outs[SourceMode.TRAJECTORY][1:], outs[SourceMode.CACHED][1:])
+    assert differ(outs[SourceMode.CACHED][:1], source)
+    assert differ(outs[SourceMode.TRAJECTORY][1:], outs[SourceMode.PUBLISHED][1:])
+    assert differ(outs[SourceMode.TRAJECTORY][1:], outs[SourceMode.CACHED][1:])
 
 
 def test_torch_compile(golden_model, trajectory):

@@ -15,7 +15,7 @@ from conftest import GOLDEN
 from node_helpers import conditioning_set_values
 from support.graphs import Graph, Link
 from support.model_calls import compiled, noise, velocity_of
-from support.outcomes import far, latents, near
+from support.outcomes import differ, latents, near
 
 from slider_core.adapters.adapter_file import read_adapter
 from slider_core.adapters.gstlora import apply_gstlora
@@ -108,7 +108,7 @@ def test_empty_mask_is_the_outside_strength_bit_for_bit(method, strength):
     assert "mask" not in result[0][1]
     expected = velocity_of(model, X, SIGMA, cond(OUTSIDE))
     assert torch.equal(velocity_of(model, X, SIGMA, result), expected)
-    assert far(expected, velocity_of(model, X, SIGMA, cond(strength)))
+    assert differ(expected, velocity_of(model, X, SIGMA, cond(strength)))
     suppressed = apply_mask_and_schedule(cond(0.0), torch.zeros(1, 8, 8), outside_strength=1.0)
     assert torch.equal(velocity_of(model, X, SIGMA, suppressed), velocity_of(model, X, SIGMA, cond(1.0)))
 
@@ -126,7 +126,7 @@ def test_strengths_inside_and_outside_the_mask(method, strength, references):
     result = velocity_of(
         model, x, SIGMA, apply_mask_and_schedule(cond(strength, **options), soft, outside_strength=OUTSIDE)
     )
-    assert far(inside, outside)
+    assert differ(inside, outside)
     assert near(result[..., :4], inside[..., :4])
     assert near(result[..., 5:], outside[..., 5:])
     assert near(result[..., 4], 0.25 * inside[..., 4] + 0.75 * outside[..., 4])
@@ -143,7 +143,7 @@ def test_gstloras_of_the_model_follow_the_mask(golden_model, gst, st):
     outside = velocity_of(model(OUTSIDE, OUTSIDE), X, SIGMA, at(OUTSIDE))
     split = apply_mask_and_schedule(at(1.0), LEFT, outside_strength=OUTSIDE)
     result = velocity_of(model(0.9, 1.2), X, SIGMA, split)
-    assert far(inside, outside)
+    assert differ(inside, outside)
     assert near(result[..., :4], inside[..., :4])
     assert near(result[..., 4:], outside[..., 4:])
     sweep, x = model((0.2, 1.0, 1.5)), X.repeat(3, 1, 1, 1)
@@ -180,7 +180,7 @@ def test_several_entries_with_their_own_masks(golden_model, st):
     split = apply_mask_and_schedule(entries, LEFT)
     assert len(split) == 4
     result = velocity_of(model, X, SIGMA, split)
-    assert far(inside, outside)
+    assert differ(inside, outside)
     assert near(result[..., :4], inside[..., :4])
     assert near(result[..., 4:], outside[..., 4:])
     right = apply_mask_and_schedule(at(1.4, mask=1 - LEFT), LEFT)
@@ -229,7 +229,7 @@ def test_each_sigma_has_one_strength_at_the_borders_too(golden_model, st):
         beyond = [torch.nextafter(border, torch.tensor(to)) for to in (0.0, 1.0)]
         for sigma in (border, *beyond):
             velocity = velocity_of(model, X, sigma.item(), own_range)
-            active = far(X, velocity * sigma)  # if ComfyUI skips the entry, its prediction is 0
+            active = differ(X, velocity * sigma)  # if ComfyUI skips the entry, its prediction is 0
             expected = velocity_of(model, X, sigma.item(), at(1.5 if active else OUTSIDE))
             assert torch.equal(velocity_of(model, X, sigma.item(), split), expected), (percent, sigma)
             outcomes.append(active)
@@ -250,7 +250,7 @@ def test_mask_for_one_instruction(golden_model, st, gst, strengths):
     split = apply_mask_and_schedule(conditioning, LEFT, outside_strength=OUTSIDE, instructions=[2])
     inside, outside = (velocity_of(model, x, SIGMA, at(strengths[0], second)) for second in (strengths[1], OUTSIDE))
     result = velocity_of(model, x, SIGMA, split)
-    assert far(inside, outside)
+    assert differ(inside, outside)
     assert near(result[..., :4], inside[..., :4])
     assert near(result[..., 4:], outside[..., 4:])
     assert torch.equal(velocity_of(model, x, SIGMA, conditioning), inside)
@@ -326,7 +326,7 @@ def test_phrases_selected_later_keep_the_strengths(golden_model, st):
     first = set_strengths(attach_spans(plain(), TEXT_TOKENS, SPANS[:1]), {"strength_1": FIRST, "strength_2": 1.0})
     both = attach_spans(first, TEXT_TOKENS, [Span("inside", (3, 4))])
     expected = velocity_of(model, X, SIGMA, first)
-    assert far(expected, velocity_of(model, X, SIGMA, plain()))
+    assert differ(expected, velocity_of(model, X, SIGMA, plain()))
     assert torch.equal(velocity_of(model, X, SIGMA, both), expected)
     other = set_strengths(both, {"strength_1": 1.0, "strength_2": 0.2}, "other")
     assert torch.equal(velocity_of(model, X, SIGMA, other), expected)
@@ -387,7 +387,7 @@ def test_sampling_equals_switching_strengths_by_hand(golden_model, st, gst, star
     assert 0 < sum(active_steps) < 8
     expected = golden_model.model.process_latent_out(x)
     assert near(result, expected)
-    assert far(result, sampled(model, at(1.4), 8))
+    assert differ(result, sampled(model, at(1.4), 8))
 
 
 def test_model_and_other_conds_are_unchanged(golden_model, method, gst):
@@ -503,10 +503,10 @@ def test_graphs(server):
     assert np.array_equal(zeros, none)
     assert np.array_equal(half, late)
     assert np.array_equal(no_first, second_alone)
-    assert far(no_first, none)
+    assert differ(no_first, none)
     for mixed in (half, early):
-        assert far(mixed, full)
-        assert far(mixed, none)
+        assert differ(mixed, full)
+        assert differ(mixed, none)
     one, two, mixed = latents(
         server,
         run(1.4, 0.8, steps=1),
@@ -515,7 +515,7 @@ def test_graphs(server):
     )
     assert near(mixed[..., :4], one[..., :4])
     assert near(mixed[..., 4:], two[..., 4:])
-    assert far(one[..., :4], two[..., :4])
+    assert differ(one[..., :4], two[..., :4])
 
 
 def test_branches_repeated_and_interrupted_runs(server):
@@ -526,7 +526,7 @@ def test_branches_repeated_and_interrupted_runs(server):
         lambda g: g.sample(g.model(), g.edited(g.instructions(PROMPT))),
     ]
     first = latents(server, *builders)
-    assert far(first[0], first[1])
+    assert differ(first[0], first[1])
     graph = Graph()
     graph.save(run(1.4, 0.8, **masked_inputs, steps=2000)(graph))
     prompt = server.submit(graph)

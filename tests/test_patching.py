@@ -11,7 +11,7 @@ from comfy.model_management import load_models_gpu
 from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
 from support.model_calls import compiled, noise, velocity_of
-from support.outcomes import far
+from support.outcomes import differ
 
 from slider_core.adapters.adapter_file import read_adapter
 from slider_core.adapters.gstlora import apply_gstlora
@@ -60,8 +60,8 @@ def test_strength_one_is_the_bare_model_bit_for_bit(golden_model, st, gst):
     assert torch.equal(bare, velocity_of(both, X, SIGMA, text(1.0, 1.0)))
     assert "model_conds" not in text()[0][1]
     assert text(1.0, 1.0)[0][1]["model_conds"] == {}
-    assert far(bare, velocity_of(both, X, SIGMA, text(1.0, 0.0)))
-    assert far(bare, velocity_of(apply_gstlora(golden_model, gst, 0.0), X, SIGMA, text()))
+    assert differ(bare, velocity_of(both, X, SIGMA, text(1.0, 0.0)))
+    assert differ(bare, velocity_of(apply_gstlora(golden_model, gst, 0.0), X, SIGMA, text()))
 
 
 def test_model_is_unchanged_after_calls(golden_model, st, gst):
@@ -144,7 +144,7 @@ def test_with_merged_lora(golden_model, st, gst, order):
         only_lora = velocity_of(lora(golden_model), X, SIGMA, text())
     reference = apply_gstlora(apply_gstlora(apply_stlora(golden_model, st), gst, 0.4), read_adapter(OTHER), 0.2)
     assert near(result, velocity_of(reference, X, SIGMA, text(0.2)))
-    assert far(result, only_lora)
+    assert differ(result, only_lora)
 
 
 def test_adapters_in_any_order(golden_model, st, gst):
@@ -212,7 +212,7 @@ def test_strengths_act_on_their_own_cond(golden_model, st):
     assert near(together[1:], velocity_of(golden_model, X, SIGMA, negative))
     both = velocity_of(model, X, SIGMA, positive, text(1.2, 0.3, seed=5))
     assert near(both[:1], together[:1])
-    assert far(both[1:], together[1:])
+    assert differ(both[1:], together[1:])
     assert near(both[1:], velocity_of(model, X, SIGMA, text(1.2, 0.3, seed=5)))
     assert near(velocity_of(model, X, SIGMA, positive, text(0.3, num_tokens=40, seed=5))[:1], together[:1])
 
@@ -248,7 +248,7 @@ def test_concatenated_and_truncated_text(golden_model, st):
     model = apply_stlora(golden_model, st)
     [[cond, options]] = text(0.0)
     longer = [[torch.cat([cond, noise(1, 8, 64)], 1), options]]
-    assert far(velocity_of(model, X, SIGMA, longer), velocity_of(golden_model, X, SIGMA, longer))
+    assert differ(velocity_of(model, X, SIGMA, longer), velocity_of(golden_model, X, SIGMA, longer))
     with pytest.raises(SliderError, match="24 tokens, but the model got 16"):
         velocity_of(model, X, SIGMA, [[cond[:, :16], options]])
 

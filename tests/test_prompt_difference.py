@@ -11,7 +11,7 @@ from comfy.samplers import calculate_sigmas
 from support.comfy_server import PromptRejected
 from support.graphs import Graph, Link
 from support.model_calls import noise, velocity_of
-from support.outcomes import far, latents, near
+from support.outcomes import differ, latents, near
 
 from slider_core import keys
 from slider_core.conditioning.span_strengths import Span
@@ -149,7 +149,7 @@ def test_strengths_are_zero_outside_the_schedule_range(golden_model, start, end)
         unlimited = comfy.sample.sample(
             golden_model, X, 8, 1.0, "euler", "simple", inside, inside, torch.zeros_like(X), disable_pbar=True
         )
-        assert far(sampled, unlimited)
+        assert differ(sampled, unlimited)
 
 
 def test_invalid_arguments():
@@ -226,14 +226,14 @@ def test_graphs(server):
     )
     assert (one == bare).all()
     assert near(weak, averaged)
-    assert far(weak, bare)
+    assert differ(weak, bare)
     assert near(marked, weak)
     assert near(zero, without)
-    assert far(zero, bare)
+    assert differ(zero, bare)
     assert near(masked, empty)
     assert near(selected, without)
-    assert far(early, one)
-    assert far(early, empty)
+    assert differ(early, one)
+    assert differ(early, empty)
 
 
 def test_strength_lists_and_invalid_strengths_in_graphs(server):

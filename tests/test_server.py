@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support.comfy_server import ComfyServer, PromptRejected, Result
 from support.graphs import Graph, Link
-from support.outcomes import far, latents, near
+from support.outcomes import differ, latents, near
 
 from slider_core import node_names as names
 
@@ -75,14 +75,14 @@ def test_without_padding_encoding_equals_clip_text_encode(server):
 
     expected, unpadded, padded = latents(server, stock, ours, bare)
     assert np.array_equal(expected, unpadded)
-    assert far(expected, padded)
+    assert differ(expected, padded)
 
 
 def test_each_slider_changes_the_image(server):
     outs = latents(server, bare, two_sliders(0.3, 1), two_sliders(1, 0.3), two_sliders(0.3, 0.3), one_slider(0.3))
     for k, a in enumerate(outs):
         for b in outs[k + 1 :]:
-            assert far(a, b)
+            assert differ(a, b)
 
 
 def test_a_moved_slider_reruns_no_upstream_node(server):
@@ -134,7 +134,7 @@ def test_order_of_apply_nodes_and_loras(server):
     outs = latents(server, *(two_sliders(0.3, 0.6, model=order) for order in orders))
     assert near(outs[0], outs[1])
     assert near(outs[0], outs[2])
-    assert far(outs[0], latent(server, two_sliders(0.3, 0.6, model=lambda g: g.gstlora(g.stlora(g.model()), 0.4))))
+    assert differ(outs[0], latent(server, two_sliders(0.3, 0.6, model=lambda g: g.gstlora(g.stlora(g.model()), 0.4))))
 
 
 def test_cfg_with_a_negative_prompt(server):
@@ -157,7 +157,7 @@ def test_cfg_with_a_negative_prompt(server):
         build(3.0, slid, lambda g: g.edited(g.stock_text("blurry", length=None))),
     )
     assert near(guided, uncond + 3.0 * (cond - uncond))
-    assert far(guided, short)
+    assert differ(guided, short)
     both = latent(server, build(3.0, slid, slid))
     assert near(both, cond)
 
@@ -204,7 +204,7 @@ def test_a_sweep_equals_single_runs(server, reference):
         assert swept.shape[0] == 3
         for k, one in enumerate(latents(server, *(single(adapter_type, value) for value in values))):
             assert near(swept[k : k + 1], one)
-        assert far(swept[0], swept[1])
+        assert differ(swept[0], swept[1])
 
 
 def test_timestep_ranges(server):
@@ -247,8 +247,8 @@ def test_timestep_ranges(server):
         server, ranged, two_samplers, two_sliders(0.0, 1, steps=4), two_sliders(steps=4)
     )
     assert near(in_range, expected)
-    assert far(in_range, unlimited)
-    assert far(in_range, without)
+    assert differ(in_range, unlimited)
+    assert differ(in_range, without)
 
 
 def test_fp8_weights(server):
@@ -263,8 +263,8 @@ def test_fp8_weights(server):
         server, plain, two_sliders(1, 1, model=lambda g: g.stlora(model(g))), slid, one_slider(0.2, model)
     )
     assert np.array_equal(without, strength_one)
-    assert far(without, st)
-    assert far(without, gst)
+    assert differ(without, st)
+    assert differ(without, gst)
     full = latents(server, bare, two_sliders(0.2, 1))
     effect = full[1] - full[0]
     cosine = float((effect * (st - without)).sum() / np.linalg.norm(effect) / np.linalg.norm(st - without))
@@ -284,7 +284,7 @@ def test_stock_torch_compile(server):
     outs = latents(server, *graphs)
     assert np.allclose(outs[0], outs[1], atol=5e-3)
     assert np.allclose(outs[2], outs[3], atol=5e-3)
-    assert far(outs[0], outs[2])
+    assert differ(outs[0], outs[2])
 
 
 def test_lora_branch_equals_the_stock_loader(server):

@@ -13,7 +13,7 @@ from conftest import REPO
 from support.browser import ComfyPage
 from support.comfy_server import PromptRejected
 from support.graphs import Graph
-from support.outcomes import far, latents, near
+from support.outcomes import differ, latents, near
 from support.slider_page import (
     NODE,
     TWO_INSTRUCTIONS,
@@ -267,7 +267,7 @@ def test_same_image_as_with_separate_encode_and_strength_nodes(server):
 
     ours, same, other = latents(server, one_node, two_nodes(0.2, 1.4), two_nodes(1, 1))
     assert near(ours, same)
-    assert far(ours, other)
+    assert differ(ours, other)
 
 
 def test_invalid_strengths_are_refused(server):

@@ -11,7 +11,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from conftest import GOLDEN
 from support.model_calls import compiled, noise
-from support.outcomes import far, near
+from support.outcomes import differ, near
 from support.stable_flow import LATENT, TEXT_TOKENS, batched_text, edit_text, euler, photo, sigmas_of, source_text
 
 from slider_core.adapters.adapter_file import read_adapter
@@ -66,7 +66,7 @@ def test_equals_the_source_in_the_batch(golden_model, limit, strength):
     for k in (1, 2):
         assert near(sample_edit(model, edit_text(k)), together[k : k + 1])
     assert near(sample_edit(model, batched_text(edits_only=True), 2), together[1:])
-    assert far(sample_edit(golden_model, edit_text(1)), together[1:2])
+    assert differ(sample_edit(golden_model, edit_text(1)), together[1:2])
 
 
 @IN_RAM_AND_RECOMPUTED
@@ -77,7 +77,7 @@ def test_mask_equals_that_on_a_source_in_the_batch(golden_model, limit):
     cache, _ = cache_source(golden_model, limit)
     masked = sample_edit(inject_cached(golden_model, cache, region=ActiveRegion(mask)), edit_text(1))
     assert near(masked, together[1:2])
-    assert far(masked, sample_edit(inject_cached(golden_model, cache), edit_text(1)))
+    assert differ(masked, sample_edit(inject_cached(golden_model, cache), edit_text(1)))
 
 
 @IN_RAM_AND_RECOMPUTED
@@ -86,7 +86,7 @@ def test_split_batches(golden_model, limit):
     text = batched_text(edits_only=True)
     batch = sample_edit(model, text, 2)
     assert near(sample_edit(split_batches(model, 1), text, 2), batch)
-    assert far(batch[:1], batch[1:])
+    assert differ(batch[:1], batch[1:])
 
 
 def test_source_with_another_text_length_and_reference_latents(golden_model):
@@ -97,9 +97,9 @@ def test_source_with_another_text_length_and_reference_latents(golden_model):
     )
     outs = [sample_edit(inject_cached(golden_model, cache), edit_text(1)) for cache in (in_ram, recomputed)]
     assert near(*outs)
-    assert far(outs[0], sample_edit(golden_model, edit_text(1)))
+    assert differ(outs[0], sample_edit(golden_model, edit_text(1)))
     plain = cache_source(golden_model)[0]
-    assert far(outs[0], sample_edit(inject_cached(golden_model, plain), edit_text(1)))
+    assert differ(outs[0], sample_edit(inject_cached(golden_model, plain), edit_text(1)))
 
 
 def test_sliders_of_source_and_edit_are_independent(golden_model):
@@ -110,7 +110,7 @@ def test_sliders_of_source_and_edit_are_independent(golden_model):
         in_ram, recomputed = (cache_source(source_model, limit)[0] for limit in (0.0, 1e-9))
         outs = [sample_edit(inject_cached(edit_model, cache), edit_text(1)) for cache in (in_ram, recomputed)]
         assert near(*outs)
-        assert far(outs[0], sample_edit(inject_cached(edit_model, cache_source(edit_model)[0]), edit_text(1)))
+        assert differ(outs[0], sample_edit(inject_cached(edit_model, cache_source(edit_model)[0]), edit_text(1)))
 
 
 @IN_RAM_AND_RECOMPUTED
@@ -133,7 +133,7 @@ def test_cond_and_uncond(golden_model, limit, num_tokens):
     )
     cond, uncond = sample_edit(model, text, steps=1), sample_edit(model, negative, steps=1)
     assert near(guided, uncond + 3.0 * (cond - uncond))
-    assert far(cond, uncond)
+    assert differ(cond, uncond)
 
 
 def test_schedule_ranges_and_strength_zero(golden_model):
@@ -145,7 +145,7 @@ def test_schedule_ranges_and_strength_zero(golden_model):
     ):
         together = sample_edit(inject_key_values(golden_model, LAYERS, **settings), batched_text(), 3)
         assert near(sample_edit(inject_cached(golden_model, cache, **settings), edit_text(1)), together[1:2])
-        assert far(sample_edit(inject_cached(golden_model, cache), edit_text(1)), together[1:2])
+        assert differ(sample_edit(inject_cached(golden_model, cache), edit_text(1)), together[1:2])
 
 
 @IN_RAM_AND_RECOMPUTED
@@ -297,7 +297,7 @@ def test_patches_of_other_nodes_act_on_their_own_model(golden_model):
         in_ram, recomputed = (cache_source(source_model, limit)[0] for limit in (0.0, 1e-9))
         outs = [sample_edit(inject_cached(edit_model, cache), edit_text(1)) for cache in (in_ram, recomputed)]
         assert near(*outs)
-        assert far(outs[0], sample_edit(inject_cached(edit_model, cache_source(edit_model)[0]), edit_text(1)))
+        assert differ(outs[0], sample_edit(inject_cached(edit_model, cache_source(edit_model)[0]), edit_text(1)))
 
 
 def test_skipped_layers(golden_model):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.graphs import Graph, Link
-from support.outcomes import far, latents, near
+from support.outcomes import differ, latents, near
 
 SOURCE, EDITS = "a cat", ("a red cat", "a dog on a sofa")
 LAYERS = {"layers": "listed below", "list": "0-3"}
@@ -119,9 +119,9 @@ def test_edits_of_an_inverted_photograph(server):
     )
     assert kept.shape[0] == 3
     assert near(kept[:1], (NUDGING * SCALE * (encoded - SHIFT)) / SCALE + SHIFT)
-    assert far(kept[1:], free[1:])
-    assert far(kept[1:], published[1:])
-    assert far(kept[1], kept[2])
+    assert differ(kept[1:], free[1:])
+    assert differ(kept[1:], published[1:])
+    assert differ(kept[1], kept[2])
 
 
 @pytest.mark.parametrize("limit", [0.0, 1e-9], ids=["in RAM", "recomputed"])
@@ -151,7 +151,7 @@ def test_edits_of_a_cached_source(server, limit, dtype):
     )
     assert near(source_latent, together[:1])
     assert near(cached, together[1:2])
-    assert far(cached, without)
+    assert differ(cached, without)
 
 
 def test_a_new_edit_repeats_neither_inversion_nor_source(server):
@@ -179,7 +179,7 @@ def test_chained_edits(server):
         server, lambda g: batched(g, g.model(), chain=True), lambda g: batched(g, g.model(), chain=False)
     )
     assert near(chained[:2], plain[:2])
-    assert far(chained[2], plain[2])
+    assert differ(chained[2], plain[2])
 
 
 def test_cached_source_with_other_sliders_and_loras(server):
@@ -193,7 +193,7 @@ def test_cached_source_with_other_sliders_and_loras(server):
 
     together, cached, without = latents(server, lambda g: batched(g, model(g)), alone, lambda g: batched(g, g.model()))
     assert near(cached, together[1:2])
-    assert far(together, without)
+    assert differ(together, without)
 
 
 def test_stock_torch_compile(server):

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from support.comfy_server import PromptRejected
 from support.graphs import Graph, Link
 from support.model_calls import compiled, noise, velocity_of
-from support.outcomes import far, latents, near
+from support.outcomes import differ, latents, near
 
 from slider_core import keys
 from slider_core.adapters.gstlora import apply_gstlora
@@ -154,9 +154,9 @@ def test_other_conds_are_unchanged(golden_model, bundle):
     bare = velocity_of(golden_model, X, SIGMA, text(), text(seed=5))
     assert torch.equal(bare, velocity_of(model, X, SIGMA, text(), text(seed=5)))
     slid = velocity_of(model, X, SIGMA, set_projector_strength(text(), bundle, 0.6), text(seed=5))
-    assert far(slid[:1], bare[:1])
+    assert differ(slid[:1], bare[:1])
     assert near(slid[1:], velocity_of(golden_model, X, SIGMA, text(seed=5)))
-    assert far(slid[1:], velocity_of(model, X, SIGMA, set_projector_strength(text(seed=5), bundle, 0.6)))
+    assert differ(slid[1:], velocity_of(model, X, SIGMA, set_projector_strength(text(seed=5), bundle, 0.6)))
     assert torch.equal(bare, velocity_of(golden_model, X, SIGMA, text(), text(seed=5)))
 
 
@@ -166,7 +166,7 @@ def test_strengths_per_image_equal_single_runs(golden_model, bundle):
     for k, value in enumerate(values):
         one = velocity_of(model, X, SIGMA, set_projector_strength(text(), bundle, value))
         assert near(together[k : k + 1], one)
-    assert far(together[0], together[2])
+    assert differ(together[0], together[2])
     with pytest.raises(SliderError, match="3 strengths for a batch of 2"):
         velocity_of(model, X.repeat(2, 1, 1, 1), SIGMA, set_projector_strength(text(), bundle, values))
 
@@ -227,11 +227,11 @@ def test_with_a_controlnet(golden_model, bundle):
     model = apply_projector(golden_model, replace(bundle, lora=None))
     plain = velocity_of(golden_model, X, SIGMA, text())
     controlled = velocity_of(golden_model, X, SIGMA, hinted)
-    assert far(controlled, plain)
+    assert differ(controlled, plain)
     assert torch.equal(controlled, velocity_of(model, X, SIGMA, hinted))
     both = velocity_of(model, X, SIGMA, set_projector_strength(hinted, bundle, 0.6))
-    assert far(both, controlled)
-    assert far(both, velocity_of(model, X, SIGMA, set_projector_strength(text(), bundle, 0.6)))
+    assert differ(both, controlled)
+    assert differ(both, velocity_of(model, X, SIGMA, set_projector_strength(text(), bundle, 0.6)))
 
 
 @pytest.mark.parametrize("order", ["compiled first", "compiled last"])
@@ -322,8 +322,8 @@ def shown_text(server, strength, mode: str) -> str:
 def test_branches_and_repeated_and_interrupted_runs(server):
     branches = [slid(0.2), bare, slid(0.9), lambda g: g.sample(g.projected(g.model()), g.edited(g.stock_text(PROMPT)))]
     first = latents(server, *branches)
-    assert far(first[0], first[1])
-    assert far(first[0], first[2])
+    assert differ(first[0], first[1])
+    assert differ(first[0], first[2])
     assert np.array_equal(first[1], first[3])
     graph = Graph()
     graph.save(slid(0.2, steps=2000)(graph))
@@ -377,7 +377,7 @@ def test_a_sweep_equals_single_runs(server):
     assert swept.shape[0] == 3
     for k, one in enumerate(latents(server, slid(0.0), slid(0.6), slid(1.0))):
         assert near(swept[k : k + 1], one)
-    assert far(swept[0], swept[2])
+    assert differ(swept[0], swept[2])
 
 
 def test_order_of_apply_nodes_and_loras(server):
@@ -393,7 +393,7 @@ def test_order_of_apply_nodes_and_loras(server):
     outs = latents(server, *map(build, orders))
     assert near(outs[0], outs[1])
     assert near(outs[0], outs[2])
-    assert far(outs[0], latents(server, build(lambda g: g.gstlora(g.stlora(g.lora(g.model())), 0.4)))[0])
+    assert differ(outs[0], latents(server, build(lambda g: g.gstlora(g.stlora(g.lora(g.model())), 0.4)))[0])
 
 
 def test_the_lora_acts_at_the_strength_its_file_declares(server):
@@ -417,7 +417,7 @@ def test_the_lora_acts_at_the_strength_its_file_declares(server):
 def test_strengths_outside_0_to_1_are_clamped_with_a_warning_or_used(server):
     full, clamped, free = latents(server, slid(1.0), slid(1.4), slid(1.4, mode="allow outside 0..1"))
     assert np.array_equal(full, clamped)
-    assert far(full, free)
+    assert differ(full, free)
     assert shown_text(server, 1.4, "clamp to 0..1") == "WARNING: 1.4 outside 0..1, clamped.\nstrength 1"
     assert shown_text(server, 1.4, "allow outside 0..1") == "strength 1.4"
     assert shown_text(server, 0.4, "clamp to 0..1") == "strength 0.4"

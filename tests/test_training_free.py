@@ -11,7 +11,7 @@ import torch
 from comfy.ldm.flux.math import attention
 from support.graphs import Graph, Link
 from support.model_calls import compiled, noise, velocity_of
-from support.outcomes import far, latents, near
+from support.outcomes import differ, latents, near
 
 from slider_core import keys
 from slider_core.conditioning.span_strengths import Span, attach_spans, set_strengths
@@ -51,9 +51,9 @@ def test_strength_one_and_other_conds_equal_the_bare_model(golden_model, apply):
     bare = velocity_of(golden_model, X, SIGMA, text(), text(seed=5))
     assert torch.equal(bare, velocity_of(model, X, SIGMA, text(1.0, 1.0), text(seed=5)))
     slid = velocity_of(model, X, SIGMA, text(0.3, 1.0), text(seed=5))
-    assert far(slid[:1], bare[:1])
+    assert differ(slid[:1], bare[:1])
     assert near(slid[1:], velocity_of(golden_model, X, SIGMA, text(seed=5)))
-    assert far(slid[1:], velocity_of(model, X, SIGMA, text(0.3, 1.0, seed=5)))
+    assert differ(slid[1:], velocity_of(model, X, SIGMA, text(0.3, 1.0, seed=5)))
     assert torch.equal(bare, velocity_of(golden_model, X, SIGMA, text(), text(seed=5)))
 
 
@@ -188,7 +188,7 @@ def test_a_prompt_without_padding_is_refused(golden_model):
     with pytest.raises(SliderError, match=r"no padding.*pad_to_512"):
         velocity_of(model, X, SIGMA, text(0.2, padding=0))
     assert velocity_of(model, X, SIGMA, text(1.0, padding=0)).isfinite().all()
-    assert far(velocity_of(model, X, SIGMA, text(0.2, padding=1)), velocity_of(golden_model, X, SIGMA, text()))
+    assert differ(velocity_of(model, X, SIGMA, text(0.2, padding=1)), velocity_of(golden_model, X, SIGMA, text()))
 
 
 def test_interpolation_with_torch_compile(golden_model):
@@ -218,9 +218,9 @@ def test_graphs(server):
     *outs, bare = latents(server, *graphs, lambda g: g.sample(g.model(), g.edited(g.instructions(PROMPT))))
     for weak, one, strong in (outs[:3], outs[3:6], outs[6:]):
         assert np.array_equal(one, bare)
-        assert far(weak, bare)
-        assert far(strong, bare)
-        assert far(weak, strong)
-    assert far(outs[0], outs[3])
-    assert far(outs[0], outs[6])
-    assert far(outs[3], outs[6])
+        assert differ(weak, bare)
+        assert differ(strong, bare)
+        assert differ(weak, strong)
+    assert differ(outs[0], outs[3])
+    assert differ(outs[0], outs[6])
+    assert differ(outs[3], outs[6])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.graphs import Graph, Link
 from support.model_calls import velocity_of
-from support.outcomes import far, latents, near
+from support.outcomes import differ, latents, near
 from support.stable_flow import LATENT, edit_text, photo, sigmas_of, source_text
 
 from slider_core.conditioning.active_region import ActiveRegion
@@ -60,7 +60,7 @@ def test_strength_one_equals_the_bare_model_and_the_model_stays_unpatched(golden
     assert torch.equal(sampled(one), bare)
     assert torch.equal(sampled(golden_model), bare)
     assert torch.equal(sampled(half), first)
-    assert far(first, bare)
+    assert differ(first, bare)
 
 
 def test_strengths_per_image_equal_single_runs(golden_model):
@@ -85,7 +85,7 @@ def test_the_source_is_kept_outside_the_mask(golden_model):
     sampled_latent = sampled(blend_velocity(golden_model, photo(golden_model), (0.8,), region=ActiveRegion(mask)))
     assert near(sampled_latent, expected_latent(golden_model, 0.8 * latent_mask))
     assert near(sampled_latent[..., 4:], photo(golden_model)[..., 4:])
-    assert far(sampled_latent[..., :4], photo(golden_model)[..., :4])
+    assert differ(sampled_latent[..., :4], photo(golden_model)[..., :4])
     unmasked, full_mask = (
         sampled(blend_velocity(golden_model, photo(golden_model), (0.8,), region=ActiveRegion(mask)))
         for mask in (None, torch.ones(64, 64))
@@ -166,8 +166,8 @@ def test_graphs(server):
         masked_out,
     )
     assert np.array_equal(one, bare)
-    assert far(half, bare)
-    assert far(half, source)
+    assert differ(half, bare)
+    assert differ(half, source)
     assert near(images[:1], source)
     assert near(images[1:], bare)
     assert near(masked, source)

@@ -9,7 +9,7 @@ import torch
 from comfy.conds import CONDRegular
 from support.graphs import Graph, Link
 from support.model_calls import compiled, noise, velocity_of
-from support.outcomes import far, latents, near
+from support.outcomes import differ, latents, near
 
 from slider_core.conditioning.active_region import ActiveRegion
 from slider_core.conditioning.masks import mask_coverage
@@ -40,8 +40,8 @@ def test_strength_interpolates_keys_and_values(golden_model):
     plain = velocity_of(golden_model, X, SIGMA, text())
     outs = [velocity_of(inject_key_values(golden_model, LAYERS, strength=s), X, SIGMA, text()) for s in (0, 0.5, 1)]
     assert torch.equal(outs[0], plain)
-    assert far(outs[1][1:], plain[1:])
-    assert far(outs[2][1:], outs[1][1:])
+    assert differ(outs[1][1:], plain[1:])
+    assert differ(outs[2][1:], outs[1][1:])
     for out in outs:
         assert torch.equal(out[0], plain[0])
 
@@ -59,7 +59,7 @@ def test_chained_injection_takes_keys_and_values_of_the_previous_image(golden_mo
     out = velocity_of(inject_key_values(golden_model, LAYERS, chained=True), X, SIGMA, text())
     of_source = velocity_of(inject_key_values(golden_model, LAYERS), X, SIGMA, text())
     assert near(out[:2], of_source[:2])
-    assert far(out[2], of_source[2])
+    assert differ(out[2], of_source[2])
     captured = []
     key_norm = golden_model.model.diffusion_model.double_blocks[0].img_attn.norm.key_norm
     handle = key_norm.register_forward_pre_hook(lambda module, args: captured.append(args[0].clone()))
@@ -150,7 +150,7 @@ def test_uniform_masks(golden_model):
         assert torch.equal(
             velocity_of(inject_key_values(golden_model, [0], region=ActiveRegion(mask)), X, SIGMA, text()), expected
         )
-    assert far(plain[1:], injected[1:])
+    assert differ(plain[1:], injected[1:])
     for mask, message in (
         (torch.ones(2, 8, 8), "There are 2 masks; expected one"),
         (torch.full((8, 8), 2.0), "values from 2 to 2; expected 0"),
@@ -208,7 +208,7 @@ def test_each_element_has_its_own_guidance(golden_model):
     out = velocity_of(golden_model, X, SIGMA, text((1.0, 3.0, 8.0)))
     for k, guidance in enumerate((1.0, 3.0, 8.0)):
         assert near(out[k], velocity_of(golden_model, X, SIGMA, text((guidance,) * 3))[k])
-    assert far(out, velocity_of(golden_model, X, SIGMA, text()))
+    assert differ(out, velocity_of(golden_model, X, SIGMA, text()))
 
 
 def test_several_conds_in_one_model_call(golden_model):
@@ -284,7 +284,7 @@ def test_graphs(server):
     assert near(plain[:1], source)
     assert near(plain[1:2], edit)
     assert near(injected[:1], source)
-    assert far(injected[1:], plain[1:])
+    assert differ(injected[1:], plain[1:])
     assert near(outside_mask, plain)
 
 

@@ -33,6 +33,6 @@ def near(a: Any, b: Any) -> bool:
     return bool((abs(a - b) <= 2e-4 + 1e-3 * abs(b)).all())
 
 
-def far(a: Any, b: Any) -> bool:
+def differ(a: Any, b: Any) -> bool:
     """Whether two arrays or tensors differ by more than rounding."""
     return float(abs(a - b).max()) > 1e-2
