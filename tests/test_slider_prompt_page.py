@@ -330,7 +330,7 @@ def test_live_cancels_its_own_job_and_no_other(server, view):
     wait_for(lambda: queued_job_ids(server, "running") == [strange])
     live(view).uncheck()
     assert server.wait(strange).ok
-    # The cancelled job does not stay in the history as an error.
+    # The canceled job does not stay in the history as an error.
     wait_for(lambda: idle(server) and set(job_history(server)) - before == {strange})
     assert own != strange
     assert view.errors == []

@@ -3,7 +3,7 @@
 import { api } from '../../scripts/api.js'
 import { app } from '../../scripts/app.js'
 import { addCurve, NODE as CALIBRATED_STRENGTH, reattachCurve } from './calibration/node.mjs'
-import { listenForJobs } from './shared/job_queue.mjs'
+import { listenForJobs } from './shared/job_runner.mjs'
 import { labelOptions } from './shared/option_labels.mjs'
 import { SETTINGS } from './shared/settings.mjs'
 import { addTextOutput, registerTextOutput } from './shared/text_output.mjs'
@@ -12,7 +12,7 @@ import { addSliders, reattachSliders, slidersOf } from './slider_prompt/node.mjs
 import { NODE as SLIDER_PROMPT } from './slider_prompt/queued_graph.mjs'
 import { clearSweeps } from './slider_prompt/sweep.mjs'
 
-const VERSION = '0.1.0'
+const VERSION = '0.2.0'
 const REPOSITORY = 'https://github.com/edit-sliders/ComfyUI-EditSliders'
 
 app.registerExtension({

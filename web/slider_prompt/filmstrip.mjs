@@ -2,7 +2,7 @@
 // Independent of nodes.
 
 /** @import { Axis } from '../shared/api_graph.mjs' */
-/** @import { ImageFile } from '../shared/job_queue.mjs' */
+/** @import { ImageFile } from '../shared/job_runner.mjs' */
 
 import { sweepStrengths } from '../shared/api_graph.mjs'
 import { button, element } from '../shared/elements.mjs'

@@ -4,7 +4,7 @@ import { api } from '../../../scripts/api.js'
 import { app } from '../../../scripts/app.js'
 import { descendants, limitSteps, outputNodes } from '../shared/api_graph.mjs'
 import { forwardWheel, isInGraph, reattachElement, updateAfterGraphChange } from '../shared/dom_widget.mjs'
-import { JobQueue, viewUrl } from '../shared/job_queue.mjs'
+import { LatestJobRunner, viewUrl } from '../shared/job_runner.mjs'
 import { setting } from '../shared/settings.mjs'
 import { t } from '../shared/texts.mjs'
 import { parse, preserveValues } from './phrases.mjs'
@@ -15,7 +15,7 @@ import { View } from './view.mjs'
 
 /** @import { Parsed, Phrase } from './phrases.mjs' */
 
-const MAX_STRENGTH = 5
+const MAX_SLIDER_VALUE = 5
 const DEFAULT_STRENGTH = 1
 const [DEFAULT_LOWEST, DEFAULT_HIGHEST] = [-0.5, 2]
 const MIN_SLIDERS_WITH_LINKED_PROMPT = 4
@@ -58,7 +58,7 @@ class SliderPrompt {
       },
       this.sweepPanel.filmstrip.element
     )
-    this.liveJobs = new JobQueue(
+    this.liveJobs = new LatestJobRunner(
       api,
       () => this.createLiveRequest(),
       {
@@ -316,7 +316,7 @@ class SliderPrompt {
 }
 
 /** @param {number} strength */
-const clampStrength = (strength) => Math.min(Math.max(strength, -MAX_STRENGTH), MAX_STRENGTH)
+const clampStrength = (strength) => Math.min(Math.max(strength, -MAX_SLIDER_VALUE), MAX_SLIDER_VALUE)
 
 /** @param {unknown} value @param {number} defaultValue used if the value is not a number */
 function validStrength(value, defaultValue) {

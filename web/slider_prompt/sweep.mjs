@@ -4,7 +4,7 @@ import { api } from '../../../scripts/api.js'
 import { app } from '../../../scripts/app.js'
 import { sweepGraph } from '../shared/api_graph.mjs'
 import { isInGraph, locatorId } from '../shared/dom_widget.mjs'
-import { JobQueue, post, viewUrl } from '../shared/job_queue.mjs'
+import { LatestJobRunner, post, viewUrl } from '../shared/job_runner.mjs'
 import { t } from '../shared/texts.mjs'
 import { Filmstrip, readSweep, SweepResult } from './filmstrip.mjs'
 import { queuedGraph, sliderPromptIds } from './queued_graph.mjs'
@@ -14,7 +14,7 @@ import { queuedGraph, sliderPromptIds } from './queued_graph.mjs'
 /** @import { View } from './view.mjs' */
 
 /**
- * @typedef {object} Sliders what a sweep needs of its Slider Prompt
+ * @typedef {object} Sliders what a sweep needs from its Slider Prompt
  * @property {LGraphNode} node
  * @property {View} view
  * @property {Phrase[]} phrases one per visible slider
@@ -182,7 +182,7 @@ export class SweepPanel {
 function renderSweep(result, node, batchSize) {
   /** @type {string[]} ids of the preview nodes, one per batch */
   let previews = []
-  const jobs = new JobQueue(
+  const jobs = new LatestJobRunner(
     api,
     async () => {
       const { graph, workflow, definitions } = await queuedGraph()

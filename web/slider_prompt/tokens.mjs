@@ -1,6 +1,6 @@
 // The tokens of each phrase in each text encoder, as computed by the server.
 
-import { post } from '../shared/job_queue.mjs'
+import { post } from '../shared/job_runner.mjs'
 
 /** @typedef {{ tokens: Record<string, string[]>, error: string }} PhraseTokens tokens: by text encoder */
 

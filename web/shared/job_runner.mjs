@@ -1,5 +1,5 @@
-// Runs jobs of the page itself on ComfyUI's queue: one at a time per JobQueue, with the newest state, and without
-// touching the jobs of anybody else.
+// Runs jobs of the page itself on ComfyUI's queue: one at a time per LatestJobRunner, with the newest state, and
+// without touching other clients' jobs.
 
 import { t } from './texts.mjs'
 
@@ -19,56 +19,56 @@ import { t } from './texts.mjs'
  * @property {string} [clientId]
  */
 
-/** @type {Map<string, JobQueue>} job id -> queue, for the pack's jobs that have not ended */
+/** @type {Map<string, LatestJobRunner>} job id -> runner, for the pack's jobs that have not ended */
 const activeJobs = new Map()
 
-/** @type {Set<string>} ids of the pack's cancelled jobs that may still be written to the server's history */
-const cancelledJobs = new Set()
+/** @type {Set<string>} ids of the pack's canceled jobs that may still be written to the server's history */
+const canceledJobs = new Set()
 
-/** Subscribe to the server's events for the jobs of all queues. @param {Server} server */
+/** Subscribe to the server's events for the jobs of all runners. @param {Server} server */
 export function listenForJobs(server) {
-  const queueOf = (/** @type {CustomEvent} */ { detail }) => activeJobs.get(detail?.prompt_id ?? detail?.jobId)
-  server.addEventListener('execution_start', (event) => queueOf(event)?.onStart())
+  const runnerOf = (/** @type {CustomEvent} */ { detail }) => activeJobs.get(detail?.prompt_id ?? detail?.jobId)
+  server.addEventListener('execution_start', (event) => runnerOf(event)?.onStart())
   server.addEventListener('reconnected', () => failLostJobs(server))
-  server.addEventListener('status', () => deleteCancelledJobs(server))
-  server.addEventListener('execution_success', (event) => queueOf(event)?.end())
+  server.addEventListener('status', () => deleteCanceledJobs(server))
+  server.addEventListener('execution_success', (event) => runnerOf(event)?.end())
   server.addEventListener('execution_interrupted', (event) => {
-    const queue = queueOf(event)
-    if (!queue) return
-    queue.end()
-    cancelledJobs.add(event.detail.prompt_id)
-    deleteCancelledJobs(server)
+    const runner = runnerOf(event)
+    if (!runner) return
+    runner.end()
+    canceledJobs.add(event.detail.prompt_id)
+    deleteCanceledJobs(server)
   })
-  server.addEventListener('execution_error', (event) => queueOf(event)?.fail(event.detail.exception_message))
+  server.addEventListener('execution_error', (event) => runnerOf(event)?.fail(event.detail.exception_message))
   server.addEventListener('executed', (event) => {
     const { output, node } = event.detail
-    if (output?.images) queueOf(event)?.listener.onImages(output.images, node)
+    if (output?.images) runnerOf(event)?.listener.onImages(output.images, node)
   })
-  server.addEventListener('b_preview_with_metadata', (event) => queueOf(event)?.showPreview(event.detail.blob))
+  server.addEventListener('b_preview_with_metadata', (event) => runnerOf(event)?.showPreview(event.detail.blob))
   server.addEventListener('progress_state', (event) => {
     const nodes = Object.values(event.detail.nodes ?? {})
     const [active] = nodes.filter(({ state }) => state === 'running')
-    if (active) queueOf(event)?.listener.onProgress(active.value / active.max)
+    if (active) runnerOf(event)?.listener.onProgress(active.value / active.max)
   })
 }
 
 /** Fail the jobs that the server no longer has after a lost connection. @param {Server} server */
 async function failLostJobs(server) {
   const ids = await queuedJobIds(server).catch(() => /** @type {string[]} */ ([]))
-  for (const [id, queue] of activeJobs) if (!ids.includes(id)) queue.fail(t('connectionLost'))
+  for (const [id, runner] of activeJobs) if (!ids.includes(id)) runner.fail(t('connectionLost'))
 }
 
 /**
- * Delete cancelled jobs from the server's history, where they would show as errors. A job that is still in the queue
+ * Delete canceled jobs from the server's history, where they would show as errors. A job that is still in the queue
  * is deleted later, since the server writes it to the history when it leaves the queue.
  * @param {Server} server
  */
-async function deleteCancelledJobs(server) {
-  if (!cancelledJobs.size) return
-  const queued = await queuedJobIds(server).catch(() => [...cancelledJobs])
-  const ended = [...cancelledJobs].filter((id) => !queued.includes(id))
+async function deleteCanceledJobs(server) {
+  if (!canceledJobs.size) return
+  const queued = await queuedJobIds(server).catch(() => [...canceledJobs])
+  const ended = [...canceledJobs].filter((id) => !queued.includes(id))
   if (!ended.length) return
-  for (const id of ended) cancelledJobs.delete(id)
+  for (const id of ended) canceledJobs.delete(id)
   post(server, '/history', { delete: ended }).catch(() => {})
 }
 
@@ -78,7 +78,7 @@ async function queuedJobIds(server) {
   return [...running, ...pending].map(([, id]) => id)
 }
 
-export class JobQueue {
+export class LatestJobRunner {
   /**
    * @param {Server} server
    * @param {() => Promise<object>} createRequest returns the body for /prompt, without prompt_id and client_id
@@ -145,19 +145,19 @@ export class JobQueue {
     if (!id) return
     try {
       await post(this.server, '/jobs/cancel', { job_ids: [id] })
-      // No event comes for a pending job that was cancelled, or that somebody else has removed from the queue.
+      // No event comes for a pending job that was canceled, or that somebody else has removed from the queue.
       const queued = await queuedJobIds(this.server)
-      if (this.accepted && this.id === id && !queued.includes(id)) this.endCancelled(id)
+      if (this.accepted && this.id === id && !queued.includes(id)) this.endCanceled(id)
     } catch (error) {
       this.listener.onError(error instanceof Error ? error.message : String(error))
     }
   }
 
   /** @param {string} id */
-  endCancelled(id) {
-    cancelledJobs.add(id)
+  endCanceled(id) {
+    canceledJobs.add(id)
     this.end()
-    deleteCancelledJobs(this.server)
+    deleteCanceledJobs(this.server)
   }
 
   /** Cancel a job that has just started if it is outdated: the server ignores a cancellation before the start. */
