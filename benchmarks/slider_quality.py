@@ -8,7 +8,7 @@ is the full edit.
 
 One instruction, strengths -0.5 to 1.5:
     reached             the edit reached at 0, 0.5, 1 and 1.5, medians
-    rising              fraction of scenes in which no step from 0 to 1 goes back by more than 0.02
+    monotonic           fraction of scenes in which no step from 0 to 1 goes back by more than 0.02
     linearity           mean distance between edit reached and strength, 0 to 1, after both ends are scaled to fit
     first order         fraction of the total change in the largest of the 8 steps from 0 to 1 (even: 1/8), median
     delta               largest detour (delta_smooth of Kontinuous Kontext), median
@@ -58,7 +58,7 @@ class Measurements:
     def at(self, strength: float) -> float:
         return float(np.median([values[STRENGTHS.index(strength)] for values in self.reached]))
 
-    def rising(self) -> float:
+    def monotonic(self) -> float:
         inner = [values[ZERO : ONE + 1] for values in self.reached]
         return float(np.mean([all(b > a - MAX_REGRESSION for a, b in pairwise(values)) for values in inner]))
 
@@ -105,14 +105,15 @@ def measure(miniature: Miniature, name: str, scenes: int) -> Measurements:
 
 def table(results: dict[str, Measurements]) -> list[str]:
     lines = [
-        "| method | reached at 0, 0.5, 1, 1.5 | rising | linearity | first order | delta | drift | other instruction |",
+        "| method | reached at 0, 0.5, 1, 1.5 | monotonic | linearity | first order | delta | drift "
+        "| other instruction |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, one in results.items():
         reached = ", ".join(f"{one.at(strength):.2f}" for strength in (0.0, 0.5, 1.0, 1.5))
         numbers = (np.median(values) for values in (one.first_order, one.delta, one.drift, one.other))
         lines.append(
-            f"| {name} | {reached} | {one.rising():.0%} | {one.linearity():.3f} | "
+            f"| {name} | {reached} | {one.monotonic():.0%} | {one.linearity():.3f} | "
             + " | ".join(f"{number:.2f}" for number in numbers)
             + " |"
         )

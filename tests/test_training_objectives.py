@@ -59,7 +59,7 @@ def test_pps_suppresses_every_subset_of_instructions_equally_often():
     assert all(DRAWS / 7 * 0.6 < count < DRAWS / 7 * 1.4 for count in counts.values())
     for sample in drawn:
         assert sample.teacher == tuple(one for k, one in enumerate("abc") if k not in sample.suppressed)
-        assert sample.source == sample.target == PICTURE
+        assert sample.source == sample.target_image == PICTURE
 
 
 def test_spps_has_a_neutral_teacher_prompt():
@@ -84,8 +84,8 @@ def test_a_projector_learns_one_of_the_strengths():
     targets = tuple(Target(ImageFile(Path("a.png"), k, 9), k / 6) for k in range(7))
     objective = FlowMatching(settings("flow", strength_dropout=0.2), 3, None, None)
     drawn = [objective.make_sample(EXAMPLE._replace(targets=targets), step, 0) for step in range(DRAWS)]
-    assert len({sample.target for sample in drawn}) == 7
-    assert all(Target(sample.target, sample.strength) in targets for sample in drawn)
+    assert len({sample.target_image for sample in drawn}) == 7
+    assert all(Target(sample.target_image, sample.strength) in targets for sample in drawn)
     assert all(sample.source == PICTURE for sample in drawn)
     assert sum(sample.strength_dropped for sample in drawn) / DRAWS == pytest.approx(0.2, abs=0.05)
     assert {sample.teacher for sample in drawn} == {None}

@@ -107,7 +107,7 @@ def _recompute(stored_attention: contextlib.AbstractContextManager[Any]) -> Iter
 
 
 class _NoMatmul(TorchDispatchMode):
-    """Replaces matrix products by NaN of the same shape, so that an accidental use of the result shows."""
+    """Replaces matrix products with NaN of the same shape, so that an accidental use of the result shows."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):

@@ -30,7 +30,7 @@ def micro_batches(
 def _collate(samples: Sequence[TrainingSample], cache: SampleCache, model: FrozenModel) -> Batch:
     device = model.device
     source_latent = torch.cat([cache.latent(sample.source) for sample in samples]).to(device)
-    target_latent = torch.cat([cache.latent(sample.target) for sample in samples]).to(device)
+    target_latent = torch.cat([cache.latent(sample.target_image) for sample in samples]).to(device)
     shape = source_latent.shape[1:]
     noise = [torch.randn(shape, generator=generator("noise", *sample.noise_key)) for sample in samples]
     prompts = [cache.prompt(sample.prompt) for sample in samples]

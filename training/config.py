@@ -1,4 +1,5 @@
-"""The config of a training run. configs/stlora.yaml documents all settings."""
+"""The config of a training run. configs/stlora.yaml documents all settings except those of the projector, which
+configs/projector.yaml documents."""
 
 from __future__ import annotations
 

@@ -1,12 +1,14 @@
-"""Training objectives: PPS and SPPS (SliderEdit, 'Training'), flow matching with a strength (Kontinuous Kontext, 3).
+"""Training objectives: partial prompt suppression (PPS) and simplified PPS (SPPS) of SliderEdit ('Training'), and flow
+matching with a strength (Kontinuous Kontext, 3).
 
 x_sigma = (1 - sigma) x + sigma noise; v is the velocity, noise - data; c is the source image (reference latent).
+L is the mean squared error or the Huber loss, over all elements of the latent.
 
-PPS   || v_adapter(x_sigma, prompt) - v_frozen(x_sigma, prompt without the suppressed instructions) ||^2
+PPS   L(v_adapter(x_sigma, prompt), v_frozen(x_sigma, prompt without the suppressed instructions))
       x = c; the adapter acts on the text tokens of the suppressed instructions
-SPPS  || v_adapter(x_sigma, prompt) - v_frozen(x_sigma, "keep the image the same") ||^2
+SPPS  L(v_adapter(x_sigma, prompt), v_frozen(x_sigma, "keep the image the same"))
       x = c; the adapter acts on all tokens
-flow  || v_adapter(x_sigma, prompt, s) - (noise - x) ||^2
+flow  L(v_adapter(x_sigma, prompt, s), noise - x)
       x = the edited image at strength s
 """
 
@@ -34,13 +36,13 @@ NEUTRAL_PROMPT: Prompt = ("keep the image the same",)
 class TrainingSample(NamedTuple):
     """One sample of a step, before its image and prompts are read.
 
-    target: the image whose latent is noised. prompt: input of the adapted model. teacher: prompt of the frozen model;
-    None where the target is not a prediction. suppressed: indices into `prompt` of the instructions that the adapter
-    suppresses. noise_key: key of the noise's generator.
+    target_image: the image whose latent is noised. prompt: input of the adapted model. teacher: prompt of the frozen
+    model; None where the target velocity is not a prediction. suppressed: indices into `prompt` of the instructions
+    that the adapter suppresses. noise_key: key of the noise's generator.
     """
 
     source: ImageFile
-    target: ImageFile
+    target_image: ImageFile
     prompt: Prompt
     teacher: Prompt | None
     suppressed: tuple[int, ...]
@@ -153,7 +155,7 @@ class PromptSuppression(Objective):
             teacher = tuple(instruction for k, instruction in enumerate(prompt) if k not in suppressed)
         return TrainingSample(
             source=example.source,
-            target=example.source,
+            target_image=example.source,
             prompt=prompt,
             teacher=teacher,
             suppressed=suppressed,
@@ -193,7 +195,7 @@ class FlowMatching(Objective):
         target = example.targets[int(torch.randint(len(example.targets), (), generator=rng))]
         return TrainingSample(
             source=example.source,
-            target=target.image,
+            target_image=target.image,
             prompt=example.instructions,
             teacher=None,
             suppressed=(),

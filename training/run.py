@@ -34,6 +34,7 @@ from .trainable import Tensors, TrainableLora, TrainableProjector
 from .validation import Slider, StrengthCurve, ValidationRenderer
 
 _ADAPTER_TYPES = {"stlora": "STLoRA", "gstlora": "GSTLoRA", "projector": "GSTLoRA"}
+"""A projector's LoRA is trained on the same linears as a GSTLoRA."""
 _IGNORED_SECTIONS = {"output", "cache", "validation", "checkpoints", "logging"}
 _IGNORED_KEYS = {
     *("run.steps", "run.micro_batch_size", "run.gradient_checkpointing"),
@@ -235,7 +236,9 @@ class Run:
             "model": self.model.family.name,
             "model_file": config.model.diffusion_model,
             "rank": config.adapter.rank,
-            "target_modules": sorted({layer.split(".", 2)[2] for layers in lora.layers.values() for layer in layers}),
+            "target_modules": sorted(
+                {name.split(".", 2)[2] for modules in lora.peft_modules.values() for name in modules}
+            ),
             "strength_meaning": STRENGTH_MEANING if config.method != "projector" else "strength 0 to 1",
             "spans": "character ranges of ComfyUI's tokenization",
             "max_sequence_length": config.model.max_sequence_length,
@@ -325,7 +328,7 @@ class Run:
             _LOG.warning("Resuming with changed settings: %s.", changes)
 
     def _use_learning_rate(self) -> None:
-        """Replace the learning rate of the checkpoint by that of the config."""
+        """Replace the learning rate of the checkpoint with that of the config."""
         learning_rate = self.config.optimizer.learning_rate
         for group, before in zip(self.optimizer.param_groups, self.lr_scheduler.base_lrs):
             group["lr"] *= learning_rate / before

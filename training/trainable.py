@@ -37,15 +37,15 @@ class TrainableLora(torch.nn.Module):
         self.adapter_type, self.rank, self.family = adapter_type, rank, model.family
         targets = model.family.lora_targets()
         hidden_size = model.family.hidden_size(model.network)
-        self.layers: dict[str, list[str]] = {}
+        self.peft_modules: dict[str, list[str]] = {}
         lora_weights: dict[str, list[LoraWeights]] = {}
-        for layer in model.family.adapter_targets(adapter_type, model.network):
-            target = targets[layer]
+        for peft_module in model.family.adapter_targets(adapter_type, model.network):
+            target = targets[peft_module]
             linear: Any = model.network.get_submodule(target.module)
             out_features = linear.out_features if target.size is None else target.size * hidden_size
-            down = _uniform(f"{layer}.down", (rank, linear.in_features), 1 / math.sqrt(linear.in_features), seed)
+            down = _uniform(f"{peft_module}.down", (rank, linear.in_features), 1 / math.sqrt(linear.in_features), seed)
             weights = LoraWeights(target.offset, target.size, down, torch.zeros(out_features, rank), 1.0)
-            self.layers.setdefault(target.module, []).append(layer)
+            self.peft_modules.setdefault(target.module, []).append(peft_module)
             lora_weights.setdefault(target.module, []).append(weights)
         self.branches = LoraBranches(lora_weights).requires_grad_().to(model.device)
 
@@ -54,10 +54,10 @@ class TrainableLora(torch.nn.Module):
         return self.branches.forward_wrappers(scale)
 
     def tensors(self) -> Tensors:
-        """Copies of the factors, float32 on the CPU: `<layer>.lora_A.weight` and `<layer>.lora_B.weight`."""
+        """Copies of the factors, float32 on the CPU: `<PEFT module>.lora_A.weight`, `<PEFT module>.lora_B.weight`."""
         return {
-            f"{layer}.lora_{role}.weight": factor.detach().to("cpu", copy=True)
-            for layer, down, up in self._factors()
+            f"{peft_module}.lora_{role}.weight": factor.detach().to("cpu", copy=True)
+            for peft_module, down, up in self._factors()
             for role, factor in (("A", down), ("B", up))
         }
 
@@ -66,26 +66,26 @@ class TrainableLora(torch.nn.Module):
         tensors = self.tensors()
         targets = self.family.lora_targets()
         lora_weights: dict[str, list[LoraWeights]] = {}
-        for module, layers in self.layers.items():
+        for module, peft_modules in self.peft_modules.items():
             lora_weights[module] = [
                 LoraWeights(
-                    targets[layer].offset,
-                    targets[layer].size,
-                    tensors[f"{layer}.lora_A.weight"],
-                    tensors[f"{layer}.lora_B.weight"],
+                    targets[peft_module].offset,
+                    targets[peft_module].size,
+                    tensors[f"{peft_module}.lora_A.weight"],
+                    tensors[f"{peft_module}.lora_B.weight"],
                     1.0,
                 )
-                for layer in layers
+                for peft_module in peft_modules
             ]
         return Adapter(name, self.adapter_type, self.family, lora_weights)
 
     def _factors(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """(layer, down, up) for each layer; the down factors of layers in one linear are a single parameter."""
+        """(PEFT module, down, up) for each one; the down factors of modules in one linear are a single parameter."""
         branches: Any = self.branches.branches
         for module, branch in zip(self.branches.paths, branches):
             downs = branch.down.weight.split(branch.ranks)
-            for layer, down, up in zip(self.layers[module], downs, branch.ups):
-                yield layer, down, up.weight
+            for peft_module, down, up in zip(self.peft_modules[module], downs, branch.ups):
+                yield peft_module, down, up.weight
 
 
 class TrainableProjector(torch.nn.Module):

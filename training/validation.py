@@ -31,6 +31,8 @@ from .examples import Example, tensor_to_pil
 from .sample_cache import SampleCache, load_vae
 
 GUIDANCE = 3.5
+"""FLUX's guidance embedding: ComfyUI's default. Validation samples as users do, so the value does not follow
+objective.guidance, which is 1 for a projector."""
 
 Slider = Adapter | ProjectorBundle
 
