@@ -202,12 +202,12 @@ def test_unreadable_files(tmp_path):
         (
             "transformer.transformer_blocks.0.attn.to_z.lora_A.weight",
             torch.ones(4, 256),
-            "not layers of a supported model",
+            "not linears of a supported model",
         ),
         (
             "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight",
             torch.ones(4, 4),
-            "not layers of a supported model",
+            "not linears of a supported model",
         ),
         ("transformer.proj_out.lora_A.weight", torch.ones(4, 256), "only one of the two LoRA weights"),
     ],
@@ -248,7 +248,7 @@ def test_invalid_lora_weights_are_rejected(peft, tmp_path):
         ('{"transformer.lora_alpha": NaN}', "expected one finite number"),
         ('{"transformer.lora_alpha": [1]}', "expected one finite number"),
         ('{"transformer.alpha_pattern": {"to_q": "x"}}', "expected one finite number"),
-        ('{"transformer.alpha_pattern": {"(a+)+": 2}}', "expected names of layers"),
+        ('{"transformer.alpha_pattern": {"(a+)+": 2}}', "expected names of linears"),
     ],
 )
 def test_invalid_headers_are_rejected(peft, tmp_path, header, message):
@@ -287,7 +287,7 @@ def test_adapter_for_another_model_is_rejected(peft, tmp_path, golden_model):
     with pytest.raises(SliderError, match="does not fit the model"):
         apply_gstlora(golden_model, read_adapter(save(tmp_path, peft | {up: torch.ones(64, 4)})), 0.5)
     deep = peft | {k.replace("blocks.0.", "blocks.7."): v.clone() for k, v in peft.items()}
-    with pytest.raises(SliderError, match=r"layers that this FLUX\.1 model does not have, such as \w+_blocks\.7"):
+    with pytest.raises(SliderError, match=r"linears that this FLUX\.1 model does not have, such as \w+_blocks\.7"):
         apply_gstlora(golden_model, read_adapter(save(tmp_path, deep)), 0.5)
     with pytest.raises(SliderError, match=f"Use '{re.escape(names.APPLY_GSTLORA)}'"):
         apply_stlora(golden_model, read_adapter(GSTLORA))

@@ -76,8 +76,8 @@ class Adapter:
             return
         if adapter_type == "STLoRA":
             raise SliderError(
-                f"{self.name} is a GSTLoRA: it also changes layers outside the text stream, so it cannot act on single "
-                "instructions. Expected an STLoRA file such as selective_lora.pt. Use "
+                f"{self.name} is a GSTLoRA: it also changes linears outside the text stream, so it cannot act on "
+                "single instructions. Expected an STLoRA file such as selective_lora.pt. Use "
                 f"'{names.APPLY_GSTLORA}' for this file."
             )
         raise SliderError(
@@ -98,7 +98,7 @@ class Adapter:
         missing = [name for name in self.lora_weights if not hasattr(modules.get(name), "in_features")]
         if missing:
             raise SliderError(
-                f"{self.name} changes {len(missing)} layers that this {family.name} model does not have, such as "
+                f"{self.name} changes {len(missing)} linears that this {family.name} model does not have, such as "
                 f"{missing[0]}; expected an adapter trained for this model. Choose the base model it was trained on."
             )
         hidden_size = family.hidden_size(diffusion_model)
@@ -109,7 +109,7 @@ class Adapter:
                 if w.down.shape[1] != linear.in_features or w.up.shape[0] != features:
                     raise SliderError(
                         f"{self.name} does not fit the model: its weights for {name} map {w.down.shape[1]} to "
-                        f"{w.up.shape[0]} features, but that layer maps {linear.in_features} to {linear.out_features} "
+                        f"{w.up.shape[0]} features, but that linear maps {linear.in_features} to {linear.out_features} "
                         f"(hidden size {hidden_size}). Choose the base model it was trained on."
                     )
 
@@ -126,7 +126,7 @@ class Adapter:
         scales = sorted({round(w.scale, 6) for weights in self.lora_weights.values() for w in weights})
         lines = [
             f"{self.name}: {self.adapter_type}, acts {acts}",
-            f"base: {self.family.name}, {len(self.lora_weights)} layers",
+            f"base: {self.family.name}, {len(self.lora_weights)} linears",
             f"rank: {_listed(self.ranks)}; alpha / rank: {_listed(scales)}",
         ]
         for block_list, indices in block_indices.items():
@@ -157,7 +157,7 @@ def adapter_from_tensors(name: str, file: TensorFile) -> Adapter:
         if role in roles[module]:
             raise SliderError(
                 f"{name} contains the {role} weight of {module!r} twice, under different names; expected one per "
-                "layer. Choose another file."
+                "linear. Choose another file."
             )
         roles[module][role] = tensor
     family, targets = _recognize(list(roles), name)
@@ -191,8 +191,8 @@ def _recognize(modules: list[str], file: str) -> tuple[Family, dict[str, LinearS
             return family, {module: target for module, target in targets.items() if target}
     supported = ", ".join(family.name for family in FAMILIES)
     raise SliderError(
-        f"{file}: {len(unknown)} of {len(modules)} layers, such as {unknown[0]!r}, are not layers of a supported model "
-        f"({supported}). Choose a slider adapter trained for such a model."
+        f"{file}: {len(unknown)} of {len(modules)} linears, such as {unknown[0]!r}, are not linears of a supported "
+        f"model ({supported}). Choose a slider adapter trained for such a model."
     )
 
 
@@ -269,7 +269,7 @@ def _peft_scaling(header: Mapping[str, str], file: str) -> Callable[[str, int], 
     expressions = [key for key in patterns if not re.fullmatch(r"[\w.]+", key)]
     if expressions:
         raise SliderError(
-            f"{file}: alpha_pattern contains the regular expression {expressions[0]!r}; expected names of layers. "
+            f"{file}: alpha_pattern contains the regular expression {expressions[0]!r}; expected names of linears. "
             "Save the adapter with plain names."
         )
     alpha = declared.get("lora_alpha")

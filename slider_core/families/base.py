@@ -95,12 +95,12 @@ class Family(ABC):
         """All transformer blocks in execution order, which is how papers count them."""
 
     @abstractmethod
-    def image_grid(self, latent: Sequence[int]) -> tuple[int, int]:
-        """(height, width) in tokens of the sampled image, without reference latents. latent: shape of the latent."""
+    def image_grid(self, latent_shape: Sequence[int]) -> tuple[int, int]:
+        """(height, width) in tokens of the sampled image, without reference latents."""
 
-    def image_tokens(self, latent: Sequence[int]) -> int:
-        """Number of image tokens of the sampled image, without reference latents. latent: shape of the latent."""
-        height, width = self.image_grid(latent)
+    def image_tokens(self, latent_shape: Sequence[int]) -> int:
+        """Number of image tokens of the sampled image, without reference latents."""
+        height, width = self.image_grid(latent_shape)
         return height * width
 
     @abstractmethod

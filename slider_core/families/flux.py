@@ -78,8 +78,8 @@ class Flux(Family):
             *(Block(path, f"{path}.linear1", True, _identity_single) for path in single),
         ]
 
-    def image_grid(self, latent: Sequence[int]) -> tuple[int, int]:
-        return math.ceil(latent[-2] / _PATCH), math.ceil(latent[-1] / _PATCH)
+    def image_grid(self, latent_shape: Sequence[int]) -> tuple[int, int]:
+        return math.ceil(latent_shape[-2] / _PATCH), math.ceil(latent_shape[-1] / _PATCH)
 
     def block_index_of(self, options: Mapping[str, Any], diffusion_model: Any) -> int:
         first = len(diffusion_model.double_blocks) if options["block_type"] == "single" else 0

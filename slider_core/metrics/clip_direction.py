@@ -85,7 +85,9 @@ def _text_embedding(clip: CLIP, text: str, width: int) -> torch.Tensor:
     """CLIP-L's projected embedding (width,), float64; other encoders of the CLIP do not run."""
     encoder = getattr(clip.cond_stage_model, "clip_l", None)
     if encoder is None:
-        raise SliderError("This clip has no CLIP-L; connect one that has, such as DualCLIPLoader's for FLUX.1.")
+        raise SliderError(
+            "This clip has no CLIP-L; connect one that has, such as the output of 'Load CLIP (Dual)' for FLUX.1."
+        )
     _check_projection(encoder.transformer.text_projection.weight, width)
     tokens = clip.tokenize(text)
     clip.load_model(tokens)

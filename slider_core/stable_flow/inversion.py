@@ -1,7 +1,7 @@
 """Editing real images: inversion with latent nudging and latent caching (Stable Flow, arXiv 2411.14430, section 3.3).
 
 The image latent z_0 is multiplied by the nudging factor lambda and integrated from image to noise by the inverse Euler
-ODE, with the source prompt. For rising noise levels sigma:
+ODE, with the source prompt. For ascending noise levels sigma:
 
     z <- lambda z_0        z_next = z + (sigma_next - sigma) v(z, sigma_next)
 
@@ -112,7 +112,7 @@ def edit_from_trajectory(
 
 
 class InverseEuler(StepSampler):
-    """Inverse Euler steps from image to noise, for rising sigmas; `latents` holds the result of every step."""
+    """Inverse Euler steps from image to noise, for ascending sigmas; `latents` holds the result of every step."""
 
     def __init__(self, nudging: float, refinements: int):
         self.nudging, self.refinements = nudging, refinements

@@ -60,11 +60,12 @@ class CachedStep(NamedTuple):
 
 
 class SourceKVCache(NamedTuple):
-    """All that edits need of a source. A tuple, so that ComfyUI's cache can count the memory of its tensors.
+    """Everything that edits need from a source. A tuple, so that ComfyUI's cache can count the memory of its tensors.
 
     schedule_description: the schedule that edits have to use, for messages. patches: the source model's patches of this
-    pack. latent_shape: (channels, height, width). num_bytes: size of the keys and values.
-    initial_noise: first latent of the trajectory, (1, channels, height, width); None for a source sampled from a seed.
+    pack. latent_shape: (channels, height, width), without the batch dimension that ForwardContext.latent_shape has.
+    num_bytes: size of the keys and values. initial_noise: first latent of the trajectory, (1, channels, height, width);
+    None for a source sampled from a seed.
     """
 
     schedule_description: str
@@ -359,7 +360,7 @@ class _Capture(ModelPatch):
 
 
 class _CachedInjection(ModelPatch):
-    """Replaces K and V of the image tokens of every image by those of a cached source."""
+    """Replaces K and V of the image tokens of every image with those of a cached source."""
 
     phase = Phase.REPLACE
     batch_independent = True

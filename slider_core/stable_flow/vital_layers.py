@@ -135,7 +135,7 @@ def _check_full_area(context: ForwardContext) -> None:
 
 
 class KVInjection(ModelPatch):
-    """Replaces K and V of the image tokens of every image by those of the source image in the same batch.
+    """Replaces K and V of the image tokens of every image with those of the source image in the same batch.
 
     chained: each image but the first takes them from the image before it instead of from the source.
     """
