@@ -12,7 +12,7 @@ from ..slider_core.metrics.calibration import calibrate, parse_calibration
 from ..slider_core.metrics.sweep_metrics import check_sweep, source_index_of
 from ..slider_core.strength import Strengths, validate_strengths
 from .common import categories
-from .common.inputs import STRENGTH_LIST, clip_vision_input, distance_inputs, strength_input
+from .common.inputs import STRENGTH_LIST_HINT, clip_vision_input, distance_inputs, strength_input
 from .common.sockets import StrengthsSocket
 from .common.sweep_distances import VISION_OR_PIXELS, sweep_distances
 from .common.validation import strength_validator
@@ -34,8 +34,8 @@ class CalibrateSlider(io.ComfyNode):
                 io.Image.Input("images", tooltip="One image per strength, preferably nine or more."),
                 StrengthsSocket.Input(
                     "strengths",
-                    tooltip="The strengths that the images were rendered with, in rising order, covering at least 0 to "
-                    "1.",
+                    tooltip="The strengths that the images were rendered with, in ascending order, covering at least 0 "
+                    "to 1.",
                 ),
                 clip_vision_input(),
                 *distance_inputs(),
@@ -82,7 +82,7 @@ class CalibratedStrength(io.ComfyNode):
             inputs=[
                 strength_input(
                     "position",
-                    tooltip=f"0 = the edit begins, 1 = full edit, even steps between. {STRENGTH_LIST}",
+                    tooltip=f"0 = the edit begins, 1 = full edit, even steps between. {STRENGTH_LIST_HINT}",
                 ),
                 io.String.Input(
                     "curve",

@@ -19,7 +19,7 @@ from .common.progress import previews
 from .common.validation import strength_validator
 
 
-class FlowSliderSampler(io.ComfyNode):
+class FlowSliderSamplerNode(io.ComfyNode):
     """Samples an edit from a source prompt to a target prompt, at one strength."""
 
     @classmethod
@@ -91,4 +91,4 @@ class FlowSliderSampler(io.ComfyNode):
         return io.NodeOutput({"samples": edited})
 
 
-NODES: list[type[io.ComfyNode]] = [FlowSliderSampler]
+NODES: list[type[io.ComfyNode]] = [FlowSliderSamplerNode]

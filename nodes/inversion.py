@@ -59,8 +59,8 @@ class InvertImage(io.ComfyNode):
                     default=0,
                     min=0,
                     max=10,
-                    tooltip="0 = as in the paper. Each refinement makes the inversion more exact, at the cost of as "
-                    "many further model evaluations.",
+                    tooltip="0 = as in the paper. Each refinement makes the inversion more accurate, at the cost of "
+                    "the same number of additional model evaluations.",
                 ),
             ],
             outputs=[TrajectorySocket.Output("trajectory", tooltip=f"For {names.EDIT_INVERTED_IMAGE}.")],
@@ -103,7 +103,7 @@ class EditInvertedImage(io.ComfyNode):
                 guidance_input("edit_guidance", "FLUX guidance of the edits.", default=3.0),
                 io.Combo.Input(
                     "source",
-                    options=[mode.value for mode in SourceMode],
+                    options=[mode.value for mode in SourceMode],  # labels: editSlidersOptions in locales/en/main.json
                     tooltip="The first image of the batch, from which the edits keep what does not change. 'follows "
                     "the trajectory': it is reset to the inverted image's latent after every step. 'as in the "
                     "published code': it is reset to the latent of another step, which reproduces the published "

@@ -172,7 +172,7 @@ class AttentionMap(io.ComfyNode):
                 seed_input(),
                 steps_input("Sampling steps. The attention is averaged over them."),
                 io.Int.Input(
-                    "picture",
+                    "picture",  # this id is in saved workflows
                     display_name="batch_index",
                     default=0,
                     min=0,

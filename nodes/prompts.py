@@ -13,7 +13,8 @@ from .common import categories
 from .common.inputs import channel_input, fill_strengths, instruction_inputs, strength_input
 from .common.validation import strength_validator
 
-STRENGTHS = tuple(f"strength_{k}" for k in range(1, 9))
+STRENGTH_INPUTS = tuple(f"strength_{k}" for k in range(1, 9))
+"""Only eight, since the node shows all of these widgets."""
 
 
 class EncodeInstructions(io.ComfyNode):
@@ -60,17 +61,17 @@ class InstructionStrengths(io.ComfyNode):
                 io.Conditioning.Input(
                     "conditioning", tooltip=f"From {names.ENCODE_INSTRUCTIONS} or {names.SELECT_PHRASE}."
                 ),
-                *(strength_input(name, optional=True) for name in STRENGTHS),
+                *(strength_input(name, optional=True) for name in STRENGTH_INPUTS),
                 channel_input(),
             ],
             outputs=[io.Conditioning.Output()],
         )
 
-    validate_inputs = strength_validator(*STRENGTHS)
+    validate_inputs = strength_validator(*STRENGTH_INPUTS)
 
     @classmethod
     def execute(cls, conditioning: Conditioning, channel: str = DEFAULT_CHANNEL, **strengths: object) -> io.NodeOutput:
-        return io.NodeOutput(set_strengths(conditioning, fill_strengths(STRENGTHS, strengths), channel))
+        return io.NodeOutput(set_strengths(conditioning, fill_strengths(STRENGTH_INPUTS, strengths), channel))
 
 
 class SelectPhrase(io.ComfyNode):

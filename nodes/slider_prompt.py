@@ -15,7 +15,8 @@ from .common.clip_cache import cache_last_result
 from .common.inputs import channel_input, fill_strengths, instruction_inputs, strength_input
 from .common.validation import strength_validator
 
-STRENGTHS = tuple(f"strength_{k}" for k in range(1, 51))
+STRENGTH_INPUTS = tuple(f"strength_{k}" for k in range(1, 51))
+"""Fifty, since the page hides these widgets and shows one slider per instruction instead."""
 
 _encode = cache_last_result(encode_instructions)
 _last_clip: list[ref[CLIP]] = []
@@ -67,7 +68,7 @@ class SliderPrompt(io.ComfyNode):
                     )
                 ),
                 channel_input(),
-                *(strength_input(name, optional=True) for name in STRENGTHS),
+                *(strength_input(name, optional=True) for name in STRENGTH_INPUTS),
             ],
             outputs=[
                 io.Conditioning.Output(),
@@ -75,7 +76,7 @@ class SliderPrompt(io.ComfyNode):
             ],
         )
 
-    validate_inputs = strength_validator(*STRENGTHS)
+    validate_inputs = strength_validator(*STRENGTH_INPUTS)
 
     @classmethod
     def execute(
@@ -91,7 +92,7 @@ class SliderPrompt(io.ComfyNode):
     ) -> io.NodeOutput:
         _last_clip[:] = [ref(clip)]
         encoded = _encode(clip, text, mode, T5_TRAINING_TOKENS if pad_to_512 else None)
-        conditioning = set_strengths(encoded.conditioning, fill_strengths(STRENGTHS, strengths), channel)
+        conditioning = set_strengths(encoded.conditioning, fill_strengths(STRENGTH_INPUTS, strengths), channel)
         return io.NodeOutput(conditioning, encoded.prompt)
 
 

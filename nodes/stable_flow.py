@@ -36,7 +36,7 @@ class BatchPrompts(io.ComfyNode):
             display_name=names.BATCH_PROMPTS,
             category=categories.STABLE_FLOW,
             description="Encodes a source prompt and its edit prompts as one conditioning: the first image of the "
-            f"batch is the source, each further image an edit. Use it with {names.REPEAT_LATENT_SAME_NOISE} and "
+            f"batch is the source, each additional image an edit. Use it with {names.REPEAT_LATENT_SAME_NOISE} and "
             f"{names.KEEP_SOURCE}.",
             search_aliases=["stack prompts", "parallel edit"],
             inputs=[
@@ -120,7 +120,7 @@ class KeepSource(io.ComfyNode):
                 io.Model.Input("model", tooltip="FLUX.1 dev."),
                 *layer_inputs(),
                 io.Int.Input(
-                    "reference",
+                    "reference",  # this id is in saved workflows
                     display_name="source_index",
                     default=0,
                     min=0,

@@ -17,11 +17,12 @@ from ..slider_core.strength import clamp_strengths, validate_strengths
 from ..slider_core.types import Conditioning
 from .common import categories
 from .common.files import FileStamp, lora_names, lora_path, lora_stamp
-from .common.inputs import STRENGTH_LIST, strength_input
+from .common.inputs import STRENGTH_LIST_HINT, strength_input
 from .common.sockets import ProjectorSocket
 from .common.validation import strength_validator
 
 NO_LORA = "none, or in the projector's file"
+# Values in saved workflows; labels: editSlidersOptions in locales/en/main.json
 CLAMP, UNCLAMPED, DROP = "clamp to 0..1", "allow outside 0..1", "drop the strength"
 
 
@@ -115,7 +116,7 @@ class ProjectorStrength(io.ComfyNode):
                     low=-1.0,
                     high=2.0,
                     tooltip="0 = source, 1 = full edit. 0 is the projector's own zero, which is not exactly the model "
-                    f"without the projector. {STRENGTH_LIST}",
+                    f"without the projector. {STRENGTH_LIST_HINT}",
                 ),
                 io.Combo.Input(
                     "mode",

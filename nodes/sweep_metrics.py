@@ -35,7 +35,7 @@ class MeasureSweep(io.ComfyNode):
             inputs=[
                 io.Image.Input("images", tooltip="The sweep's images, one per strength."),
                 StrengthsSocket.Input(
-                    "strengths", tooltip="The strengths that the images were rendered with, in rising order."
+                    "strengths", tooltip="The strengths that the images were rendered with, in ascending order."
                 ),
                 clip_vision_input(),
                 io.Mask.Input(

@@ -31,7 +31,7 @@ from .common.inputs import (
     strength_input,
 )
 from .common.validation import strength_validator
-from .prompts import STRENGTHS
+from .prompts import STRENGTH_INPUTS
 
 METHODS = {
     "text modulation": apply_text_modulation,
@@ -76,7 +76,7 @@ class ApplyTrainingFree(io.ComfyNode):
         return io.NodeOutput(METHODS[method](model, channel))
 
 
-class VelocityBlending(io.ComfyNode):
+class VelocityBlendingNode(io.ComfyNode):
     """One strength for the whole edit, which blends the model's prediction with the source."""
 
     @classmethod
@@ -145,7 +145,7 @@ class PromptDifference(io.ComfyNode):
             search_aliases=["composable diffusion", "guidance per instruction", "sub-prompt weights"],
             inputs=[
                 *instruction_inputs(),
-                *(strength_input(name, optional=True) for name in STRENGTHS),
+                *(strength_input(name, optional=True) for name in STRENGTH_INPUTS),
                 io.Mask.Input(
                     "mask",
                     optional=True,
@@ -165,7 +165,7 @@ class PromptDifference(io.ComfyNode):
             ],
         )
 
-    validate_inputs = strength_validator(*STRENGTHS)
+    validate_inputs = strength_validator(*STRENGTH_INPUTS)
 
     @classmethod
     def execute(
@@ -182,8 +182,8 @@ class PromptDifference(io.ComfyNode):
     ) -> io.NodeOutput:
         differences = _encode_differences(clip, text, mode, T5_TRAINING_TOKENS if pad_to_512 else None)
         chosen = parse_instruction_numbers(sub_instructions)
-        values = fill_strengths(STRENGTHS, strengths)
+        values = fill_strengths(STRENGTH_INPUTS, strengths)
         return io.NodeOutput(differences.with_strengths(values, mask, start, end, chosen), differences.prompt)
 
 
-NODES: list[type[io.ComfyNode]] = [ApplyTrainingFree, VelocityBlending, PromptDifference]
+NODES: list[type[io.ComfyNode]] = [ApplyTrainingFree, VelocityBlendingNode, PromptDifference]

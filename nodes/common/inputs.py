@@ -15,11 +15,11 @@ from ...slider_core.text.encode import SPLITTERS
 from .sockets import StrengthsSocket
 from .sweep_distances import DISTANCES, VISION_OR_PIXELS
 
-LISTED = "listed below"
+LISTED = "listed below"  # labels: editSlidersOptions in locales/en/main.json
 KONTEXT_MODEL = "FLUX.1 Kontext or a model based on it."
 
 STRENGTH_SCALE = "0 = source, 1 = full edit, above 1 = exaggerated, below 0 = reversed."
-STRENGTH_LIST = "Link a list of strengths to get one image per value in a single run."
+STRENGTH_LIST_HINT = "Link a list of strengths to get one image per value in a single run."
 
 
 def strength_input(
@@ -28,7 +28,7 @@ def strength_input(
     default: float = 1.0,
     low: float = -5.0,
     high: float = 5.0,
-    tooltip: str = f"{STRENGTH_SCALE} {STRENGTH_LIST}",
+    tooltip: str = f"{STRENGTH_SCALE} {STRENGTH_LIST_HINT}",
 ) -> io.MultiType.Input:
     """A strength slider that also accepts a link from a number or from a list of strengths."""
     slider = io.Float.Input(
@@ -76,7 +76,7 @@ def instruction_inputs(pad_advanced: bool = False) -> tuple[io.Input, ...]:
         ),
         io.Combo.Input(
             "mode",
-            options=list(SPLITTERS),
+            options=list(SPLITTERS),  # labels: editSlidersOptions in locales/en/main.json
             tooltip="'one instruction per line': the lines are joined with ' and ', as in training. 'only [[marked]] "
             "phrases': the text is used as it is, and each phrase in [[ ]] gets a slider.",
         ),
@@ -204,8 +204,8 @@ def memory_limit_input() -> io.Float.Input:
         max=4096.0,
         step=0.5,
         advanced=True,
-        tooltip="RAM in GB that the cache may use; 0 = half of the free RAM. Steps that do not fit are computed again "
-        "with every edit.",
+        tooltip="RAM in GB that the cache may use; 0 = half of the free RAM. If the whole cache does not fit, nothing "
+        "is cached, and the source is recomputed at every step of every edit.",
     )
 
 
