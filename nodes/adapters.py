@@ -27,7 +27,7 @@ class LoadAdapter(io.ComfyNode):
             display_name=names.LOAD_ADAPTER,
             category=categories.ADAPTERS,
             description="Loads an STLoRA or GSTLoRA from the loras folder and shows its type, base model, rank and "
-            "layers.",
+            "linears.",
             search_aliases=["slideredit", "stlora", "gstlora", "selective lora", "slider lora"],
             inputs=[
                 io.Combo.Input(
@@ -41,7 +41,7 @@ class LoadAdapter(io.ComfyNode):
                 AdapterSocket.Output(
                     "adapter", tooltip=f"For {names.APPLY_STLORA} (STLoRA) or {names.APPLY_GSTLORA} (GSTLoRA)."
                 ),
-                io.String.Output("info", tooltip="Type, base model, rank and layers as text."),
+                io.String.Output("info", tooltip="Type, base model, rank and linears as text."),
             ],
             has_intermediate_output=True,
         )
