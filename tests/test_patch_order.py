@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import combinations
+from itertools import combinations, permutations
 
 import comfy.sample
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from conftest import GOLDEN
+from support.graphs import Graph, Link
 from support.model_calls import noise
-from support.outcomes import near
+from support.outcomes import latents, near
 
 from slider_core.adapters.adapter_file import read_adapter
 from slider_core.adapters.gstlora import GSTLoRAPatch, apply_gstlora
@@ -136,3 +137,58 @@ def test_without_phases_the_order_matters(golden_model, apply_nodes, conditionin
     one = sampled(keep_source(gstlora(golden_model)), conditioning)
     other = sampled(gstlora(keep_source(golden_model)), conditioning)
     assert not near(one, other)
+
+
+APPLY_NODES: dict[str, Callable[[Graph, Link], Link]] = {
+    "Apply Slider Adapter (Per Instruction)": lambda g, model: g.stlora(model),
+    "Apply Slider Adapter (Whole Prompt)": lambda g, model: g.gstlora(model, strength_list(g, "1, 0, 0.5")),
+    "Apply Strength Projector": lambda g, model: g.projected(model),
+    "text modulation": lambda g, model: training_free(g, model, "text modulation"),
+    "attention to text": lambda g, model: training_free(g, model, "attention to text"),
+    "token interpolation": lambda g, model: training_free(g, model, "token interpolation"),
+    "Velocity Blending": lambda g, model: g.add(
+        "EditSlidersVelocityBlending", model=model, latent=g.photo(), strength=0.4, keep_below=0.0, start=0.0, end=1.0
+    ),
+    "Keep Source": lambda g, model: g.add(
+        "EditSlidersInjectVitalLayers",
+        model=model,
+        layers="all layers",
+        list="0",
+        reference=0,
+        preservation=1.0,
+        start=0.0,
+        end=1.0,
+        chain=False,
+    ),
+}
+
+
+def strength_list(g: Graph, values: str) -> Link:
+    return g.add("EditSlidersStrengthList", values=values)
+
+
+def training_free(g: Graph, model: Link, method: str) -> Link:
+    return g.add("EditSlidersApplyTrainingFree", model=model, method=method)
+
+
+def test_all_orders_of_all_pairs_of_apply_nodes_agree(server):
+    """In graphs with the real nodes. The tiny model's weights are random, so every node changes the latents."""
+
+    def edited(*apply_nodes: str) -> Callable[[Graph], Link]:
+        def build(g: Graph) -> Link:
+            model = g.model()
+            for name in apply_nodes:
+                model = APPLY_NODES[name](g, model)
+            strengths = strength_list(g, "1, 0.3, 0.6"), strength_list(g, "0.5, 1.2, 0.8")
+            instructed = g.strengths(g.instructions("make it red\nadd a hat", pad_to_512=False), *strengths)
+            return g.sample(model, g.edited(g.at(instructed, 0.3)), latent=g.noise(3))
+
+        return build
+
+    pairs = list(combinations(APPLY_NODES, 2))
+    results = iter(latents(server, edited(), *(edited(*order) for pair in pairs for order in permutations(pair))))
+    bare = next(results)
+    for pair in pairs:
+        one, other = next(results), next(results)
+        assert near(one, other), pair
+        assert not near(one, bare), pair
