@@ -1,6 +1,7 @@
-"""Every key that the pack puts into a conditioning's dict, into its `model_conds`, or into transformer_options.
+"""Every key that slider_core puts on a ModelPatcher, into a conditioning's dict or `model_conds`, or into
+transformer_options.
 
-No other file may spell such a key; tests/test_architecture.py checks it.
+No other file of slider_core may spell such a key; tests/test_architecture.py checks it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ BATCH_SPLITTING = "edit_sliders.batch_splitting"
 SAMPLER_CHECK = "edit_sliders.sampler_check"
 """Wrapper key of the check for samplers that add noise."""
 SAMPLED_SHAPE_WRAPPER = "edit_sliders.sampled_shape"
-"""Wrapper key of what notes SAMPLED_SHAPE."""
+"""Wrapper key of the wrapper that records SAMPLED_SHAPE."""
 
-# In the dict of a conditioning entry: who carries strengths there (see conditioning/outside_strength.py).
+# In the dict of a conditioning entry: the objects that carry strengths (see conditioning/outside_strength.py).
 SPANNED_TEXT = "edit_sliders"
 PROJECTOR = "edit_sliders_projector"
 PROMPT_WEIGHTS = "edit_sliders_prompt_weights"
@@ -25,22 +26,22 @@ COND_PREFIX = "edit_sliders."
 SCHEDULE_RANGE = COND_PREFIX + "schedule_range"
 """(start, end) of the schedule that the entry was made for."""
 PROJECTOR_OFFSETS = COND_PREFIX + "projector_offsets"
-"""Offsets of scale and shift, (batch, 2 * width)."""
+"""Offsets of scale and shift, (batch, 2 * hidden_size)."""
 OUTSIDE_STRENGTH = COND_PREFIX + "outside_strength"
 """An OutsideStrength. The next three replace an entry's own strengths while it applies."""
-OUTSIDE_SCALES = COND_PREFIX + "outside_strength.scales"
+OUTSIDE_SUPPRESSION = COND_PREFIX + "outside_strength.suppression"
 OUTSIDE_PADDING = COND_PREFIX + "outside_strength.padding"
 OUTSIDE_OFFSETS = COND_PREFIX + "outside_strength.projector_offsets"
-DEFAULT_SCALES = COND_PREFIX + "default_scales"
-"""Token scales, and number of padding tokens, for the channels that have none of their own."""
+DEFAULT_SUPPRESSION = COND_PREFIX + "default_suppression"
+"""Suppression of the tokens, and number of padding tokens, for the channels that have none of their own."""
 DEFAULT_PADDING = COND_PREFIX + "default_padding"
 BATCH_SIZE_CHECK = COND_PREFIX + "batch_size_check"
 """Never read: lets ComfyUI refuse a batch that per-image masks or weights do not fit."""
 
 
-def scales(channel: str) -> str:
-    """Key of SliderEdit's scale of every text token, (batch, tokens), on one channel."""
-    return f"{COND_PREFIX}scales.{channel}"
+def suppression(channel: str) -> str:
+    """Key of the suppression (1 - strength) of every text token, (batch, tokens), on one channel."""
+    return f"{COND_PREFIX}suppression.{channel}"
 
 
 def padding(channel: str) -> str:

@@ -412,7 +412,7 @@ def test_number_of_masks_must_match_the_batch(golden_model, st):
     model = apply_stlora(golden_model, st)
     for masks, images in ((3, 7), (2, 4), (5, 2)):
         masked = apply_mask_and_schedule(at(0.5), torch.rand(masks, 8, 8))
-        with pytest.raises(SliderError, match=f"{masks} strengths for a batch of {images} image"):
+        with pytest.raises(SliderError, match=f"{masks} masks for a batch of {images} image"):
             velocity_of(model, noise(images, 16, 8, 8, seed=9), SIGMA, masked)
 
 

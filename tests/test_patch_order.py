@@ -132,7 +132,7 @@ def test_a_projector_is_not_scaled_by_text_modulation(golden_model, apply_nodes,
 
 def test_without_phases_the_order_matters(golden_model, apply_nodes, conditioning, monkeypatch):
     monkeypatch.setattr(KVInjection, "phase", GSTLoRAPatch.phase)
-    monkeypatch.setattr(KVInjection, "rank", ())
+    monkeypatch.setattr(KVInjection, "sort_key", ())
     gstlora, keep_source = apply_nodes["GSTLoRA"], apply_nodes["keep source"]
     one = sampled(keep_source(gstlora(golden_model)), conditioning)
     other = sampled(gstlora(keep_source(golden_model)), conditioning)

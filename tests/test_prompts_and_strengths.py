@@ -112,13 +112,13 @@ def test_strength_lists():
 def test_suppressions_of_overlapping_spans_multiply():
     spans = [Span("a", (0, 1)), Span("b", (1, 2))]
     [[_, options]] = set_strengths(attach_spans([[torch.zeros(1, 4, 8), {}]], 4, spans), {"x": 0.25, "y": 1.5})
-    assert options["model_conds"][keys.scales("default")].cond.tolist() == [[0.75, -0.375, -0.5, 0.0]]
+    assert options["model_conds"][keys.suppression("default")].cond.tolist() == [[0.75, -0.375, -0.5, 0.0]]
 
 
 def test_strength_lists_for_equal_phrases():
     spans = [Span("red", (0,)), Span("red", (2,))]
     [[_, options]] = set_strengths(attach_spans([[torch.zeros(1, 3, 8), {}]], 3, spans), {"x": (0.0, 0.5), "y": 1.0})
-    assert options["model_conds"][keys.scales("default")].cond.tolist() == [[1.0, 0.0, 0.0], [0.5, 0.0, 0.0]]
+    assert options["model_conds"][keys.suppression("default")].cond.tolist() == [[1.0, 0.0, 0.0], [0.5, 0.0, 0.0]]
 
 
 def test_later_strengths_of_a_channel_replace_earlier_ones():
@@ -126,17 +126,17 @@ def test_later_strengths_of_a_channel_replace_earlier_ones():
     first = set_strengths(set_strengths(plain, {"x": 0.2, "y": 0.3}), {"x": 0.2, "y": 1.0}, "other")
     second = set_strengths(first, {"x": (0.5, 0.75), "y": 1.0})
     conds = second[0][1]["model_conds"]
-    assert conds[keys.scales("default")].cond.tolist() == [[0.5, 0.0], [0.25, 0.0]]
-    assert conds[keys.scales("other")].cond[0].tolist() == pytest.approx([0.8, 0.0])
-    assert keys.scales("default") not in set_strengths(second, {"x": 1.0, "y": 1.0})[0][1]["model_conds"]
+    assert conds[keys.suppression("default")].cond.tolist() == [[0.5, 0.0], [0.25, 0.0]]
+    assert conds[keys.suppression("other")].cond[0].tolist() == pytest.approx([0.8, 0.0])
+    assert keys.suppression("default") not in set_strengths(second, {"x": 1.0, "y": 1.0})[0][1]["model_conds"]
 
 
 def test_set_strengths_does_not_modify_its_input():
     plain = attach_spans([[torch.zeros(1, 4, 8), {"model_conds": {"other": 1}}]], 4, [Span("a", (0,))])
     first, second = (set_strengths(plain, {"x": v}) for v in (0.2, 0.8))
     assert plain[0][1]["model_conds"] == {"other": 1}
-    assert first[0][1]["model_conds"][keys.scales("default")].cond[0, 0] == pytest.approx(0.8)
-    assert second[0][1]["model_conds"][keys.scales("default")].cond[0, 0] == pytest.approx(0.2)
+    assert first[0][1]["model_conds"][keys.suppression("default")].cond[0, 0] == pytest.approx(0.8)
+    assert second[0][1]["model_conds"][keys.suppression("default")].cond[0, 0] == pytest.approx(0.2)
     assert second[0][1]["model_conds"]["other"] == 1
 
 

@@ -98,7 +98,7 @@ def test_golden_mask_and_scale(case, clip):
     spans = [Span(text, tuple(token_indices(clip, case["prompt"], text))) for text in case["spans"]]
     values = {str(k): 1.0 - alpha for k, alpha in enumerate(case["alphas"])}
     [[_, options]] = set_strengths(attach_spans(conditioning, 512, spans), values)
-    scale = options["model_conds"][keys.scales("default")].cond[0]
+    scale = options["model_conds"][keys.suppression("default")].cond[0]
     assert scale.nonzero().flatten().tolist() == case["masked_indices"]
     assert torch.allclose(scale[case["masked_indices"]], torch.tensor(case["scale_at_masked_fp32"]))
 

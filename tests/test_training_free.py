@@ -85,7 +85,7 @@ def test_modulation_is_scaled_by_the_strength(golden_model):
     [patch] = patches_of(apply_text_modulation(golden_model))
     scale = torch.zeros(1, NUM_TOKENS)
     scale[0, 2], scale[0, 3] = 1 - 0.25, 1 - 1.5
-    context = ForwardContext({keys.scales("default"): scale}, 1, 1, NUM_TOKENS, *CONTEXT_ARGS)
+    context = ForwardContext({keys.suppression("default"): scale}, 1, 1, NUM_TOKENS, *CONTEXT_ARGS)
     assert set(patch.paths) == {f"double_blocks.{k}.txt_mod" for k in range(len(patch.paths))}
     module = golden_model.model.diffusion_model.get_submodule(patch.paths[-1])
     vec = noise(1, 256)
@@ -104,7 +104,7 @@ def test_attention_weights_are_scaled_and_normalized(golden_model):
     [patch] = patches_of(apply_attention_reweighting(golden_model))
     strengths = torch.ones(2, 3)
     strengths[0, 1], strengths[1, 2] = 0.3, 0.0
-    context = ForwardContext({keys.scales("default"): 1 - strengths}, 2, 1, 3, *CONTEXT_ARGS)
+    context = ForwardContext({keys.suppression("default"): 1 - strengths}, 2, 1, 3, *CONTEXT_ARGS)
     q, k, v = (noise(2, 4, 9, 16, seed=seed) for seed in range(3))
     [patch] = patch.attention_patches(context)
     reweighted = attention(q, k, v, pe=None, mask=patch(q, k, v)["attn_mask"])

@@ -31,13 +31,13 @@ class GSTLoRAPatch(ModelPatch):
     """
 
     phase = Phase.ADD
-    lora_branches: ModelPatcher
+    branch_patcher: ModelPatcher
     batch_independent = True
 
     def __init__(self, adapter: Adapter, strength: object, load_device: torch.device):
         values = validate_strengths(strength, "strength")
         self.suppression = suppression(values, len(values))
-        self.lora_branches = adapter.lora_branches.patcher(load_device)
+        self.branch_patcher = adapter.lora_branches.patcher(load_device)
 
     def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:
         outside = current_outside_strength(context)
@@ -46,11 +46,11 @@ class GSTLoRAPatch(ModelPatch):
             return {}
         weight = weight.to(context.device)
         if len(weight) == 1:
-            return self.lora_branches.model.forward_wrappers(weight[0])
+            return self.branch_patcher.model.forward_wrappers(weight[0])
         whole_batch = BatchSlice(0, context.num_images, context.num_images)
         start, end, batch_size = context.inputs.transformer_options.get(keys.BATCH_SLICE, whole_batch)
         check_batch(len(weight), batch_size)
-        return self.lora_branches.model.forward_wrappers(weight[start:end].repeat(context.num_conds))
+        return self.branch_patcher.model.forward_wrappers(weight[start:end].repeat(context.num_conds))
 
 
 def apply_gstlora(model: ModelPatcher, adapter: Adapter, strength: object) -> ModelPatcher:

@@ -208,7 +208,7 @@ class ModulationOffset(ModelPatch):
 
     def __init__(self, paths: list[str], hidden_size: int, lora: Adapter | None, load_device: torch.device):
         self.paths, self.hidden_size = paths, hidden_size
-        self.lora_branches = lora.lora_branches.patcher(load_device) if lora else None
+        self.branch_patcher = lora.lora_branches.patcher(load_device) if lora else None
 
     def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:
         offsets = context.conds.get(
@@ -223,8 +223,8 @@ class ModulationOffset(ModelPatch):
                 f"'{names.APPLY_PROJECTOR}'."
             )
         wrappers = modulation_offsets(self.paths, offsets)
-        if self.lora_branches is not None:
-            wrappers |= self.lora_branches.model.forward_wrappers(torch.ones((), device=context.device))
+        if self.branch_patcher is not None:
+            wrappers |= self.branch_patcher.model.forward_wrappers(torch.ones((), device=context.device))
         return wrappers
 
 

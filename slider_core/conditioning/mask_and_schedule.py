@@ -22,11 +22,11 @@ from ..strength import validate_strengths
 from ..types import CondEntry, Conditioning
 from .masks import validate_mask
 from .outside_strength import OutsideStrength, carriers_of, outside_strength_of
-from .per_image_cond import batch_size_check
+from .per_image_cond import MaskBatchCheck
 from .schedule import check_schedule_range, split_by_schedule
 from .span_strengths import set_strength_of
 
-_OUTSIDE_KEYS = (keys.OUTSIDE_STRENGTH, keys.OUTSIDE_SCALES, keys.OUTSIDE_PADDING, keys.OUTSIDE_OFFSETS)
+_OUTSIDE_KEYS = (keys.OUTSIDE_STRENGTH, keys.OUTSIDE_SUPPRESSION, keys.OUTSIDE_PADDING, keys.OUTSIDE_OFFSETS)
 
 
 def apply_mask_and_schedule(
@@ -128,7 +128,7 @@ def _check_maskable(options: dict[str, Any]) -> None:
 def _with_mask(entry: CondEntry, mask: torch.Tensor) -> CondEntry:
     cond, options = entry
     product = _multiply_masks(options.get("mask"), mask)
-    conds = {**options.get("model_conds", {}), keys.BATCH_SIZE_CHECK: batch_size_check(len(product))}
+    conds = {**options.get("model_conds", {}), keys.BATCH_SIZE_CHECK: MaskBatchCheck(torch.zeros(len(product), 1))}
     return [cond, {**options, "mask": product, "model_conds": conds, "set_area_to_bounds": False}]
 
 

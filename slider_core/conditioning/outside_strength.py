@@ -1,4 +1,4 @@
-"""The strength that replaces a conditioning entry's own ones outside a mask or a range of the schedule.
+"""The strength that replaces a conditioning entry's own strengths outside a mask or a range of the schedule.
 
 An entry carries both, ready-made; each model call uses one of them, so that no step gets both or neither.
 """
@@ -41,7 +41,7 @@ def carriers_of(options: Mapping[str, Any]) -> list[StrengthCarrier]:
 
 @dataclass(frozen=True)
 class OutsideStrength:
-    """One strength for all sliders of a conditioning entry, wherever its own ones do not apply.
+    """One strength for all sliders of a conditioning entry, wherever its own strengths do not apply.
 
     inside: (start, end) of the schedule where the entry's own strengths apply; None: nowhere.
     """

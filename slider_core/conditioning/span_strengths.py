@@ -1,8 +1,8 @@
 """Spans of a prompt and their strengths, attached to a CONDITIONING.
 
 The dict of a conditioning entry holds a SpannedText (which tokens form which span). Once a strength differs from 1, its
-`model_conds` hold a tensor with the scale of every text token, which ComfyUI repeats to the batch size, concatenates
-over conds and passes to the model call. Strengths therefore act on their own conditioning only.
+`model_conds` hold a tensor with the suppression (1 - strength) of every text token, which ComfyUI repeats to the batch
+size, concatenates over conds and passes to the model call. Strengths therefore act on their own conditioning only.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class SpannedText(StrengthCarrier):
     default_strengths: tuple[Strengths | None, ...] = ()
 
     def outside(self, options: Mapping[str, Any], strength: float) -> Mapping[str, CONDRegular]:
-        scales = _token_scales(self, [(strength,)] * len(self.spans))
-        if not scales.any():
+        suppressions = _token_suppression(self, [(strength,)] * len(self.spans))
+        if not suppressions.any():
             return {}
-        return {keys.OUTSIDE_SCALES: PerImageCond(scales), keys.OUTSIDE_PADDING: _padding(self)}
+        return {keys.OUTSIDE_SUPPRESSION: PerImageCond(suppressions), keys.OUTSIDE_PADDING: _padding(self)}
 
 
 def attach_spans(conditioning: Conditioning, length: int, spans: Sequence[Span], padding: int = 0) -> Conditioning:
@@ -95,8 +95,8 @@ def set_strengths(
 ) -> Conditioning:
     """Set the strength of the k-th span to the k-th of `values` (input name -> strength; missing ones count as 1).
 
-    The scale of a token is 1 - strength, multiplied where spans overlap (SliderEdit, golden case B5). Adapters read the
-    strengths of one `channel`; strengths set on it before are replaced.
+    The suppression of a token is 1 - strength, multiplied where spans overlap (SliderEdit; tests/data/golden/README.md,
+    case B5). Adapters read the strengths of one `channel`; strengths set on it before are replaced.
     Raises SliderError for invalid strengths, lists of different lengths, a strength other than 1 without a span, and
     spans without a strength.
     """
@@ -161,14 +161,16 @@ def set_strength_of(options: dict[str, Any], instructions: Sequence[int], streng
 def _with_text(options: Mapping[str, Any], text: SpannedText) -> dict[str, Any]:
     """The dict of a conditioning entry with a SpannedText and with its strengths in `model_conds`."""
     conds = dict(options.get("model_conds", {}))
-    by_key = {(keys.scales(channel), keys.padding(channel)): strengths for channel, strengths in text.strengths.items()}
-    by_key[keys.DEFAULT_SCALES, keys.DEFAULT_PADDING] = text.default_strengths
-    for (scales_key, padding_key), strengths in by_key.items():
-        conds.pop(scales_key, None)
+    by_key = {
+        (keys.suppression(channel), keys.padding(channel)): strengths for channel, strengths in text.strengths.items()
+    }
+    by_key[keys.DEFAULT_SUPPRESSION, keys.DEFAULT_PADDING] = text.default_strengths
+    for (suppression_key, padding_key), strengths in by_key.items():
+        conds.pop(suppression_key, None)
         conds.pop(padding_key, None)
-        scales = _token_scales(text, strengths)
-        if scales.any():
-            conds |= {scales_key: PerImageCond(scales), padding_key: _padding(text)}
+        suppressions = _token_suppression(text, strengths)
+        if suppressions.any():
+            conds |= {suppression_key: PerImageCond(suppressions), padding_key: _padding(text)}
     return {**options, keys.SPANNED_TEXT: text, "model_conds": conds}
 
 
@@ -200,62 +202,63 @@ def check_strength_count(spans: Sequence[Span], strengths: Mapping[str, Strength
             )
 
 
-def _token_scales(text: SpannedText, strengths: Sequence[Strengths | None]) -> torch.Tensor:
-    """Scale of every token, (images, tokens): product of the suppressions of its spans, 0 outside all spans."""
+def _token_suppression(text: SpannedText, strengths: Sequence[Strengths | None]) -> torch.Tensor:
+    """Suppression of every token, (images, tokens): product of the suppressions of its spans, 0 outside all spans."""
     with_strength = [
         (list(span.tokens), strength) for span, strength in zip(text.spans, strengths) if strength is not None
     ]
     num_images = max((len(strength) for _, strength in with_strength), default=1)
-    scales = torch.zeros(num_images, text.length)
-    scales[:, sorted({token for tokens, _ in with_strength for token in tokens})] = 1.0
+    suppressions = torch.zeros(num_images, text.length)
+    suppressions[:, sorted({token for tokens, _ in with_strength for token in tokens})] = 1.0
     for tokens, strength in with_strength:
-        scales[:, tokens] *= suppression(strength, num_images)[:, None]
-    return scales
+        suppressions[:, tokens] *= suppression(strength, num_images)[:, None]
+    return suppressions
 
 
-def token_scales(context: ForwardContext, channel: str) -> torch.Tensor | None:
-    """SliderEdit's scale of every text token of a model call, (batch, tokens); None if all strengths are 1.
+def token_suppression(context: ForwardContext, channel: str) -> torch.Tensor | None:
+    """The suppression (1 - strength) of every text token of a model call, (batch, tokens); None if all strengths are 1.
 
-    Outside a mask or schedule range these are the scales of the outside strength, on every channel.
+    Outside a mask or schedule range it is that of the outside strength, on every channel.
     Raises SliderError when the text is shorter than the one that the spans were found in.
     """
-    scales = context.conds.get(_keys_of(context, channel)[0])
-    if scales is None:
+    suppressions = context.conds.get(_keys_of(context, channel)[0])
+    if suppressions is None:
         return None
-    missing = context.num_text_tokens - scales.shape[1]
+    missing = context.num_text_tokens - suppressions.shape[1]
     if missing < 0:
         raise SliderError(
-            f"The spans were found in a text of {scales.shape[1]} tokens, but the model got {context.num_text_tokens}; "
-            "expected the conditioning that the spans were made with. Was it truncated, or made by another encoder?"
+            f"The spans were found in a text of {suppressions.shape[1]} tokens, but the model got "
+            f"{context.num_text_tokens}; expected the conditioning that the spans were made with. Was it truncated, or "
+            "made by another encoder?"
         )
-    return torch.nn.functional.pad(scales, (0, missing))
+    return torch.nn.functional.pad(suppressions, (0, missing))
 
 
 def token_strengths(context: ForwardContext, channel: str) -> torch.Tensor | None:
     """Strength of every text token of a model call, (batch, tokens), 1 outside all spans; None if all are 1.
 
-    Raises SliderError as token_scales does.
+    Raises SliderError as token_suppression does.
     """
-    scales = token_scales(context, channel)
-    return None if scales is None else 1.0 - scales
+    suppressions = token_suppression(context, channel)
+    return None if suppressions is None else 1.0 - suppressions
 
 
 def padding_token(context: ForwardContext, channel: str) -> int:
-    """Index of a padding token of a text whose token_scales are not None. Raises SliderError if a text has none."""
-    scales_key, padding_key = _keys_of(context, channel)
+    """Index of a padding token of a text whose token_suppression is not None. Raises SliderError if a text has none."""
+    suppression_key, padding_key = _keys_of(context, channel)
     if (context.conds[padding_key] < 1).any():
         raise SliderError(
             "The prompt has no padding tokens to replace its own tokens by; expected at least one after the end of the "
             "prompt. Switch on pad_to_512 where it is encoded, or shorten the prompt."
         )
-    return context.conds[scales_key].shape[1] - 1
+    return context.conds[suppression_key].shape[1] - 1
 
 
 def _keys_of(context: ForwardContext, channel: str) -> tuple[str, str]:
-    """Keys of the token scales and of the padding that apply to a channel in this model call."""
+    """Keys of the tokens' suppression and of the padding that apply to a channel in this model call."""
     if current_outside_strength(context) is not None:
-        return keys.OUTSIDE_SCALES, keys.OUTSIDE_PADDING
-    scales_key = keys.scales(channel)
-    if scales_key in context.conds:
-        return scales_key, keys.padding(channel)
-    return keys.DEFAULT_SCALES, keys.DEFAULT_PADDING
+        return keys.OUTSIDE_SUPPRESSION, keys.OUTSIDE_PADDING
+    suppression_key = keys.suppression(channel)
+    if suppression_key in context.conds:
+        return suppression_key, keys.padding(channel)
+    return keys.DEFAULT_SUPPRESSION, keys.DEFAULT_PADDING

@@ -1,4 +1,5 @@
-"""The only way in which this pack changes a model: the forwards of single modules, wrapped for one model call.
+"""How this pack patches the network: the forwards of single modules, wrapped for one model call. (Samplers, the
+post-CFG function of Velocity Blending and the splitting of batches are hooked elsewhere.)
 
 One APPLY_MODEL wrapper per patched ModelPatcher runs a list of ModelPatch objects. Each one names the modules it wraps
 for this call; their forwards are restored when the call ends, even by an exception. Weights, classes and the diffusion
@@ -41,8 +42,9 @@ AttentionPatch = Callable[..., dict[str, Any]]
 class Phase(enum.IntEnum):
     """When a patch acts on the output of a module that several patches wrap: the lowest phase first (innermost).
 
-    ADD: adds to the output of a linear (LoRA branches).
-    SCALE, OFFSET: multiply a modulation, then add to it, so that a strength projector's offsets are never scaled.
+    ADD: adds to the output of a linear (LoRA branches; a strength projector's LoRA runs in OFFSET, with its offsets).
+    SCALE, OFFSET: multiply a modulation, then add to it, so that a strength projector's offsets are never scaled. SCALE
+        also has the attention patch that reweights attention.
     REPLACE: overwrites tokens with others, LoRA included: token interpolation, key/value injection, bypassed blocks.
     OBSERVE: records the final values and changes nothing.
     """
@@ -125,16 +127,16 @@ class ModelPatch:
     """A change to the model during model calls.
 
     phase: where it stands among the patches of a model.
-    lora_branches: ModelPatcher of its weights, which ComfyUI loads and offloads with the model; None without weights.
+    branch_patcher: ModelPatcher of its LoRA branches, loaded and offloaded with the model; None if it has none.
     batch_independent: True if what it does to an image depends on no other image, so that a batch may be split.
     """
 
     phase: Phase
-    lora_branches: ModelPatcher | None = None
+    branch_patcher: ModelPatcher | None = None
     batch_independent = False
 
     @property
-    def rank(self) -> tuple[Any, ...]:
+    def sort_key(self) -> tuple[Any, ...]:
         """Order within the phase, for patches that do not commute with others of their phase."""
         return ()
 
@@ -150,9 +152,9 @@ class ModelPatch:
 def add_patch(model: ModelPatcher, patch: ModelPatch) -> ModelPatcher:
     """A clone of `model` with `patch` among its patches, in the order of their phases. `model` is not changed."""
     patched = model.clone()
-    patches = tuple(sorted((*patches_of(model), patch), key=lambda p: (p.phase, p.rank)))
+    patches = tuple(sorted((*patches_of(model), patch), key=lambda p: (p.phase, p.sort_key)))
     _set_patches(patched, patches)
-    branches = [p.lora_branches.clone() for p in patches if p.lora_branches is not None]
+    branches = [p.branch_patcher.clone() for p in patches if p.branch_patcher is not None]
     patched.set_additional_models(keys.PATCHES, branches)
     patched.remove_callbacks_with_key(CallbacksMP.ON_DEEPCLONE_MULTIGPU, keys.PATCHES)
     patched.add_callback_with_key(CallbacksMP.ON_DEEPCLONE_MULTIGPU, keys.PATCHES, _use_copied_branches)
@@ -175,8 +177,8 @@ def _use_copied_branches(_: ModelPatcher, copied: ModelPatcher) -> None:
     branches = iter(copied.get_additional_models_with_key(keys.PATCHES))
     patches = tuple(map(copy.copy, patches_of(copied)))
     for patch in patches:
-        if patch.lora_branches is not None:
-            patch.lora_branches = next(branches)
+        if patch.branch_patcher is not None:
+            patch.branch_patcher = next(branches)
     _set_patches(copied, patches)
 
 

@@ -1,4 +1,4 @@
-"""LoRA weights as an unmerged branch beside a linear: y + scale * up(down(x)).
+"""LoRA weights as an unmerged branch next to a linear: y + multiplier * scale * up(down(x)), scale = alpha / rank.
 
 Merging into fp8 weights rounds the LoRA away, and every new strength would patch the whole model again. A branch does
 neither, and it works with any weight format because it needs only the linear's input and output.
@@ -46,13 +46,13 @@ class LoraBranch(torch.nn.Module):
         self.features = [slice(w.first_feature, w.first_feature + w.up.shape[0]) for w in lora_weights]
         self.ranks = [w.down.shape[0] for w in lora_weights]
 
-    def forward(self, y: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Add scale * up(down(x)) to `y` in place and return it.
+    def forward(self, y: torch.Tensor, x: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
+        """Add multiplier * scale * up(down(x)) to `y` in place and return it.
 
-        x: (batch, ..., in_features). y: (batch, ..., out_features). scale: a scalar, (batch,) or (batch, tokens).
+        x: (batch, ..., in_features). y: (batch, ..., out_features). multiplier: a scalar, (batch,) or (batch, tokens).
         """
         low = self.down(x)
-        low = low * scale.to(low.dtype).reshape(scale.shape + (1,) * (low.ndim - scale.ndim))
+        low = low * multiplier.to(low.dtype).reshape(multiplier.shape + (1,) * (low.ndim - multiplier.ndim))
         for up, features, low_part in zip(self.ups, self.features, low.split(self.ranks, dim=-1)):
             y[..., features] += up(low_part)
         return y
@@ -70,9 +70,9 @@ class LoraBranches(torch.nn.Module):
         self._patchers: dict[torch.device, ModelPatcher] = {}
         self.requires_grad_(False)
 
-    def forward_wrappers(self, scale: torch.Tensor) -> dict[str, ForwardWrapper]:
-        """Wrappers that add every branch to its linear, with a scale as in LoraBranch.forward."""
-        return {path: _add_branch(branch, scale) for path, branch in zip(self.paths, self.branches)}
+    def forward_wrappers(self, multiplier: torch.Tensor) -> dict[str, ForwardWrapper]:
+        """Wrappers that add every branch to its linear, with a multiplier as in LoraBranch.forward."""
+        return {path: _add_branch(branch, multiplier) for path, branch in zip(self.paths, self.branches)}
 
     def patcher(self, load_device: torch.device) -> ModelPatcher:
         """The ModelPatcher by which ComfyUI loads and offloads the branches.
@@ -92,10 +92,10 @@ def _new_patcher(branches: LoraBranches, load_device: torch.device) -> ModelPatc
     return LoraBranches(branches.lora_weights).patcher(load_device)
 
 
-def _add_branch(branch: torch.nn.Module, scale: torch.Tensor) -> ForwardWrapper:
+def _add_branch(branch: torch.nn.Module, multiplier: torch.Tensor) -> ForwardWrapper:
     def wrap(forward: Forward) -> Forward:
         def with_branch(x: torch.Tensor) -> torch.Tensor:
-            return branch(forward(x), x, scale)
+            return branch(forward(x), x, multiplier)
 
         return with_branch
 

@@ -370,7 +370,7 @@ class _CachedInjection(ModelPatch):
         self._digest = cache.digest()
 
     @property
-    def rank(self) -> tuple[Any, ...]:
+    def sort_key(self) -> tuple[Any, ...]:
         return ("from a cache", self._digest)
 
     def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:

@@ -146,7 +146,7 @@ class KVInjection(ModelPatch):
         self.slots, self.source_index, self.weight, self.chained = slots, source_index, weight, chained
 
     @property
-    def rank(self) -> tuple[Any, ...]:
+    def sort_key(self) -> tuple[Any, ...]:
         return ("within the batch", self.chained, self.source_index)
 
     def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:

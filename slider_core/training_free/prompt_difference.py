@@ -21,7 +21,7 @@ from .. import keys
 from .. import node_names as names
 from ..conditioning.masks import validate_mask
 from ..conditioning.outside_strength import StrengthCarrier
-from ..conditioning.per_image_cond import batch_size_check
+from ..conditioning.per_image_cond import PerImageCond
 from ..conditioning.schedule import check_schedule_range, split_by_schedule
 from ..conditioning.span_strengths import Span, check_instruction_numbers, check_strength_count
 from ..errors import SliderError
@@ -137,5 +137,5 @@ def _weight_options(weight: torch.Tensor) -> dict[str, Any]:
         return {}
     if weight.numel() == 1:
         return {"strength": weight.item()}
-    per_image = {keys.BATCH_SIZE_CHECK: batch_size_check(len(weight))}
+    per_image = {keys.BATCH_SIZE_CHECK: PerImageCond(weight[:, 0, :1])}
     return {"mask": weight, "model_conds": per_image}

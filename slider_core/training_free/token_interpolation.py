@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..conditioning.span_strengths import DEFAULT_CHANNEL, padding_token, token_scales
+from ..conditioning.span_strengths import DEFAULT_CHANNEL, padding_token, token_suppression
 from ..families import family_of
 from ..families.network import diffusion_model_of
 from ..patching.forward_patches import Forward, ForwardContext, ForwardWrapper, ModelPatch, Phase, add_patch
@@ -38,10 +38,10 @@ class TokenInterpolation(ModelPatch):
         self.paths, self.hidden_size, self.channel = paths, hidden_size, channel
 
     def forward_wrappers(self, context: ForwardContext) -> Mapping[str, ForwardWrapper]:
-        scales = token_scales(context, self.channel)
-        if scales is None:
+        suppressions = token_suppression(context, self.channel)
+        if suppressions is None:
             return {}
-        wrapper = _interpolate(scales[:, :, None], padding_token(context, self.channel), 3 * self.hidden_size)
+        wrapper = _interpolate(suppressions[:, :, None], padding_token(context, self.channel), 3 * self.hidden_size)
         return dict.fromkeys(self.paths, wrapper)
 
 
@@ -54,17 +54,17 @@ def apply_token_interpolation(model: ModelPatcher, channel: str = DEFAULT_CHANNE
     return add_patch(model, TokenInterpolation(family.text_qkv(inner), family.hidden_size(inner), channel))
 
 
-def _interpolate(scales: torch.Tensor, padding: int, features: int) -> ForwardWrapper:
+def _interpolate(suppressions: torch.Tensor, padding: int, features: int) -> ForwardWrapper:
     """Interpolates the first tokens of an output with its token at index `padding`, in place.
 
-    scales: 1 - strength, of shape (batch, tokens, 1). features: number of leading output features that are changed.
+    suppressions: 1 - strength, (batch, tokens, 1). features: number of leading output features that are changed.
     """
 
     def wrap(forward: Forward) -> Forward:
         def interpolated_forward(x: torch.Tensor) -> torch.Tensor:
             y = forward(x)
-            text = y[:, : scales.shape[1], :features]
-            text.lerp_(text[:, padding : padding + 1].clone(), scales.to(y.dtype))
+            text = y[:, : suppressions.shape[1], :features]
+            text.lerp_(text[:, padding : padding + 1].clone(), suppressions.to(y.dtype))
             return y
 
         return interpolated_forward
