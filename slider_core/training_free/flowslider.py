@@ -50,8 +50,8 @@ def sample_flowslider(
     mask: multiplies the velocity, as ComfyUI's noise_mask does in other samplers.
     end: fraction of the sampling steps, 0 to 1, after which the strength is 0.
     Each step takes three model evaluations, or two after `end`.
-    Raises SliderError for models and sigmas that are not flow matching, an `end` that is not in (0, 1], a latent that is not an
-    image, and a batch size that does not match the strengths.
+    Raises SliderError for models and sigmas that are not flow matching, an `end` that is not in (0, 1], a latent that
+    is not an image, and a batch size that does not match the strengths.
     """
     check_schedule_range(0.0, end)
     check_flow_matching(model)
