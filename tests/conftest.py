@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 from PIL import Image
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, expect
 
 REPO = Path(__file__).resolve().parent.parent
 GOLDEN = REPO / "tests" / "data" / "golden"
@@ -94,6 +94,7 @@ def server(frontend: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
+    expect.set_options(timeout=30_000)  # milliseconds; a busy or slow machine takes longer than the default of 5000
     with browser() as running:
         yield running
 
