@@ -388,7 +388,7 @@ INVALID = {
     "dora": (gst("dora.safetensors"), "LoadAdapter", "dora_scale"),
     "wrong width": (gst("wrong_width.safetensors"), "ApplyGSTLoRA", "hidden size 128"),
     "too deep": (gst("too_deep.safetensors"), "ApplyGSTLoRA", "blocks.7"),
-    "other family": (gst("other_family.safetensors"), "LoadAdapter", "not layers of a supported model (FLUX.1)"),
+    "other family": (gst("other_family.safetensors"), "LoadAdapter", "not linears of a supported model (FLUX.1)"),
     "truncated": (gst("truncated.safetensors"), "LoadAdapter", "cannot be read"),
     "empty file": (gst("empty.safetensors"), "LoadAdapter", "cannot be read"),
     "hostile": (gst("hostile.pt"), "LoadAdapter", "contains only tensors"),
