@@ -248,8 +248,8 @@ def padding_token(context: ForwardContext, channel: str) -> int:
     suppression_key, padding_key = _keys_of(context, channel)
     if (context.conds[padding_key] < 1).any():
         raise SliderError(
-            "The prompt has no padding tokens to replace its own tokens with; expected at least one after the end of the "
-            "prompt. Switch on pad_to_512 where it is encoded, or shorten the prompt."
+            "The prompt has no padding tokens to replace its own tokens with; expected at least one after its end. "
+            "Switch on pad_to_512 where it is encoded, or shorten the prompt."
         )
     return context.conds[suppression_key].shape[1] - 1
 
